@@ -1,0 +1,349 @@
+"""Every knob of a run, declared once; reads a recipe strictly. Imports no torch.
+
+A recipe is a YAML file with the sections of `Recipe`. `read_recipe` reports every error of a file in one message, each with
+the option's full name, what was found, what is accepted, and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from align_ti.errors import ConfigError
+
+
+class Knobs(BaseModel):
+    """A group of options: frozen, keyword-only, checked at birth; an unknown or ill-typed one raises `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    where: ClassVar[str] = ""
+    """The section's name in a recipe, for messages about options given in Python."""
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            self.__pydantic_validator__.validate_python(options, self_instance=self)
+        except ValidationError as error:
+            raise ConfigError(explain(type(self), error)) from None
+
+    # Tells pydantic that this constructor only wraps its own, so that nested sections are validated without it and all errors
+    # of a recipe arrive together.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+class Sft(Knobs):
+    """Supervised fine-tuning: the negative log-likelihood of the response tokens."""
+
+    where: ClassVar[str] = "objective.sft"
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out."""
+
+
+class Kd(Knobs):
+    """Vanilla knowledge distillation: KL(teacher || student) at the response positions."""
+
+    where: ClassVar[str] = "objective.kd"
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Both logits are divided by it, the term is multiplied by its square."""
+
+
+class Iva(Knobs):
+    """Instruction-aware vision alignment: KL at the visual positions, weighted by where the teacher's instruction looks."""
+
+    where: ClassVar[str] = "objective.iva"
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out."""
+    layer: int | Literal["auto"] = "auto"
+    """The teacher's layer whose attention gives the weights. auto: the layer with the highest instruction-relevance score (IRS)
+    on a sample of the training data."""
+    images: Literal["together", "separately"] = "together"
+    """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
+
+    @model_validator(mode="after")
+    def _layer_not_negative(self) -> Iva:
+        if isinstance(self.layer, int) and self.layer < 0:
+            raise ValueError(f"layer is {self.layer}; give 0 or more, counted from the input, or auto")
+        return self
+
+
+class Tpa(Knobs):
+    """Transition probability alignment: KL one token further, after tokens that were tried in place of the gold token."""
+
+    where: ClassVar[str] = "objective.tpa"
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out."""
+    candidates: int = Field(default=4, ge=1)
+    """Tokens tried at each response position (n)."""
+    source: Literal["student", "teacher", "gold"] = "student"
+    """Whose distribution candidates are drawn from, with replacement; gold: the answer's own next token, drawn from nobody."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature of the draw; no effect on the divergence."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw among the k most probable tokens only."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw among the fewest tokens that together reach this probability."""
+    left_out: tuple[int, ...] | None = None
+    """Token ids that have no next step and are left out when drawn. By default the tokens that end a turn, by the student's
+    generation config, and its image token."""
+    form: Literal["auto", "reuse", "packed"] = "auto"
+    """How candidates are evaluated: over the first pass's cache, or packed with the gold tokens into one pass. auto: reuse, where
+    the model keeps a cache. The result is the same number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and isinstance(options.get("left_out"), list):
+            return {**options, "left_out": tuple(options["left_out"])}
+        return options
+
+
+class Objective(Knobs):
+    """The loss: a weighted sum of four terms.
+
+    Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
+    """
+
+    where: ClassVar[str] = "objective"
+    sft: Sft = Sft()
+    kd: Kd = Kd()
+    iva: Iva = Iva()
+    tpa: Tpa = Tpa()
+    chunk_rows: int | None = Field(default=None, ge=1)
+    """Rows projected to the vocabulary at a time; by default as many as fit into 32 MiB. No effect on the result."""
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Objective:
+        if not self.active:
+            raise ValueError("every weight is 0, so there is nothing to learn; give one term a weight above 0")
+        return self
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The terms that have weight, in the order sft, kd, iva, tpa."""
+        return tuple(name for name in ("sft", "kd", "iva", "tpa") if getattr(self, name).weight > 0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return self.active != ("sft",)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Student(Knobs):
+    """The model that is trained."""
+
+    where: ClassVar[str] = "student"
+    path: str = Field(min_length=1)
+    """A folder or hub name of a vision-language model that transformers loads."""
+    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ("vision_tower",)
+    """Parts that keep their weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights while they are trained."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and isinstance(options.get("freeze"), list):
+            return {**options, "freeze": tuple(options["freeze"])}
+        return options
+
+
+class Teacher(Knobs):
+    """The model to imitate; frozen and in eval mode."""
+
+    where: ClassVar[str] = "teacher"
+    path: str = Field(min_length=1)
+    """A folder or hub name of a vision-language model with the student's tokenizer and image tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto: as they were saved."""
+
+
+class Data(Knobs):
+    """What the student learns from and is measured on."""
+
+    where: ClassVar[str] = "data"
+    train: str = Field(min_length=1)
+    """A LLaVA-format file (.json or .jsonl) of conversations to learn from."""
+    eval: str | None = None
+    """A file of the same format to evaluate on."""
+    images: str | None = None
+    """The folder that picture names start from; by default the data file's own."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens of one record, picture included. A longer record is an error, since cutting it would cut a response."""
+    cache: bool = False
+    """Keep processed records in memory: worth it when the data are small and seen often."""
+
+
+class Training(Knobs):
+    """How long and how fast; the names are those of transformers' TrainingArguments."""
+
+    where: ClassVar[str] = "training"
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; -1: as many as num_train_epochs has."""
+    num_train_epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Passes over the data, where max_steps is -1."""
+    learning_rate: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls."""
+    warmup_steps: float = Field(default=0.03, ge=0, allow_inf_nan=False)
+    """Steps over which the learning rate rises; below 1: a share of all steps."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Gradients are scaled down to this norm."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Records of one forward pass on one device."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes of one optimizer step. Terms are normalised over the whole step."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's layers in backward: less memory, more time; TPA takes the packed form."""
+    bf16: bool = False
+    """Train under bfloat16 autocast."""
+    fp16: bool = False
+    """Train under float16 autocast."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    """Processes that prepare records."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Steps between two lines of the log."""
+    save_steps: int = Field(default=500, ge=1)
+    """Steps between two checkpoints."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the log goes besides the run folder."""
+
+
+class Scores(Knobs):
+    """The sample of training data that layers are scored on (IRS)."""
+
+    where: ClassVar[str] = "layer_scores"
+    images: int = Field(default=64, ge=1)
+    """Pictures with two or more instructions."""
+    instructions: int = Field(default=4, ge=2)
+    """Instructions taken of each picture."""
+
+
+class Evaluation(Knobs):
+    """How answers are generated and scored."""
+
+    where: ClassVar[str] = "evaluation"
+    batch_size: int = Field(default=16, ge=1)
+    """Questions answered at a time."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of one answer at most; an answer that reaches it is counted as cut."""
+
+
+class Recipe(Knobs):
+    """One run: who learns what, from whom, on which data, how."""
+
+    out: str = Field(min_length=1)
+    """The run folder."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes order, initialisation and draws."""
+    student: Student
+    teacher: Teacher | None = None
+    """May be left out when only the sft term has weight."""
+    data: Data
+    objective: Objective = Objective()
+    training: Training = Training()
+    layer_scores: Scores = Scores()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _teacher_where_needed(self) -> Recipe:
+        if self.teacher is None and self.objective.needs_teacher:
+            raise ValueError("teacher is missing; name one, or give kd, iva and tpa a weight of 0 to train by sft alone")
+        return self
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with changes of the form `section.key=value` laid over it.
+
+    Raises:
+        ConfigError: one message with every error of the file.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: the recipe does not exist; `align-ti recipes list` names those that are shipped.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: the top level is {type(content).__name__}; sections such as student and data are accepted.")
+    for change in changes:
+        lay_over(content, change)
+    try:
+        # JSON mode reads a YAML list as a tuple and 1 as 1.0, but neither "1" as 1 nor 1 as true.
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{explain(Recipe, error)}") from None
+
+
+def lay_over(content: dict[str, Any], change: str) -> None:
+    """Write one `section.key=value` into the recipe's content; the value is read as YAML."""
+    name, equals, value = change.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"--set {change!r} is not of the form section.key=value, such as objective.tpa.candidates=2.")
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {change!r}: {section} is no section but {inner!r}; give the name of a key in a section.")
+        content = inner
+    try:
+        content[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change!r}: the value is not valid YAML: {error}") from error
+
+
+def explain(knobs: type[Knobs], error: ValidationError) -> str:
+    """Every error, one a line: the option's name, what was found, what is accepted, the way out."""
+    lines = []
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int", "function-"))]
+        name = ".".join([knobs.where, *parts] if knobs.where else parts)
+        lines.append(explain_item(knobs, name, item["type"], parts, item))
+    # A union reports each of its members; one line an option is enough.
+    return "\n".join(dict.fromkeys(lines))
+
+
+def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str], item: Any) -> str:
+    """One error as a sentence."""
+    message, found = str(item["msg"]), item.get("input")
+    if kind == "extra_forbidden":
+        nearest = difflib.get_close_matches(parts[-1], known_keys(knobs, parts[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known_keys(knobs, parts[:-1]))}."
+        return f"{name} is no known option; {hint}"
+    if kind == "missing":
+        return f"{name} is missing; it has no default; give it."
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{name}: {message}" if name else message
+    advice = f", or {name.rsplit('.', 1)[0]}.weight: 0 to leave the term out" if ".tpa." in f".{name}" else ""
+    accepted = message.removeprefix("Input should be ").replace("a valid", "a")
+    return f"{name} is {found!r}; accepted: {accepted}{advice}."
+
+
+def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
+    """The keys of the section that the path leads to."""
+    for part in parts:
+        annotation = knobs.model_fields[part].annotation
+        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Knobs)]
+        knobs = inner[0]
+    return list(knobs.model_fields)

@@ -1,0 +1,1 @@
+"""record -> typed conversation -> tokens with roles -> batch."""

@@ -1,0 +1,111 @@
+"""The typed record behind every data format: pictures and turns, with the place they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from align_ti.errors import DataError
+
+Speaker = Literal["system", "user", "assistant"]
+
+IMAGE_TAG = "<image>"
+"""Stands for one picture inside a user's text, in reading order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One speaker's words. A user's text holds one `<image>` tag for each of its pictures."""
+
+    speaker: Speaker
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One training or test record.
+
+    `images` are paths, or pictures that are in memory already, in the order of their tags. `place` says where the
+    record came from (`file, record N, id X`), for error messages.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[Path | Image.Image, ...] = ()
+    place: str = "a conversation made in memory"
+    kind: str = ""
+    """A label for scoring by group (`category` or `kind` in the file); empty if there is none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def pictures(self) -> list[Image.Image]:
+        """The record's pictures, decoded, as RGB.
+
+        Raises:
+            DataError: a file is missing or is no readable picture.
+        """
+        return [open_picture(image, self.place) for image in self.images]
+
+
+def check(conversation: Conversation) -> None:
+    """Refuse a record that cannot be trained on or asked.
+
+    Raises:
+        DataError: no turns, wrong order of speakers, an empty answer, or tags that do not match the pictures.
+    """
+    place, turns = conversation.place, conversation.turns
+    spoken = [turn for turn in turns if turn.speaker != "system"]
+    if any(turn.speaker == "system" for turn in turns[1:]):
+        raise DataError(f"{place}: a system turn stands after the first turn; accepted: first or not at all; move it.")
+    for index, turn in enumerate(spoken):
+        expected = "user" if index % 2 == 0 else "assistant"
+        if turn.speaker != expected:
+            raise DataError(
+                f"{place}: turn {index + 1} is by {turn.speaker!r}; user and assistant must alternate, the user "
+                "first; reorder or merge the turns."
+            )
+        if turn.speaker == "assistant" and not turn.text.strip():
+            raise DataError(
+                f"{place}: the answer in turn {index + 1} is empty; an answer needs at least one character; fill it "
+                "or remove the record."
+            )
+    if not spoken:
+        raise DataError(f"{place}: no turns found; a record needs a user turn; add it or remove the record.")
+    for turn in turns:
+        if turn.speaker != "user" and IMAGE_TAG in turn.text:
+            raise DataError(
+                f"{place}: an {IMAGE_TAG} tag stands in a turn by {turn.speaker!r}; pictures are accepted in user turns "
+                "only; move the tag, or spell it differently if it is meant as text."
+            )
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+    if tags != len(conversation.images):
+        raise DataError(
+            f"{place}: {tags} {IMAGE_TAG} tag(s) in the text but {len(conversation.images)} picture(s) in the record; "
+            "the counts must be equal; add or remove tags or pictures."
+        )
+
+
+def open_picture(image: Path | Image.Image, place: str) -> Image.Image:
+    """The picture as RGB, fully decoded.
+
+    Raises:
+        DataError: the file is missing, no picture, or cut off. Nothing is put in its place.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(
+            f"{place}: picture {image} does not exist; check the record's name for it and the image root "
+            "(data.images in a recipe)."
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"{place}: picture {image} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
+            "is accepted; restore the file or remove the record."
+        ) from error

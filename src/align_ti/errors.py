@@ -1,0 +1,30 @@
+"""Every error a user can meet, as one tree.
+
+Each message says where (file and record, or option), what was found, what is accepted, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class AlignTIError(Exception):
+    """Root of the tree: catch this to catch every error of Align-TI."""
+
+
+class ConfigError(AlignTIError, ValueError):
+    """An option or a recipe is wrong: unknown key, wrong type, value out of range."""
+
+
+class DataError(AlignTIError, ValueError):
+    """A record, a picture or a data file cannot be used; the message names file and record."""
+
+
+class BatchError(AlignTIError, ValueError):
+    """A batch handed to the loss contradicts itself: roles, labels, candidates or shapes do not fit."""
+
+
+class ModelError(AlignTIError, ValueError):
+    """A model, or a pair of models, cannot be used: tokenizers, image tokens, attention or mode do not fit."""
+
+
+class RunError(AlignTIError, RuntimeError):
+    """A run folder cannot be used: missing, unfinished, or made with other settings."""

@@ -1,0 +1,65 @@
+"""IRS: how far each layer's visual focus moves with the instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align_ti.data.roles import INSTRUCTION, VISUAL, model_inputs
+from align_ti.errors import BatchError
+from align_ti.models.attention import watching
+from align_ti.models.continuation import read
+from align_ti.models.families import full_attention_layers
+
+
+@torch.no_grad()
+def score_layers(model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]]) -> dict[int, float]:
+    """The instruction-relevance score of every full-attention layer: 1 - mean cosine of the visual attention of pairs.
+
+    Args:
+        model: the model to look into, usually the teacher.
+        groups: batches with `roles`, each one image under two or more instructions; every pair of a group counts once.
+
+    Returns:
+        The score of each layer, between 0 (the instruction changes nothing) and 1. The highest one is IVA's layer.
+
+    Raises:
+        BatchError: no groups, a group of one sample, or samples of a group that have no instruction or differ in their number of
+            visual tokens, so that they cannot share an image.
+
+    Source: Align-TI (arXiv:2602.09483), IRS(l) = 1 - E[cos(alpha(x1), alpha(x2))]; the cosine is our reading of it.
+    """
+    layers = tuple(full_attention_layers(model))
+    was_training = model.training
+    model.eval()
+    similarities: list[Tensor] = []
+    try:
+        for number, group in enumerate(groups, start=1):
+            similarities.append(pair_similarities(model, group, layers, f"group {number}"))
+    finally:
+        model.train(was_training)
+    if not similarities:
+        raise BatchError("no groups to score layers on; give batches of one image under two or more instructions each.")
+    mean = torch.cat(similarities, dim=1).mean(1)
+    return {layer: 1.0 - float(value) for layer, value in zip(layers, mean, strict=True)}
+
+
+def pair_similarities(model: PreTrainedModel, group: Mapping[str, Tensor], layers: tuple[int, ...], name: str) -> Tensor:
+    """The cosine of visual attention for each layer and each pair of the group: [layers, pairs]."""
+    roles = group["roles"]
+    visual, instruction = roles == VISUAL, roles == INSTRUCTION
+    counts = visual.sum(-1)
+    if len(roles) < 2 or counts.min() == 0 or counts.min() != counts.max() or not instruction.any(-1).all():
+        raise BatchError(
+            f"{name} holds {len(roles)} sample(s) with {counts.tolist()} visual and {instruction.sum(-1).tolist()} instruction "
+            "tokens; accepted: one image under two or more instructions, so equal visual counts and no empty instruction."
+        )
+    with watching(model, instruction, layers) as watch:
+        read(model, model_inputs(group), keep_cache=False)
+    focus = torch.stack([watch.means[layer][visual].view(len(roles), -1) for layer in layers])
+    unit = torch.nn.functional.normalize(focus.double(), dim=-1)
+    one, two = torch.triu_indices(len(roles), len(roles), offset=1)
+    return (unit[:, one] * unit[:, two]).sum(-1)

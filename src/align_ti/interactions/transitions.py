@@ -1,0 +1,107 @@
+"""TPA: which tokens are tried in place of each response token, and how much the row behind each of them counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from align_ti.models.continuation import Branches
+
+
+@torch.no_grad()
+def draw(
+    logits: Float[Tensor, "rows vocab"],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "rows count"]:
+    """`count` tokens of each row's distribution, drawn with replacement.
+
+    `top_k` is applied before `top_p`. A token as probable as the k-th is kept, so ties are never cut at random.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        probability = ranked.softmax(-1)
+        # A token is cut if those before it reach top_p already; the most probable one always stays.
+        cut = probability.cumsum(-1) - probability >= top_p
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), count, replacement=True, generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Transitions:
+    """What TPA compares: branches with weights, and the gold rows that need no branch.
+
+    `mass` is K, the number of response positions that keep at least one candidate; all weights together sum to it.
+    `kept` counts the candidates that were not left out.
+    """
+
+    branches: Branches
+    branch_weights: Float[Tensor, "batch branches"]
+    gold_weights: Float[Tensor, "batch seq"]
+    mass: Int[Tensor, ""]
+    kept: Int[Tensor, ""]
+
+
+def plan_transitions(
+    candidates: Int[Tensor, "batch seq candidates"],
+    response: Bool[Tensor, "batch seq"],
+    input_ids: Int[Tensor, "batch seq"],
+    left_out: Iterable[int],
+) -> Transitions:
+    """Rows and weights of the term, without any row that can be saved.
+
+    At each response position, candidates in `left_out` are dropped and the others share the position's weight of 1. Equal
+    candidates become one row with their weights added. A candidate equal to the gold token needs no row of its own: the gold
+    pass holds its next-token distribution at that very position.
+
+    Source: Align-TI (arXiv:2602.09483), the Monte Carlo estimate of the TPA term.
+    """
+    sample, step = response.nonzero(as_tuple=True)
+    tried = candidates[sample, step]
+    kept = ~torch.isin(tried, torch.tensor(sorted(set(left_out)), dtype=tried.dtype, device=tried.device))
+    share = kept.double() / kept.sum(-1, keepdim=True).clamp(min=1)
+    same = tried[:, :, None] == tried[:, None, :]
+    first = ~same.tril(-1).any(-1)
+    weight = torch.where(first, (same * share[:, None, :]).sum(-1), 0.0)
+
+    is_gold = tried == input_ids[sample, step][:, None]
+    gold_weights = torch.zeros(input_ids.shape, dtype=torch.float64, device=input_ids.device)
+    gold_weights[sample, step] = torch.where(is_gold, weight, 0.0).sum(-1)
+
+    row, column = (first & kept & ~is_gold).nonzero(as_tuple=True)
+    return Transitions(
+        *pad_branches(sample[row], step[row], tried[row, column], weight[row, column], len(input_ids)),
+        gold_weights=gold_weights,
+        mass=kept.any(-1).sum(),
+        kept=kept.sum(),
+    )
+
+
+def pad_branches(
+    sample: Int[Tensor, " rows"],
+    step: Int[Tensor, " rows"],
+    token: Int[Tensor, " rows"],
+    weight: Float[Tensor, " rows"],
+    batch: int,
+) -> tuple[Branches, Float[Tensor, "batch branches"]]:
+    """A flat list of branches, sorted by sample, as one row of slots for each sample."""
+    counts = torch.bincount(sample, minlength=batch)
+    width = int(counts.max()) if len(counts) else 0
+    slot = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+    tokens, replaces = (token.new_zeros(batch, width) for _ in range(2))
+    used = torch.zeros(batch, width, dtype=torch.bool, device=token.device)
+    weights = weight.new_zeros(batch, width)
+    tokens[sample, slot], replaces[sample, slot], weights[sample, slot], used[sample, slot] = token, step, weight, True
+    return Branches(tokens, replaces, used), weights

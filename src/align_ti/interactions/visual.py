@@ -1,0 +1,42 @@
+"""IVA: how much each visual row counts, from where the teacher's instruction tokens look."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def visual_weights(
+    attention: Float[Tensor, "batch seq"],
+    visual: Bool[Tensor, "batch seq"],
+    instruction: Bool[Tensor, "batch seq"],
+    images: Literal["together", "separately"] = "together",
+) -> Float[Tensor, "batch seq"]:
+    """w_i = alpha_i / sum of alpha over the sample's visual tokens; 0 elsewhere.
+
+    The weights of a sample sum to 1, or to 0 if it has no visual or no instruction tokens. With `separately` each picture (a run of
+    adjacent visual tokens) is normalised on its own and all pictures of a sample count the same.
+
+    Source: Align-TI (arXiv:2602.09483), the weights of the IVA term.
+    """
+    alpha = torch.where(visual, attention, 0.0)
+    if images == "separately":
+        alpha = alpha / picture_totals(alpha, visual).masked_fill(~visual, 1.0)
+    weights = alpha / alpha.sum(-1, keepdim=True).masked_fill(~visual.any(-1, keepdim=True), 1.0)
+    return torch.where(aligned_samples(visual, instruction)[:, None], weights, 0.0).masked_fill(~visual, 0.0)
+
+
+def picture_totals(alpha: Float[Tensor, "batch seq"], visual: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """At each visual token the sum of alpha over its run of adjacent visual tokens; 0 elsewhere."""
+    before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    run = (visual & ~before).long().cumsum(-1) * visual
+    totals = alpha.new_zeros(alpha.shape[0], alpha.shape[1] + 1).scatter_add(1, run, alpha)
+    return totals.gather(1, run) * visual
+
+
+def aligned_samples(visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]) -> Bool[Tensor, " batch"]:
+    """The samples that count in IVA: those with visual and instruction tokens. Their number is the term's mass."""
+    return visual.any(-1) & instruction.any(-1)

@@ -1,0 +1,158 @@
+"""Weighted sums over rows: one projection to the vocabulary for all terms, in chunks, with the gradient taken on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from align_ti.losses.divergence import forward_kl, negative_log_likelihood
+
+CHUNK_LOGITS = 2**23
+"""Logits of one model that exist at a time when no chunk size is given: 32 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowWeights:
+    """One term: how much each row counts in it, and what its weighted sum is multiplied by in the loss.
+
+    A row of weight 0 is not part of the term. `temperature` None means the negative log-likelihood of the row's label,
+    a number the forward KL at that temperature.
+    """
+
+    weights: Float[Tensor, " rows"]
+    coefficient: Float[Tensor, ""]
+    temperature: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows that are compared: hidden states of both models, the functions that project them, and labels.
+
+    `teacher_head` is None when no term compares distributions. Labels are read only where a likelihood has weight.
+    """
+
+    student: Float[Tensor, "rows student_hidden"]
+    student_head: nn.Module
+    teacher: Float[Tensor, "rows teacher_hidden"] | None
+    teacher_head: nn.Module | None
+    labels: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLoss:
+    """`loss` carries the gradient; `totals` are each term's weighted sum over rows, detached."""
+
+    loss: Float[Tensor, ""]
+    totals: Mapping[str, Float[Tensor, ""]]
+
+
+def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: int | None = None) -> RowLoss:
+    """sum over terms of coefficient * sum over rows of weight * divergence(row).
+
+    The plain formula is `term_values` on all rows at once. Here each chunk of rows is projected, compared, and its gradient
+    taken at once, so that the logits of one chunk are all that ever exists, and backward costs nothing but a product.
+
+    Args:
+        rows: the rows to compare.
+        terms: the weighting of each term, by name.
+        chunk_rows: rows projected at a time; by default as many as hold `CHUNK_LOGITS` logits.
+    """
+    head = rows.student_head
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_LOGITS // vocabulary(head))
+    names = list(terms)
+    loss, totals = _ChunkedRows.apply(rows, [terms[name] for name in names], chunk_rows, rows.student, *parameters)
+    return RowLoss(loss=loss, totals=dict(zip(names, totals.unbind(), strict=True)))
+
+
+def vocabulary(head: nn.Module) -> int:
+    """Number of logits that a head gives for a row."""
+    features = getattr(head, "out_features", None)
+    return features if isinstance(features, int) else int(next(head.parameters()).shape[0])
+
+
+def term_values(
+    student_logits: Float[Tensor, "rows vocab"],
+    teacher_logits: Float[Tensor, "rows vocab"] | None,
+    labels: Int[Tensor, " rows"],
+    terms: Sequence[RowWeights],
+) -> Float[Tensor, " terms"]:
+    """Each term's weighted sum over the given rows.
+
+    Rows without weight in a term are left out of its sum rather than multiplied by 0, so that an infinite divergence there
+    cannot turn the sum into a not-a-number. Each distinct temperature is computed once, on the rows that need it.
+    """
+    values: dict[float | None, Tensor] = {}
+    for temperature in dict.fromkeys(term.temperature for term in terms):
+        needed = torch.stack([term.weights != 0 for term in terms if term.temperature == temperature]).any(0)
+        value = student_logits.new_zeros(needed.shape, dtype=torch.promote_types(student_logits.dtype, torch.float32))
+        index = needed.nonzero().squeeze(-1)
+        if temperature is None:
+            computed = negative_log_likelihood(student_logits[index], labels[index])
+        else:
+            assert teacher_logits is not None, "a term compares distributions, but there are no teacher rows"
+            computed = forward_kl(student_logits[index], teacher_logits[index], temperature)
+        values[temperature] = value.index_put((index,), computed)
+    return torch.stack([(term.weights.to(values[term.temperature]) * values[term.temperature]).sum() for term in terms])
+
+
+class _ChunkedRows(torch.autograd.Function):
+    """The loss over all chunks; the gradient into hidden states and head is ready when forward returns."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        rows: Rows,
+        terms: Sequence[RowWeights],
+        chunk_rows: int,
+        hidden: Float[Tensor, "rows hidden"],
+        *parameters: nn.Parameter,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[3] or any(ctx.needs_input_grad[4:])
+        coefficients = torch.stack([term.coefficient for term in terms])
+        totals = torch.zeros_like(coefficients)
+        hidden_grad = torch.zeros_like(hidden) if wanted else None
+        parameter_grads = [torch.zeros_like(parameter) for parameter in parameters] if wanted else []
+        for start in range(0, len(hidden), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            chunk = hidden[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                values = term_values(
+                    rows.student_head(chunk),
+                    _teacher_logits(rows, part),
+                    rows.labels[part],
+                    [_part(term, part) for term in terms],
+                )
+                objective = (coefficients.to(values) * values).sum()
+            totals += values.detach().to(totals)
+            if hidden_grad is not None:
+                chunk_grad, *head_grads = torch.autograd.grad(objective, [chunk, *parameters])
+                hidden_grad[part] = chunk_grad
+                for total, grad in zip(parameter_grads, head_grads, strict=True):
+                    total += grad
+        ctx.hidden_grad, ctx.parameter_grads = hidden_grad, parameter_grads
+        ctx.mark_non_differentiable(totals)
+        return (coefficients * totals).sum(), totals
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, _totals_grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        scaled = [grad * loss_grad.to(grad) for grad in (ctx.hidden_grad, *ctx.parameter_grads)]
+        return (None, None, None, *scaled)
+
+
+@torch.no_grad()
+def _teacher_logits(rows: Rows, part: slice) -> Tensor | None:
+    if rows.teacher is None or rows.teacher_head is None:
+        return None
+    logits: Tensor = rows.teacher_head(rows.teacher[part])
+    return logits
+
+
+def _part(term: RowWeights, part: slice) -> RowWeights:
+    return RowWeights(weights=term.weights[part], coefficient=term.coefficient, temperature=term.temperature)

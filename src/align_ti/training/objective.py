@@ -1,0 +1,367 @@
+"""The loss: two forward passes, rows and weights of each term, one projection for all of them.
+
+    teacher and student read the gold tokens -> (captured attention -> visual weights) and (candidates -> branches over the
+    kept caches) -> rows and weights -> divergence -> weighted terms -> loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align_ti.config import Objective, Tpa
+from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL, model_inputs
+from align_ti.errors import BatchError, ConfigError
+from align_ti.interactions.transitions import Transitions, draw, plan_transitions
+from align_ti.interactions.visual import aligned_samples, visual_weights
+from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, vocabulary, weighted_row_loss
+from align_ti.models import families
+from align_ti.models.attention import Watch, watching
+from align_ti.models.continuation import Reading, continue_branches, read, read_packed, reuse_possible
+
+Masses = dict[str, Shaped[Tensor, ""]]
+"""What each term's total is divided by: sft and kd response tokens, iva samples with visual and instruction tokens, tpa response
+positions that keep a candidate."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationOutput:
+    """The loss of a batch and what it is made of.
+
+    `loss` is a scalar with gradient into the student only. `terms` are unweighted means over this batch, detached; `totals` and
+    `masses` are what they are made of, so that batches can be joined exactly. `branch_share` is the share of kept candidates
+    that needed a row of their own, or None without TPA.
+    """
+
+    loss: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    totals: dict[str, Float[Tensor, ""]]
+    masses: Masses
+    branch_share: Float[Tensor, ""] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one model made of gold tokens and branches."""
+
+    gold: Float[Tensor, "batch seq hidden"]
+    branches: Float[Tensor, "batch branches hidden"] | None
+
+
+def distillation_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: Mapping[str, Any],
+    objective: Objective,
+    candidates: Int[Tensor, "batch seq candidates"] | None = None,
+    generator: torch.Generator | None = None,
+    step_masses: Callable[[Masses], Masses] | None = None,
+) -> DistillationOutput:
+    """The Align-TI loss of a batch.
+
+    Args:
+        student: the model to train, on any attention implementation.
+        teacher: the model to imitate, in eval mode; read without gradient. May be None if only sft has weight.
+        batch: the models' own inputs, with `labels` (-100 outside responses) and `roles` [batch, seq]: 0 other, 1 visual,
+            2 instruction, 3 response.
+        objective: terms and weights. `iva.layer` must be a number here (`score_layers` finds it).
+        candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn.
+        generator: draws the candidates; on the device of the models.
+        step_masses: turns this batch's masses into those of the whole optimizer step, for gradient accumulation and data
+            parallelism; by default the batch is the step.
+
+    Raises:
+        BatchError: the batch contradicts itself.
+        ConfigError: `iva.layer` is "auto".
+        ModelError: the models do not fit each other.
+
+    Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
+    """
+    terms = objective.active
+    if objective.needs_teacher:
+        if teacher is None:
+            raise ConfigError(f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone.")
+        families.check_pair(student, teacher)
+    if "iva" in terms and objective.iva.layer == "auto":
+        raise ConfigError(
+            "objective.iva.layer is 'auto', which needs a sample of the training data; score_layers(teacher, groups) gives "
+            "each layer's score: take the highest, or use AlignTITrainer, which does so."
+        )
+    inputs, labels, roles = model_inputs(batch), batch["labels"], batch["roles"]
+    check_batch(inputs["input_ids"], labels, roles, families.real_tokens(inputs))
+
+    compared = teacher if objective.needs_teacher else None
+    plan, student_pass, teacher_pass, attention = run_passes(
+        student, compared, inputs, roles, objective, candidates, generator
+    )
+    every_mass = batch_masses(labels, roles, plan)
+    masses = {name: every_mass[name] for name in terms}
+    whole = masses if step_masses is None else step_masses(masses)
+    weights = gold_weights(labels, roles, objective, attention, plan)
+    student_rows, teacher_rows, row_labels, row_weights = gather_rows(weights, plan, labels, student_pass, teacher_pass)
+    dtype = torch.promote_types(student_rows.dtype, torch.float32)
+    # A mass is a count; where it is 0 the total is 0 too, and dividing by 1 keeps it so.
+    result = weighted_row_loss(
+        Rows(
+            student=student_rows,
+            student_head=families.head(student),
+            teacher=teacher_rows,
+            teacher_head=None if compared is None else families.head(compared),
+            labels=row_labels,
+        ),
+        {
+            name: RowWeights(
+                weights=row_weights[name],
+                coefficient=getattr(objective, name).weight / whole[name].to(dtype).clamp(min=1),
+                temperature={"sft": None, "kd": objective.kd.temperature}.get(name, 1.0),
+            )
+            for name in terms
+        },
+        objective.chunk_rows,
+    )
+    return DistillationOutput(
+        loss=result.loss,
+        terms={name: result.totals[name] / masses[name].to(dtype).clamp(min=1) for name in terms},
+        totals=dict(result.totals),
+        masses=masses,
+        branch_share=None if plan is None else plan.branches.used.sum() / plan.kept.clamp(min=1),
+    )
+
+
+def check_batch(
+    ids: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    roles: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch seq"],
+) -> None:
+    """Refuse a batch whose parts contradict each other, which would train silently wrong.
+
+    Raises:
+        BatchError: shapes differ; an unknown role; labels that are not the response tokens; a response on padding or at the
+            very start; no response at all.
+    """
+    if not ids.shape == labels.shape == roles.shape:
+        raise BatchError(
+            f"input_ids is {tuple(ids.shape)}, labels {tuple(labels.shape)}, roles {tuple(roles.shape)}; equal shapes "
+            "[batch, seq] are accepted."
+        )
+    labelled, response = labels != NO_LABEL, roles == RESPONSE
+    behind = torch.nn.functional.pad(real, (1, 0))[:, :-1]
+    problems = {
+        "roles holds a number other than 0 other, 1 visual, 2 instruction, 3 response": (roles < 0) | (roles > RESPONSE),
+        "labels and roles disagree on which tokens are response (3); label exactly those": labelled != response,
+        "a label differs from the token at its place; labels are not shifted, the loss does that": labelled & (labels != ids),
+        "a response token is padding or has no token before it to predict it": response & ~(real & behind),
+    }
+    # One transfer from the device for all checks.
+    found = torch.stack([*(problem.any() for problem in problems.values()), ~response.any()]).tolist()
+    for (sentence, problem), bad in zip(problems.items(), found, strict=False):
+        if bad:
+            sample, step = problem.nonzero()[0].tolist()
+            raise BatchError(f"sample {sample}, token {step}: {sentence}.")
+    if found[-1]:
+        raise BatchError("the batch holds no response token, so there is nothing to learn; give each sample a response.")
+
+
+def run_passes(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    inputs: Mapping[str, Any],
+    roles: Int[Tensor, "batch seq"],
+    objective: Objective,
+    candidates: Int[Tensor, "batch seq candidates"] | None,
+    generator: torch.Generator | None,
+) -> tuple[Transitions | None, Pass, Pass | None, Float[Tensor, "batch seq"] | None]:
+    """Everything that the models compute: the plan of candidates, both models' passes, and the teacher's attention."""
+    tpa = objective.tpa if "tpa" in objective.active else None
+    layer = objective.iva.layer if "iva" in objective.active else None
+    source = None if tpa is None or candidates is not None else tpa.source
+    plan, teacher_pass = None, None
+    with watch_instruction(teacher, roles, layer) as watch:
+        student_first = first_pass(student, inputs, tpa, drawn_from=source == "student")
+        with torch.no_grad():
+            teacher_first = None if teacher is None else first_pass(teacher, inputs, tpa, drawn_from=source == "teacher")
+        if tpa is not None:
+            if candidates is None:
+                drawn_from = {"student": (student, student_first), "teacher": (teacher, teacher_first), "gold": None}
+                candidates = draw_candidates(drawn_from[tpa.source], inputs, roles, tpa, generator)
+            check_candidates(candidates, roles, vocabulary(families.head(student)))
+            plan = plan_transitions(candidates, roles == RESPONSE, inputs["input_ids"], left_out_tokens(student, tpa))
+        student_pass = second_pass(student, inputs, student_first, plan)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_pass = second_pass(teacher, inputs, teacher_first, plan)
+    attention = None if watch is None else watch.means[watch.layers[0]][:, : roles.shape[1]]
+    return plan, student_pass, teacher_pass, attention
+
+
+def watch_instruction(
+    teacher: PreTrainedModel | None, roles: Int[Tensor, "batch seq"], layer: int | str | None
+) -> AbstractContextManager[Watch | None]:
+    """Reads where the teacher's instruction tokens look at one layer, if a layer is given."""
+    if teacher is None or not isinstance(layer, int):
+        return nullcontext()
+    return watching(teacher, roles == INSTRUCTION, (layer,))
+
+
+def first_pass(
+    model: PreTrainedModel, inputs: Mapping[str, Any], tpa: Tpa | None, *, drawn_from: bool
+) -> Reading | None:
+    """The pass before candidates are known.
+
+    In the packed form the gold tokens are read together with the branches, so here they are read only if candidates are drawn from
+    this model, and then without gradient.
+    """
+    if tpa is None or not is_packed(model, tpa):
+        return read(model, inputs, keep_cache=tpa is not None)
+    if not drawn_from:
+        return None
+    with torch.no_grad():
+        return read(model, inputs, keep_cache=False)
+
+
+def second_pass(
+    model: PreTrainedModel, inputs: Mapping[str, Any], first: Reading | None, plan: Transitions | None
+) -> Pass:
+    """The hidden states of gold tokens and branches, whichever way the first pass left to do."""
+    if plan is not None and (first is None or first.cache is None):
+        return Pass(*read_packed(model, inputs, plan.branches))
+    assert first is not None
+    if plan is None or plan.branches.width == 0:
+        return Pass(first.hidden, None)
+    return Pass(first.hidden, continue_branches(model, inputs, first, plan.branches))
+
+
+def is_packed(model: PreTrainedModel, tpa: Tpa) -> bool:
+    """Whether this model takes the packed form."""
+    return tpa.form == "packed" or (tpa.form == "auto" and not reuse_possible(model))
+
+
+@torch.no_grad()
+def draw_candidates(
+    drawn_from: tuple[PreTrainedModel | None, Reading | None] | None,
+    inputs: Mapping[str, Any],
+    roles: Int[Tensor, "batch seq"],
+    tpa: Tpa,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "batch seq candidates"]:
+    """Tokens to try at each response position, drawn from the model's distribution there; the gold tokens if no model is given."""
+    ids = inputs["input_ids"]
+    candidates = ids[..., None].expand(-1, -1, 1 if drawn_from is None else tpa.candidates).clone()
+    if drawn_from is None:
+        return candidates
+    model, reading = drawn_from
+    assert model is not None
+    assert reading is not None
+    sample, step = (roles == RESPONSE).nonzero(as_tuple=True)
+    # The row that predicts a token is the position before it.
+    hidden, project = reading.hidden[sample, step - 1], families.head(model)
+    chunk = max(1, CHUNK_LOGITS // vocabulary(project))
+    drawn = [
+        draw(
+            project(rows),
+            tpa.candidates,
+            temperature=tpa.temperature,
+            top_k=tpa.top_k,
+            top_p=tpa.top_p,
+            generator=generator,
+        )
+        for rows in hidden.split(chunk)
+    ]
+    candidates[sample, step] = torch.cat(drawn)
+    return candidates
+
+
+def check_candidates(
+    candidates: Int[Tensor, "batch seq candidates"], roles: Int[Tensor, "batch seq"], tokens: int
+) -> None:
+    """Refuse candidates that do not fit the batch or the vocabulary.
+
+    Raises:
+        BatchError: wrong shape, or a token id outside the vocabulary at a response position.
+    """
+    if candidates.dim() != 3 or candidates.shape[:2] != roles.shape or candidates.shape[2] == 0:
+        raise BatchError(
+            f"candidates is {tuple(candidates.shape)}; [batch, seq, n] with batch, seq = {tuple(roles.shape)} and n of 1 or "
+            "more is accepted."
+        )
+    outside = ((candidates < 0) | (candidates >= tokens)).any(-1) & (roles == RESPONSE)
+    if outside.any():
+        sample, step = outside.nonzero()[0].tolist()
+        raise BatchError(
+            f"sample {sample}, token {step}: candidates {candidates[sample, step].tolist()}; token ids from 0 to {tokens - 1} "
+            "are accepted."
+        )
+
+
+def left_out_tokens(student: PreTrainedModel, tpa: Tpa) -> tuple[int, ...]:
+    """The tokens that have no next step: ends of a turn, and the image token, which stands for no word."""
+    if tpa.left_out is not None:
+        return tpa.left_out
+    image = families.image_token(student)
+    return families.end_tokens(student) + (() if image is None else (image,))
+
+
+def gold_weights(
+    labels: Int[Tensor, "batch seq"],
+    roles: Int[Tensor, "batch seq"],
+    objective: Objective,
+    attention: Float[Tensor, "batch seq"] | None,
+    plan: Transitions | None,
+) -> dict[str, Float[Tensor, "batch seq"]]:
+    """How much each gold row counts in each term."""
+    predicts = (next_labels(labels) != NO_LABEL).float()
+    weights = {"sft": predicts, "kd": predicts}
+    if attention is not None:
+        weights["iva"] = visual_weights(attention, roles == VISUAL, roles == INSTRUCTION, objective.iva.images)
+    if plan is not None:
+        weights["tpa"] = plan.gold_weights
+    return {name: weights[name] for name in objective.active}
+
+
+def next_labels(labels: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    """At each position the label of the token after it, which is what its row predicts."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
+
+
+def batch_masses(
+    labels: Int[Tensor, "batch seq"], roles: Int[Tensor, "batch seq"], plan: Transitions | None = None
+) -> Masses:
+    """What each term's total over this batch is a sum of; tpa's is known only once there is a plan."""
+    responses = (labels != NO_LABEL).sum()
+    masses = {"sft": responses, "kd": responses}
+    masses["iva"] = aligned_samples(roles == VISUAL, roles == INSTRUCTION).sum()
+    if plan is not None:
+        masses["tpa"] = plan.mass
+    return masses
+
+
+def gather_rows(
+    weights: Mapping[str, Float[Tensor, "batch seq"]],
+    plan: Transitions | None,
+    labels: Int[Tensor, "batch seq"],
+    student: Pass,
+    teacher: Pass | None,
+) -> tuple[
+    Float[Tensor, "rows hidden"], Float[Tensor, "rows teacher_hidden"] | None, Tensor, dict[str, Float[Tensor, " rows"]]
+]:
+    """The rows that have weight in any term: gold rows first, then branches; with their labels and each term's weights."""
+    chosen = torch.stack([weight != 0 for weight in weights.values()]).any(0)
+    used = None if plan is None or student.branches is None else plan.branches.used
+
+    def joined(of: Pass) -> Tensor:
+        return of.gold[chosen] if used is None or of.branches is None else torch.cat([of.gold[chosen], of.branches[used]])
+
+    count = 0 if used is None else int(used.sum())
+    row_weights = {name: torch.nn.functional.pad(weight[chosen], (0, count)) for name, weight in weights.items()}
+    if plan is not None and used is not None:
+        row_weights["tpa"] = torch.cat([weights["tpa"][chosen], plan.branch_weights[used]])
+    row_labels = torch.nn.functional.pad(next_labels(labels)[chosen].clamp(min=0), (0, count))
+    return joined(student), None if teacher is None else joined(teacher), row_labels, row_weights
