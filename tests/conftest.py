@@ -15,7 +15,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "align_ti", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors]
+    "align_ti",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 settings.load_profile("align_ti")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor
 
 from align_ti.config import Iva, Kd, Objective, Sft, Tpa
@@ -23,7 +22,9 @@ def only(**terms) -> Objective:
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
 
 
 EAGER = 1e-6
@@ -106,4 +107,6 @@ def test_all_terms_together_are_the_weighted_sum(pair, seed, form):
     for name, value in terms.items():
         assert out.terms[name].item() == pytest.approx(value.item(), rel=EAGER)
         assert not out.terms[name].requires_grad
-    assert_same(student, out.loss, 0.5 * terms["sft"] + 2 * terms["kd"] + 0.3 * terms["iva"] + 1.5 * terms["tpa"], EAGER)
+    assert_same(
+        student, out.loss, 0.5 * terms["sft"] + 2 * terms["kd"] + 0.3 * terms["iva"] + 1.5 * terms["tpa"], EAGER
+    )

@@ -19,7 +19,9 @@ VOCABULARY, IMAGE, END, PAD = 40, 39, 38, 37
 VISUAL_TOKENS = 4
 
 
-def model(seed: int, hidden: int = 32, layers: int = 2, attention: str = "sdpa", tower: str = "siglip") -> LlavaForConditionalGeneration:
+def model(
+    seed: int, hidden: int = 32, layers: int = 2, attention: str = "sdpa", tower: str = "siglip"
+) -> LlavaForConditionalGeneration:
     """A random model in float64 and eval mode. Weights are large enough that distributions differ clearly from uniform."""
     torch.manual_seed(seed)
     vision = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[tower](

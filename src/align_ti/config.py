@@ -7,6 +7,7 @@ the option's full name, what was found, what is accepted, and the nearest known 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -264,11 +265,29 @@ class Recipe(Knobs):
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Recipe:
         if self.teacher is None and self.objective.needs_teacher:
-            raise ValueError("teacher is missing; name one, or give kd, iva and tpa a weight of 0 to train by sft alone")
+            raise ValueError(
+                "teacher is missing; name one, or give kd, iva and tpa a weight of 0 to train by sft alone"
+            )
         return self
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that reads 2e-5 as a number, which YAML 1.1 takes for text, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
@@ -279,17 +298,20 @@ def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: the recipe does not exist; `align-ti recipes list` names those that are shipped.") from None
+        raise ConfigError(
+            f"{path}: the recipe does not exist; `align-ti recipes list` names those that are shipped."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: the top level is {type(content).__name__}; sections such as student and data are accepted.")
+        raise ConfigError(
+            f"{path}: the top level is {type(content).__name__}; sections such as student and data are accepted."
+        )
     for change in changes:
         lay_over(content, change)
     try:
-        # JSON mode reads a YAML list as a tuple and 1 as 1.0, but neither "1" as 1 nor 1 as true.
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n{explain(Recipe, error)}") from None
@@ -304,10 +326,12 @@ def lay_over(content: dict[str, Any], change: str) -> None:
     for section in sections:
         inner = content.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {change!r}: {section} is no section but {inner!r}; give the name of a key in a section.")
+            raise ConfigError(
+                f"--set {change!r}: {section} is no section but {inner!r}; give the name of a key in a section."
+            )
         content = inner
     try:
-        content[key] = yaml.safe_load(value)
+        content[key] = yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change!r}: the value is not valid YAML: {error}") from error
 
@@ -344,6 +368,8 @@ def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
     """The keys of the section that the path leads to."""
     for part in parts:
         annotation = knobs.model_fields[part].annotation
-        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Knobs)]
+        inner = [
+            kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Knobs)
+        ]
         knobs = inner[0]
     return list(knobs.model_fields)

@@ -28,3 +28,7 @@ class ModelError(AlignTIError, ValueError):
 
 class RunError(AlignTIError, RuntimeError):
     """A run folder cannot be used: missing, unfinished, or made with other settings."""
+
+
+class InterruptedRunError(RunError):
+    """A run was stopped on request; a checkpoint is saved and the same call goes on from it."""

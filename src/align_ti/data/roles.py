@@ -60,7 +60,9 @@ def encode(
     """
     place = conversation.place
     if train and conversation.turns[-1].speaker != "assistant":
-        raise DataError(f"{place}: the last turn is by the user; a response to learn is needed; add it or remove the record.")
+        raise DataError(
+            f"{place}: the last turn is by the user; a response to learn is needed; add it or remove the record."
+        )
     text, spans = render(conversation, processor)
     tokenizer = processor.tokenizer
     # As transformers does when it renders and tokenizes in one go: special tokens are added unless the template put them there.
@@ -72,7 +74,9 @@ def encode(
         text=[text], images=[pictures] if pictures else None, add_special_tokens=special, return_tensors="pt"
     )
     ids = inputs["input_ids"][0]
-    inputs["roles"] = spread(torch.tensor(plain["input_ids"]), torch.tensor(roles), ids, image_id(processor), place)[None]
+    inputs["roles"] = spread(torch.tensor(plain["input_ids"]), torch.tensor(roles), ids, image_id(processor), place)[
+        None
+    ]
     inputs["labels"] = torch.where(inputs["roles"] == RESPONSE, inputs["input_ids"], NO_LABEL)
     if max_length is not None and len(ids) > max_length:
         raise DataError(
@@ -105,7 +109,9 @@ def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, 
         DataError: the template leaves words out, repeats or changes them.
     """
     real = messages(conversation)
-    parts = [(message["role"], part["text"]) for message in real for part in message["content"] if part["type"] == "text"]
+    parts = [
+        (message["role"], part["text"]) for message in real for part in message["content"] if part["type"] == "text"
+    ]
     taken = "".join(words for _, words in parts)
     markers = [f"\u27e6{number}\u27e7" for number in range(len(parts))]
     if any(marker in taken for marker in markers):
@@ -128,7 +134,9 @@ def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, 
         rebuilt += shown
     rebuilt += marked[position:]
     if rebuilt != text:
-        first = next((i for i, (a, b) in enumerate(zip(rebuilt, text, strict=False)) if a != b), min(len(rebuilt), len(text)))
+        first = next(
+            (i for i, (a, b) in enumerate(zip(rebuilt, text, strict=False)) if a != b), min(len(rebuilt), len(text))
+        )
         raise DataError(
             f"{conversation.place}: the chat template changes the words it is given (near {text[max(0, first - 20) : first + 20]!r}), "
             "so roles would be guessed; use a template that shows words as they are."

@@ -26,7 +26,9 @@ def read_conversations(path: Path, images: Path | None = None) -> list[Conversat
     path = Path(path)
     root = Path(images) if images is not None else path.parent
     if not root.is_dir():
-        raise DataError(f"{path}: the image root {root} is not a folder; give the folder that picture names start from.")
+        raise DataError(
+            f"{path}: the image root {root} is not a folder; give the folder that picture names start from."
+        )
     conversations = [read_record(record, place, root) for place, record in records(path)]
     if not conversations:
         raise DataError(f"{path}: no records found; at least one is needed; check that this is the right file.")
@@ -36,7 +38,9 @@ def read_conversations(path: Path, images: Path | None = None) -> list[Conversat
 def records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each raw record of the file with its place."""
     if path.suffix not in {".json", ".jsonl"}:
-        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; .json and .jsonl are accepted; convert it.")
+        raise DataError(
+            f"{path}: unknown kind of data file {path.suffix!r}; .json and .jsonl are accepted; convert it."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -95,7 +99,9 @@ def read_record(record: Any, place: str, root: Path) -> Conversation:
 def read_turn(turn: Any, place: str, number: int) -> Turn:
     """One `{"from", "value"}` object as a turn; line ends beside an image tag go with it, as in LLaVA's own reader."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(f"{place}: turn {number} is {turn!r:.80}; an object with 'from' and a text 'value' is accepted.")
+        raise DataError(
+            f"{place}: turn {number} is {turn!r:.80}; an object with 'from' and a text 'value' is accepted."
+        )
     if turn.get("from") not in SPEAKERS:
         raise DataError(
             f"{place}: turn {number} is from unknown role {turn.get('from')!r}; accepted: {', '.join(SPEAKERS)}; "

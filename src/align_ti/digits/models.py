@@ -87,9 +87,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """Tokenizer, picture preparation and chat template as one real LLaVA processor."""
-    pictures = SiglipImageProcessor(
-        size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    pictures = SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=build_tokenizer(),
@@ -103,7 +101,8 @@ def build_processor() -> LlavaProcessor:
 
 def build_model(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A LLaVA model of the given size with fresh weights."""
-    end, pad = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.pad_token_id
+    ids = tokenizer.get_vocab()
+    end, pad = ids["<|end|>"], ids["<pad>"]
     text = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
@@ -122,7 +121,7 @@ def build_model(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llava
     config = LlavaConfig(
         vision_config=tower_config(),
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=ids["<image>"],
         projector_hidden_act="gelu",
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,

@@ -121,12 +121,20 @@ def all_phrases() -> list[str]:
     phrases = ["Read every digit.", "Nothing."]
     phrases += [f"Read the {row} row." for row in ROWS]
     for place in places:
-        phrases += [f"Which digit is at the {place}?", f"What colour is the digit at the {place}?", f"It is at the {place}."]
+        phrases += [
+            f"Which digit is at the {place}?",
+            f"What colour is the digit at the {place}?",
+            f"It is at the {place}.",
+        ]
         phrases += [f"Add the digits at the {place} and the {place}."]
         phrases += [f"Which is larger, the digit at the {place} or at the {place}?"]
         phrases += [f"{place.capitalize()} {name}, {place} {name}." for name in names]
     for word in WORDS:
-        phrases += [f"It is a {word}.", f"Neither, both are {word}.", f"The {word} at the {places[0]} is larger than {word}."]
+        phrases += [
+            f"It is a {word}.",
+            f"Neither, both are {word}.",
+            f"The {word} at the {places[0]} is larger than {word}.",
+        ]
     for colour in COLOURS:
         phrases += [f"How many digits are {colour}?", f"One digit is {colour}.", f"It is {colour}."]
     phrases += [f"{name.capitalize()}, then {name}." for name in names] + [f"Where is the {name}?" for name in names]

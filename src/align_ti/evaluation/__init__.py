@@ -1,0 +1,1 @@
+"""Questions -> answers -> scores; imports nothing of training."""

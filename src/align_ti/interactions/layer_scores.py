@@ -47,7 +47,9 @@ def score_layers(model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]])
     return {layer: 1.0 - float(value) for layer, value in zip(layers, mean, strict=True)}
 
 
-def pair_similarities(model: PreTrainedModel, group: Mapping[str, Tensor], layers: tuple[int, ...], name: str) -> Tensor:
+def pair_similarities(
+    model: PreTrainedModel, group: Mapping[str, Tensor], layers: tuple[int, ...], name: str
+) -> Tensor:
     """The cosine of visual attention for each layer and each pair of the group: [layers, pairs]."""
     roles = group["roles"]
     visual, instruction = roles == VISUAL, roles == INSTRUCTION

@@ -37,6 +37,8 @@ def picture_totals(alpha: Float[Tensor, "batch seq"], visual: Bool[Tensor, "batc
     return totals.gather(1, run) * visual
 
 
-def aligned_samples(visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]) -> Bool[Tensor, " batch"]:
+def aligned_samples(
+    visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]
+) -> Bool[Tensor, " batch"]:
     """The samples that count in IVA: those with visual and instruction tokens. Their number is the term's mass."""
     return visual.any(-1) & instruction.any(-1)

@@ -29,7 +29,9 @@ def forward_kl(
     return terms.sum(-1) * temperature**2
 
 
-def negative_log_likelihood(logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def negative_log_likelihood(
+    logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
     """-log p(label) of each row in nats.
 
     Source: Align-TI (arXiv:2602.09483), the SFT term.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,9 @@ def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: i
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_LOGITS // vocabulary(head))
     names = list(terms)
-    loss, totals = _ChunkedRows.apply(rows, [terms[name] for name in names], chunk_rows, rows.student, *parameters)
+    loss, totals = _ChunkedRows.apply(  # type: ignore[no-untyped-call]
+        rows, [terms[name] for name in names], chunk_rows, rows.student, *parameters
+    )
     return RowLoss(loss=loss, totals=dict(zip(names, totals.unbind(), strict=True)))
 
 
@@ -106,7 +108,7 @@ class _ChunkedRows(torch.autograd.Function):
     """The loss over all chunks; the gradient into hidden states and head is ready when forward returns."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         rows: Rows,
         terms: Sequence[RowWeights],
@@ -141,7 +143,7 @@ class _ChunkedRows(torch.autograd.Function):
         return (coefficients * totals).sum(), totals
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, _totals_grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, loss_grad: Tensor, _totals_grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [grad * loss_grad.to(grad) for grad in (ctx.hidden_grad, *ctx.parameter_grads)]
         return (None, None, None, *scaled)
 

@@ -40,9 +40,7 @@ class Watch:
     modules: tuple[nn.Module, ...] = ()
     means: dict[int, Float[Tensor, "batch seq"]] = field(default_factory=dict)
 
-    def look(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
-    ) -> None:
+    def look(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """Keeps the mean attention if this module is watched; the first pass that reaches it counts.
 
         That pass reads the marked tokens at its start; tokens behind them (branches of the packed form) are no queries.
@@ -110,7 +108,7 @@ def mean_attention(
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """The language model runs on our attention entry inside the block, and on its own again after it."""
-    configs = {
+    configs: dict[int, Any] = {
         id(module.config): module.config for module in language_model(model).modules() if hasattr(module, "config")
     }
     before = {key: config._attn_implementation for key, config in configs.items()}

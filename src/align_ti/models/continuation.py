@@ -57,7 +57,10 @@ def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool)
     # Made without the model's config, so that no sliding-window layer drops old keys.
     cache = DynamicCache() if keep_cache else None
     out = backbone(model)(
-        **{**inputs, "position_ids": position_ids(inputs)}, past_key_values=cache, use_cache=keep_cache, return_dict=True
+        **{**inputs, "position_ids": position_ids(inputs)},
+        past_key_values=cache,
+        use_cache=keep_cache,
+        return_dict=True,
     )
     if cache is not None and (out.past_key_values is not cache or cache.get_seq_length() == 0):
         raise ModelError(
@@ -129,9 +132,12 @@ def fork(cache: DynamicCache) -> DynamicCache:
     """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
     forked = DynamicCache()
     for index, layer in enumerate(cache.layers):
+        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
+        assert keys is not None
+        assert values is not None
         # Updating with nothing initialises the layer; then it takes over the tensors themselves.
-        forked.update(layer.keys[..., :0, :], layer.values[..., :0, :], index)
-        forked.layers[index].keys, forked.layers[index].values = layer.keys, layer.values
+        forked.update(keys[..., :0, :], values[..., :0, :], index)
+        forked.layers[index].keys, forked.layers[index].values = keys, values  # type: ignore[union-attr]
     return forked
 
 

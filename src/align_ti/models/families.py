@@ -26,7 +26,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def head(model: PreTrainedModel) -> nn.Module:
     """The projection from hidden states to logits."""
-    found = model.get_output_embeddings()
+    found: nn.Module | None = model.get_output_embeddings()
     if found is None:
         raise ModelError(f"{type(model).__name__} has no output embeddings; load it with AutoModelForImageTextToText.")
     return found
@@ -40,11 +40,9 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The language model's softmax attention modules by layer index; layers with another kind of mixing are absent."""
-    return {
-        int(module.layer_idx): module
-        for module in language_model(model).modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "q_proj")
-    }
+    modules = language_model(model).modules()
+    numbered = ((getattr(module, "layer_idx", None), module) for module in modules if hasattr(module, "q_proj"))
+    return {index: module for index, module in numbered if isinstance(index, int)}
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:

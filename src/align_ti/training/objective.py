@@ -1,7 +1,7 @@
 """The loss: two forward passes, rows and weights of each term, one projection for all of them.
 
-    teacher and student read the gold tokens -> (captured attention -> visual weights) and (candidates -> branches over the
-    kept caches) -> rows and weights -> divergence -> weighted terms -> loss
+teacher and student read the gold tokens -> (captured attention -> visual weights) and (candidates -> branches over the
+kept caches) -> rows and weights -> divergence -> weighted terms -> loss
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def distillation_loss(
     terms = objective.active
     if objective.needs_teacher:
         if teacher is None:
-            raise ConfigError(f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone.")
+            raise ConfigError(
+                f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone."
+            )
         families.check_pair(student, teacher)
     if "iva" in terms and objective.iva.layer == "auto":
         raise ConfigError(
@@ -155,9 +157,11 @@ def check_batch(
     labelled, response = labels != NO_LABEL, roles == RESPONSE
     behind = torch.nn.functional.pad(real, (1, 0))[:, :-1]
     problems = {
-        "roles holds a number other than 0 other, 1 visual, 2 instruction, 3 response": (roles < 0) | (roles > RESPONSE),
+        "roles holds a number other than 0 other, 1 visual, 2 instruction, 3 response": (roles < 0)
+        | (roles > RESPONSE),
         "labels and roles disagree on which tokens are response (3); label exactly those": labelled != response,
-        "a label differs from the token at its place; labels are not shifted, the loss does that": labelled & (labels != ids),
+        "a label differs from the token at its place; labels are not shifted, the loss does that": labelled
+        & (labels != ids),
         "a response token is padding or has no token before it to predict it": response & ~(real & behind),
     }
     # One transfer from the device for all checks.
@@ -167,7 +171,9 @@ def check_batch(
             sample, step = problem.nonzero()[0].tolist()
             raise BatchError(f"sample {sample}, token {step}: {sentence}.")
     if found[-1]:
-        raise BatchError("the batch holds no response token, so there is nothing to learn; give each sample a response.")
+        raise BatchError(
+            "the batch holds no response token, so there is nothing to learn; give each sample a response."
+        )
 
 
 def run_passes(
@@ -187,13 +193,14 @@ def run_passes(
     with watch_instruction(teacher, roles, layer) as watch:
         student_first = first_pass(student, inputs, tpa, drawn_from=source == "student")
         with torch.no_grad():
-            teacher_first = None if teacher is None else first_pass(teacher, inputs, tpa, drawn_from=source == "teacher")
+            teacher_first = (
+                None if teacher is None else first_pass(teacher, inputs, tpa, drawn_from=source == "teacher")
+            )
         if tpa is not None:
             if candidates is None:
                 drawn_from = {"student": (student, student_first), "teacher": (teacher, teacher_first), "gold": None}
                 candidates = draw_candidates(drawn_from[tpa.source], inputs, roles, tpa, generator)
-            check_candidates(candidates, roles, vocabulary(families.head(student)))
-            plan = plan_transitions(candidates, roles == RESPONSE, inputs["input_ids"], left_out_tokens(student, tpa))
+            plan = plan_candidates(student, {**inputs, "roles": roles}, candidates, tpa)
         student_pass = second_pass(student, inputs, student_first, plan)
         if teacher is not None:
             with torch.no_grad():
@@ -253,7 +260,7 @@ def draw_candidates(
     generator: torch.Generator | None,
 ) -> Int[Tensor, "batch seq candidates"]:
     """Tokens to try at each response position, drawn from the model's distribution there; the gold tokens if no model is given."""
-    ids = inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"]
     candidates = ids[..., None].expand(-1, -1, 1 if drawn_from is None else tpa.candidates).clone()
     if drawn_from is None:
         return candidates
@@ -299,6 +306,34 @@ def check_candidates(
             f"sample {sample}, token {step}: candidates {candidates[sample, step].tolist()}; token ids from 0 to {tokens - 1} "
             "are accepted."
         )
+
+
+def candidates_for(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: Mapping[str, Any],
+    tpa: Tpa,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch seq candidates"]:
+    """The candidates of a batch, drawn beforehand by a pass without gradient.
+
+    For gradient accumulation: TPA's mass over the whole step is known only when every batch of it has its candidates.
+    """
+    inputs, drawn_from = model_inputs(batch), None
+    if tpa.source != "gold":
+        model = student if tpa.source == "student" else teacher
+        assert model is not None
+        with torch.no_grad():
+            drawn_from = (model, read(model, inputs, keep_cache=False))
+    return draw_candidates(drawn_from, inputs, batch["roles"], tpa, generator)
+
+
+def plan_candidates(
+    student: PreTrainedModel, batch: Mapping[str, Any], candidates: Int[Tensor, "batch seq candidates"], tpa: Tpa
+) -> Transitions:
+    """The rows and weights that the candidates of a batch come to."""
+    check_candidates(candidates, batch["roles"], vocabulary(families.head(student)))
+    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out_tokens(student, tpa))
 
 
 def left_out_tokens(student: PreTrainedModel, tpa: Tpa) -> tuple[int, ...]:
@@ -357,7 +392,9 @@ def gather_rows(
     used = None if plan is None or student.branches is None else plan.branches.used
 
     def joined(of: Pass) -> Tensor:
-        return of.gold[chosen] if used is None or of.branches is None else torch.cat([of.gold[chosen], of.branches[used]])
+        return (
+            of.gold[chosen] if used is None or of.branches is None else torch.cat([of.gold[chosen], of.branches[used]])
+        )
 
     count = 0 if used is None else int(used.sum())
     row_weights = {name: torch.nn.functional.pad(weight[chosen], (0, count)) for name, weight in weights.items()}

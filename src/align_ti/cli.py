@@ -1,0 +1,371 @@
+"""The command line: thin verbs over the pipeline. Importing it, and so `--help`, imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from align_ti.config import Evaluation, Recipe, Scores, Training, read_recipe
+from align_ti.errors import AlignTIError, ConfigError, InterruptedRunError
+
+app = typer.Typer(
+    name="align-ti",
+    help="Distil a large vision-language model into a small one that is nearly as good.\n\nStart with: align-ti demo --out runs/demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+recipes = typer.Typer(help="The recipes that are shipped: list, show, copy.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+console = Console()
+
+RecipePath = Annotated[
+    Path, typer.Argument(help="A recipe file (.yaml), or the name of a shipped recipe.", metavar="RECIPE")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one option, such as objective.tpa.candidates=2. May be repeated."
+    ),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder; a stopped demo goes on in it.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides scenes, questions, order and draws.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of each method; by default the benchmark's.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Measure on 'test', or on 'validation' while settings are chosen.")
+    ] = "test",
+) -> None:
+    """Distil a small model on real handwriting three ways and compare them.
+
+    Draws the digits benchmark, measures the shipped teacher, scores its layers, trains one student by SFT, by SFT + vanilla KD and by
+    Align-TI from the same start, measures all of them on held-out handwriting, and writes report.html and summary.json.
+    """
+    if split not in {"test", "validation"}:
+        raise ConfigError(f"--split is {split!r}; accepted: 'test' or 'validation'.")
+    quiet()
+    from align_ti.demo import TRAINING, run_demo
+    from align_ti.report.page import write_report
+
+    training = TRAINING if steps is None else Training(**{**TRAINING.model_dump(), "max_steps": steps})
+    with bars() as advance:
+        summary = run_demo(out, seed, training=training, split=split, advance=advance)
+        page = write_report(out)
+    show_summary(summary)
+    console.print(f"report: {page}\nsummary: {out / 'summary.json'}")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    changes: Changes = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and models, train nothing.")] = False,
+) -> None:
+    """Distil as a recipe says; run again to go on after a stop.
+
+    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
+    """
+    checked = read_recipe(find_recipe(recipe), changes or [])
+    quiet()
+    if dry_run:
+        dry(checked)
+        return
+    from align_ti.pipeline import train_and_measure
+    from align_ti.report.page import write_report
+    from align_ti.runs import read_json
+
+    with bars() as advance:
+        run = train_and_measure(
+            checked,
+            steps=lambda done, total: advance("train", done, total),
+            advance=lambda name, done, total: advance(f"measure: {name}", done, total),
+        )
+    console.print(f"student: {run.student}")
+    if run.summary.exists():
+        show_summary(read_json(run.summary))
+        console.print(f"report: {write_report(run.root)}")
+
+
+@app.command("score-layers")
+def score_layers(
+    model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
+    data: Annotated[Path, typer.Argument(help="A LLaVA-format file whose pictures have several instructions.")],
+    images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures in the sample.")] = 64,
+    instructions: Annotated[int, typer.Option(min=2, help="Instructions of each picture.")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
+) -> None:
+    """Score how far each layer's visual focus moves with the instruction (IRS).
+
+    The layer with the highest score is the one that objective.iva.layer=auto takes.
+    """
+    quiet()
+    from align_ti.data.sources import read_conversations
+    from align_ti.pipeline import score_teacher
+    from align_ti.runs import write_json
+
+    with console.status("scoring layers"):
+        scores = score_teacher(
+            model, read_conversations(data, images), Scores(images=pictures, instructions=instructions), seed
+        )
+    best = max(scores, key=lambda layer: scores[layer])
+    table = Table("layer", "IRS", "")
+    for layer, score in scores.items():
+        table.add_row(
+            str(layer),
+            f"{score:.4f}",
+            "█" * round(40 * score / max(*scores.values(), 1e-9)) + (" ←" if layer == best else ""),
+        )
+    console.print(table)
+    if out is not None:
+        write_json(out, {"layer": best, "scores": {str(layer): score for layer, score in scores.items()}})
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
+    data: Annotated[Path, typer.Argument(help="A LLaVA-format file with the expected answers.")],
+    images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Also measure the divergence from this model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Also write scores and answers to this JSON file.")] = None,
+) -> None:
+    """Ask a model every question of a file and score its answers by exact match, overall and by kind."""
+    quiet()
+    from align_ti.data.sources import read_conversations
+    from align_ti.pipeline import evaluate_model
+    from align_ti.runs import write_json
+
+    conversations = read_conversations(data, images)
+    with bars() as advance:
+        done = [0]
+
+        def answered(count: int) -> None:
+            done[0] += count
+            advance("answer", done[0], len(conversations))
+
+        settings = Evaluation(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        result = evaluate_model(model, conversations, settings, teacher=teacher, advance=answered)
+    table = Table("kind", "accuracy %", "95 %", "questions")
+    for kind, score in result["accuracy"].items():
+        table.add_row(
+            kind, f"{score['per_cent']:.1f}", f"{score['low']:.1f}-{score['high']:.1f}", str(score["questions"])
+        )
+    console.print(table)
+    if result["cut"]:
+        console.print(f"{result['cut']} answer(s) were cut at {max_new_tokens} tokens; raise --max-new-tokens.")
+    if "divergence" in result:
+        console.print(f"KL from the teacher: {result['divergence']:.4f} nats a token")
+    if out is not None:
+        write_json(out, result)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The folder of a finished run or demo.")]) -> None:
+    """Write report.html again from what lies in a run folder."""
+    from align_ti.report.page import write_report
+
+    console.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def digits(
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Training pictures, each with up to eight instructions.")] = 250,
+    validation: Annotated[int, typer.Option(min=1, help="Validation pictures.")] = 100,
+    test: Annotated[int, typer.Option(min=1, help="Test pictures.")] = 250,
+) -> None:
+    """Write the digits benchmark to disk: pictures, LLaVA-format JSON, and the shipped teacher and student."""
+    quiet()
+    from align_ti.digits.files import Sizes, write_benchmark
+
+    with bars() as advance:
+        done = [0]
+
+        def drawn(count: int) -> None:
+            done[0] += count
+            advance("draw", done[0], train + validation + test)
+
+        write_benchmark(out, seed, Sizes(train=train, validation=validation, test=test), drawn)
+    console.print(f"benchmark: {out}")
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Name every shipped recipe with its first line."""
+    table = Table("recipe", "what it is")
+    for name, text in shipped().items():
+        table.add_row(name, text.splitlines()[0].lstrip("# "))
+    console.print(table)
+
+
+@recipes.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
+    """Print a recipe."""
+    typer.echo(recipe_text(name))
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    to: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+) -> None:
+    """Copy a recipe to a file of your own, to change it there."""
+    text = recipe_text(name)
+    if to.exists():
+        raise ConfigError(f"{to} exists; nothing was written; choose another name.")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(text, encoding="utf-8")
+    console.print(f"recipe: {to}")
+
+
+# --- what the verbs share ---------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, str]:
+    """The shipped recipes by name."""
+    folder = files("align_ti") / "recipes"
+    found = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
+    return {item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8") for item in found}
+
+
+def recipe_text(name: str) -> str:
+    """The text of a shipped recipe."""
+    known = shipped()
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}; shipped: {', '.join(known)}.")
+    return known[name]
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe file: as given, or a shipped recipe of that name."""
+    if not path.exists() and str(path) in shipped():
+        with as_file(files("align_ti") / "recipes" / f"{path}.yaml") as file:
+            return Path(file)
+    return path
+
+
+def dry(recipe: Recipe) -> None:
+    """Load and check everything that a run needs, and say what it would do."""
+    from align_ti.data.roles import ROLE_NAMES, encode
+    from align_ti.pipeline import load_parts, read_data
+
+    conversations = read_data(recipe.data, recipe.data.train)
+    questions = [] if recipe.data.eval is None else read_data(recipe.data, recipe.data.eval)
+    parts = load_parts(recipe)
+    sample = encode(conversations[0], parts.processor, recipe.data.max_length)
+    trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    table = Table("what", "value", title="dry run: nothing is trained")
+    table.add_row(
+        "student",
+        f"{recipe.student.path}: {trained / 1e6:.2f} M of {parts.student.num_parameters() / 1e6:.2f} M trained",
+    )
+    if parts.teacher is not None and recipe.teacher is not None:
+        table.add_row("teacher", f"{recipe.teacher.path}: {parts.teacher.num_parameters() / 1e6:.2f} M, frozen")
+    table.add_row("records", f"{len(conversations)} to learn from, {len(questions)} to be measured on")
+    roles = ", ".join(f"{int((sample['roles'] == number).sum())} {name}" for number, name in enumerate(ROLE_NAMES))
+    table.add_row("first record", f"{len(sample['input_ids'])} tokens: {roles}")
+    terms = ", ".join(f"{name} x {getattr(recipe.objective, name).weight:g}" for name in recipe.objective.active)
+    table.add_row("objective", terms)
+    table.add_row("run folder", recipe.out)
+    console.print(table)
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """The result as a table."""
+    kinds = list(summary["questions_by_kind"])
+    table = Table(
+        "model", *kinds, "KL", "s/step", "peak MiB", title=f"exact match, per cent, {summary['questions']} questions"
+    )
+    for name, scores in summary["accuracy"].items():
+        low, high = summary["interval_95"][name]["overall"]
+        first = f"{scores['overall']:.1f} ({low:.1f}-{high:.1f})"
+        rest = [f"{scores[kind]:.1f}" for kind in kinds[1:]]
+        measured = [
+            shown(summary[key].get(name), form)
+            for key, form in (("divergence_nats", ".3f"), ("seconds_per_step", ".3f"), ("peak_memory_mib", ".0f"))
+        ]
+        table.add_row(summary["labels"][name], first, *rest, *measured)
+    console.print(table)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number, or a dash where nothing was measured."""
+    return "-" if value is None else format(value, form)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars with the time that is left, one for each stage; where nobody watches, one line a stage."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(f"{stage} ...")
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def quiet() -> None:
+    """Leave the terminal to the progress bars: libraries speak only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def main() -> None:
+    """The entry point: an error that a user can meet is one message, not a traceback."""
+    try:
+        app()
+    except AlignTIError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
+        print(error, file=sys.stderr)
+        sys.exit(130 if isinstance(error, InterruptedRunError) else 2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,46 @@
+"""Pictures under several instructions: the sample that layers are scored on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
+from align_ti.errors import DataError
+
+
+def same_image_groups(
+    conversations: Sequence[Conversation], images: int, instructions: int, seed: int = 0
+) -> list[list[Conversation]]:
+    """Up to `images` groups, each one picture under 2 to `instructions` different instructions, without answers.
+
+    Every user turn of a one-picture record is an instruction about its picture, asked on its own. The sample is drawn with the
+    seed.
+
+    Raises:
+        DataError: no picture has two instructions.
+    """
+    asked: dict[object, dict[str, Conversation]] = {}
+    for conversation in conversations:
+        if len(conversation.images) != 1:
+            continue
+        picture = conversation.images[0]
+        # Pictures in memory are the same only if they are the same object.
+        group = asked.setdefault(picture if isinstance(picture, Path) else id(picture), {})
+        for turn in conversation.turns:
+            text = turn.text.replace(IMAGE_TAG, "")
+            if turn.speaker == "user" and text.strip():
+                question = Turn("user", turn.text if IMAGE_TAG in turn.text else IMAGE_TAG + turn.text)
+                group.setdefault(
+                    text, Conversation((question,), conversation.images, conversation.place, conversation.kind)
+                )
+    groups = [list(group.values()) for group in asked.values() if len(group) >= 2]
+    if not groups:
+        raise DataError(
+            "no picture of the training data has two different instructions, so layers cannot be scored; set "
+            "objective.iva.layer to a number, or score layers on other data with `align-ti score-layers`."
+        )
+    chooser = random.Random(seed)
+    chosen = chooser.sample(groups, min(images, len(groups)))
+    return [chooser.sample(group, min(instructions, len(group))) for group in chosen]

@@ -1,0 +1,184 @@
+"""The main job on real data: one small student distilled three times from the same start, and everything measured.
+
+benchmark -> teacher and start measured -> layers scored -> SFT, SFT + KD, Align-TI trained -> all measured -> report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align_ti.config import Data, Evaluation, Iva, Kd, Objective, Recipe, Scores, Sft, Student, Teacher, Tpa, Training
+from align_ti.data.collator import EncodedConversations
+from align_ti.data.sources import read_conversations
+from align_ti.digits.files import Sizes, write_benchmark
+from align_ti.errors import RunError
+from align_ti.models.loading import load_processor
+from align_ti.pipeline import distil, evaluate_model, score_teacher, summarise
+from align_ti.runs import RunFolder, provenance, read_json, write_json
+
+Advance = Callable[[str, int, int], None]
+"""Called with the name of the stage, what is done, and all there is, for progress bars."""
+
+LABELS = {
+    "teacher": "teacher",
+    "start": "student's start",
+    "sft": "SFT",
+    "kd": "SFT + vanilla KD",
+    "align_ti": "Align-TI",
+}
+
+# Chosen once, on the validation split (docs/benchmark.md tells how); the test split and the seed had no say.
+TRAINING = Training(
+    max_steps=600,
+    learning_rate=2e-3,
+    per_device_train_batch_size=32,
+    warmup_steps=30,
+    weight_decay=0.01,
+    logging_steps=20,
+    save_steps=200,
+    save_total_limit=1,
+)
+EVALUATION = Evaluation(batch_size=100, max_new_tokens=40)
+SCORES = Scores(images=64, instructions=4)
+
+
+def objectives(layer: int) -> dict[str, Objective]:
+    """The three methods that are compared."""
+    no_kd, no_iva, no_tpa = Kd(weight=0.0), Iva(weight=0.0), Tpa(weight=0.0)
+    return {
+        "sft": Objective(sft=Sft(), kd=no_kd, iva=no_iva, tpa=no_tpa),
+        "kd": Objective(sft=Sft(), kd=Kd(), iva=no_iva, tpa=no_tpa),
+        "align_ti": Objective(sft=Sft(), kd=Kd(), iva=Iva(layer=layer), tpa=Tpa()),
+    }
+
+
+def run_demo(
+    out: Path,
+    seed: int = 0,
+    *,
+    sizes: Sizes | None = None,
+    training: Training = TRAINING,
+    split: str = "test",
+    advance: Advance = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The whole job; what is finished in the folder already is not done again.
+
+    Args:
+        out: the run folder.
+        seed: decides scenes, questions, order and draws.
+        sizes: pictures of each split.
+        training: how long and how fast each method trains.
+        split: "test", or "validation" while settings are chosen.
+        advance: progress.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        RunError: the folder holds something else, or a demo with other choices.
+    """
+    sizes = Sizes() if sizes is None else sizes
+    claim(out, {"seed": seed, "sizes": sizes, "training": training, "split": split})
+    root, data = RunFolder(out), out / "data"
+    if not (data / "student").is_dir():
+        done, total = [0], sizes.train + sizes.validation + sizes.test
+
+        def drawn(count: int) -> None:
+            done[0] += count
+            advance("draw the benchmark", done[0], total)
+
+        write_benchmark(data, seed, sizes, drawn)
+
+    conversations = read_conversations(data / f"{split}.json")
+    results: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, path: Path) -> None:
+        file = root.evaluation(name)
+        if not file.exists():
+            done = [0]
+
+            def answered(count: int) -> None:
+                done[0] += count
+                advance(f"measure: {LABELS[name]}", done[0], len(conversations))
+
+            teacher = None if name == "teacher" else str(data / "teacher")
+            write_json(file, evaluate_model(str(path), conversations, EVALUATION, teacher=teacher, advance=answered))
+        results[name] = read_json(file)
+
+    measure("teacher", data / "teacher")
+    measure("start", data / "student")
+    layer = best_layer(root, data, seed, advance)
+
+    runs: dict[str, RunFolder] = {}
+    processor = load_processor(str(data / "student"))
+    train = EncodedConversations(read_conversations(data / "train.json"), processor, cache=True)
+    for index in range(len(train)):
+        train[index]
+        advance("prepare training data", index + 1, len(train))
+    for name, objective in objectives(layer).items():
+        recipe = Recipe(
+            out=str(out / name),
+            seed=seed,
+            student=Student(path=str(data / "student")),
+            teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
+            data=Data(train=str(data / "train.json"), cache=True),
+            objective=objective,
+            training=training,
+            evaluation=EVALUATION,
+        )
+
+        def stepped(step: int, steps: int, name: str = name) -> None:
+            advance(f"train: {LABELS[name]}", step, steps)
+
+        runs[name] = distil(recipe, data=train, steps=stepped)
+        measure(name, runs[name].student)
+
+    summary = summarise("Align-TI on real handwriting", seed, results, LABELS, runs)
+    summary |= {
+        "split": split,
+        "pictures": getattr(sizes, split),
+        "training_instructions": len(train),
+        "steps": training.max_steps,
+        "layer": layer,
+        "layer_scores": read_json(root.layer_scores)["scores"],
+        "branch_share": branch_share(runs["align_ti"]),
+        "provenance": provenance(),
+    }
+    write_json(root.summary, summary)
+    return summary
+
+
+def claim(out: Path, choices: dict[str, Any]) -> None:
+    """Make the folder this demo's own, or go on in it if it was made with the same choices."""
+    content = {name: str(value) for name, value in choices.items()}
+    marker = out / "demo.json"
+    if marker.exists():
+        before = read_json(marker)
+        if before != content:
+            changed = ", ".join(name for name in content if before.get(name) != content[name])
+            raise RunError(
+                f"{out} holds a demo with another {changed}; choose another folder (--out) or remove this one."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty and holds no demo; choose a new or empty folder (--out).")
+    else:
+        write_json(marker, content)
+
+
+def best_layer(root: RunFolder, data: Path, seed: int, advance: Advance) -> int:
+    """The teacher's layer with the highest instruction-relevance score on training pictures."""
+    if not root.layer_scores.exists():
+        advance("score the teacher's layers", 0, 1)
+        scores = score_teacher(str(data / "teacher"), read_conversations(data / "train.json"), SCORES, seed, "float32")
+        layer = max(scores, key=lambda key: scores[key])
+        write_json(root.layer_scores, {"layer": layer, "scores": {str(key): value for key, value in scores.items()}})
+        advance("score the teacher's layers", 1, 1)
+    return int(read_json(root.layer_scores)["layer"])
+
+
+def branch_share(run: RunFolder) -> dict[str, float]:
+    """The share of candidates that needed a row of their own, in the first and in the last logged steps of training."""
+    logged = [line["branch_share"] for line in run.read_metrics() if "branch_share" in line]
+    return {"first": round(logged[0], 4), "last": round(logged[-1], 4)} if logged else {}

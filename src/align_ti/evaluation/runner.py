@@ -1,0 +1,140 @@
+"""Asks a model and measures it: greedy answers, accuracy by kind, and divergence from a teacher on held-out answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from align_ti.config import Evaluation
+from align_ti.data.collator import Collator
+from align_ti.data.conversation import Conversation
+from align_ti.data.roles import NO_LABEL, encode, messages, model_inputs
+from align_ti.evaluation.scoring import by_kind, is_right
+from align_ti.evaluation.tasks import Question, question
+from align_ti.losses.divergence import forward_kl
+from align_ti.models.continuation import read
+from align_ti.models.families import head
+
+Advance = Callable[[int], None]
+"""Called with the number of records done, for a progress bar."""
+
+
+def ignore(_done: int) -> None:
+    """Progress that nobody watches."""
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Consecutive parts of at most the given size."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    settings: Evaluation,
+    advance: Advance = ignore,
+) -> list[tuple[str, bool]]:
+    """The model's greedy answer to each question, and whether it was cut at the token limit."""
+    answers: list[tuple[str, bool]] = []
+    tokenizer = processor.tokenizer
+    model.eval()
+    for part in chunks(questions, settings.batch_size):
+        texts = [
+            processor.apply_chat_template(messages(one.conversation), tokenize=False, add_generation_prompt=True)
+            for one in part
+        ]
+        pictures = [one.conversation.pictures() for one in part]
+        inputs = processor(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
+            return_tensors="pt",
+        ).to(model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
+        made = generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
+        made = made[:, inputs["input_ids"].shape[1] :]
+        ends = torch.tensor(sorted(end_ids(model)), device=made.device)
+        cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= settings.max_new_tokens)
+        words = tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answers += [(text.strip(), bool(short)) for text, short in zip(words, cut, strict=True)]
+        advance(len(part))
+    return answers
+
+
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """The ids that end generation."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else {ids} if ids is not None else set()
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    settings: Evaluation,
+    advance: Advance = ignore,
+) -> dict[str, Any]:
+    """Exact-match accuracy of the last answer of each record, overall and by kind, with every answer given.
+
+    Returns:
+        `accuracy` by kind (per cent, 95 % interval, number of questions), `cut` answers at the token limit, and `answers`.
+    """
+    questions = [question(conversation) for conversation in conversations]
+    given = answer(model, processor, questions, settings, advance)
+    right = [is_right(text, one.expected) for (text, _), one in zip(given, questions, strict=True)]
+    scores = by_kind(right, [one.picture for one in questions], [one.kind for one in questions])
+    return {
+        "accuracy": {kind: asdict(score) for kind, score in scores.items()},
+        "cut": sum(cut for _, cut in given),
+        "answers": [
+            {
+                "place": one.conversation.place,
+                "image": next((str(image) for image in one.conversation.images if isinstance(image, Path)), None),
+                "kind": one.kind,
+                "question": one.conversation.turns[-1].text,
+                "expected": one.expected,
+                "answer": text,
+                "right": hit,
+            }
+            for one, (text, _), hit in zip(questions, given, right, strict=True)
+        ],
+    }
+
+
+@torch.no_grad()
+def divergence(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    settings: Evaluation,
+    advance: Advance = ignore,
+) -> float:
+    """Mean KL(teacher || student) in nats over every response token of held-out records, along the right answers."""
+    collate = Collator(processor.tokenizer.pad_token_id)
+    student.eval(), teacher.eval()
+    total, count = 0.0, 0
+    for part in chunks(conversations, settings.batch_size):
+        batch = collate([encode(conversation, processor) for conversation in part])
+        batch = {name: value.to(student.device) for name, value in batch.items()}
+        predicts = batch["labels"][:, 1:] != NO_LABEL
+        logits = [
+            head(model)(read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts])
+            for model in (student, teacher)
+        ]
+        total += float(forward_kl(*logits).sum())
+        count += int(predicts.sum())
+        advance(len(part))
+    return total / count

@@ -1,0 +1,96 @@
+"""Loads models and processors from folders or the hub: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from align_ti.errors import ModelError
+from align_ti.models.families import backbone
+
+
+def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
+    """The vision-language model in a folder or of a hub name, in eval mode.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
+            "transformers, saved as safetensors, is accepted."
+        ) from error
+    model.eval()
+    return model
+
+
+def load_processor(path: str) -> ProcessorMixin:
+    """The processor beside a model.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no chat template.
+    """
+    try:
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path}: the processor cannot be loaded ({first_line(error)}); save it beside the model with "
+            "processor.save_pretrained."
+        ) from error
+    if getattr(processor, "tokenizer", None) is None or not getattr(processor, "chat_template", None):
+        raise ModelError(
+            f"{path}: the processor has no chat template, so roles cannot be told apart; save one with it (chat_template.jinja)."
+        )
+    return processor
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, which is what one-line errors have room for."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def check_processors(student: ProcessorMixin, teacher: ProcessorMixin) -> None:
+    """Refuse two processors that would not make the same tokens.
+
+    Raises:
+        ModelError: a token has different ids in the two tokenizers; the first ones are named.
+    """
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    differing = [token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token)]
+    if differing:
+        named = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:5])
+        raise ModelError(
+            f"student and teacher have different tokenizers: {len(differing)} token(s) differ, first {named}; equal token ids are "
+            "accepted; choose models of one tokenizer."
+        )
+
+
+PARTS = {
+    "vision_tower": ("vision_tower", "visual", "vision_model"),
+    "projector": ("multi_modal_projector", "connector"),
+    "language_model": ("language_model", "text_model"),
+}
+"""The names that transformers' families give their parts."""
+
+
+def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
+    """Switches off the gradient of the named parts.
+
+    Raises:
+        ModelError: the model has no such part, or nothing is left to train.
+    """
+    inner = backbone(model)
+    for part in parts:
+        found = [getattr(inner, name) for name in PARTS[part] if hasattr(inner, name)]
+        if not found:
+            raise ModelError(
+                f"student.freeze names {part!r}, but {type(model).__name__} has no such part; leave it out; parts are: "
+                f"{', '.join(name for name, _ in inner.named_children())}."
+            )
+        for module in found:
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"student.freeze ({', '.join(parts)}) leaves nothing to train; freeze fewer parts.")

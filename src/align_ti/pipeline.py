@@ -1,0 +1,228 @@
+"""What the command line and Python both call: distil, evaluate, score layers, summarise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from align_ti.config import Data, Evaluation, Recipe, Scores
+from align_ti.data.collator import Collator, EncodedConversations
+from align_ti.data.conversation import Conversation
+from align_ti.data.groups import same_image_groups
+from align_ti.data.roles import encode
+from align_ti.data.sources import read_conversations
+from align_ti.errors import InterruptedRunError
+from align_ti.evaluation.runner import divergence, evaluate, ignore
+from align_ti.interactions.layer_scores import score_layers
+from align_ti.models.families import check_pair
+from align_ti.models.loading import check_processors, freeze, load_model, load_processor
+from align_ti.runs import RunFolder, read_json, write_json
+from align_ti.training.memory import peak_memory
+from align_ti.training.trainer import AlignTITrainer
+from align_ti.training.watch import RunRecorder
+
+Steps = Callable[[int, int], None]
+"""Called with the steps done and all steps, for a progress bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a recipe names, loaded and checked against each other."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    processor: ProcessorMixin
+
+
+def load_parts(recipe: Recipe) -> Parts:
+    """Models and processor of a recipe.
+
+    Raises:
+        ModelError: one cannot be loaded, or they do not fit each other.
+    """
+    processor = load_processor(recipe.student.path)
+    student = load_model(recipe.student.path, recipe.student.dtype)
+    freeze(student, recipe.student.freeze)
+    teacher = None
+    if recipe.teacher is not None and recipe.objective.needs_teacher:
+        check_processors(processor, load_processor(recipe.teacher.path))
+        teacher = load_model(recipe.teacher.path, recipe.teacher.dtype).requires_grad_(False)
+        check_pair(student, teacher)
+    return Parts(student, teacher, processor)
+
+
+def read_data(data: Data, path: str) -> list[Conversation]:
+    """The records of one of a recipe's data files."""
+    return read_conversations(Path(path), None if data.images is None else Path(data.images))
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's training section as transformers' arguments."""
+    return TrainingArguments(
+        output_dir=recipe.out,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_first_step=True,
+        save_strategy="steps",
+        disable_tqdm=True,
+        **recipe.training.model_dump(),
+    )
+
+
+def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Steps | None = None) -> RunFolder:
+    """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
+
+    Args:
+        recipe: the run.
+        data: the encoded training data, if they are there already.
+        steps: called after every step.
+
+    Raises:
+        InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
+        AlignTIError: whatever is wrong with recipe, data or models.
+    """
+    run = RunFolder(Path(recipe.out))
+    run.claim(recipe)
+    if run.student.exists():
+        return run
+    set_seed(recipe.seed)
+    parts = load_parts(recipe)
+    if data is None:
+        conversations = read_data(recipe.data, recipe.data.train)
+        data = EncodedConversations(conversations, parts.processor, recipe.data.max_length, cache=recipe.data.cache)
+    recorder = RunRecorder(run, steps)
+    trainer = AlignTITrainer(
+        model=parts.student,
+        teacher_model=parts.teacher,
+        args=training_arguments(recipe),
+        objective=recipe.objective,
+        train_dataset=data,
+        processing_class=parts.processor,
+        scores=recipe.layer_scores,
+        callbacks=[recorder],
+    )
+    # The recorder keeps the log; transformers would print each line over the progress bar.
+    trainer.remove_callback(PrinterCallback)
+    trainer.resolve_layer()
+    with peak_memory() as peak, recorder.interruptible():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.root)))
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise InterruptedRunError(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
+            "command goes on from it."
+        )
+    draft = run.root / ".student"
+    trainer.save_model(str(draft))
+    if trainer.is_world_process_zero():
+        write_json(
+            run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
+        )
+        draft.rename(run.student)
+    return run
+
+
+def score_teacher(
+    path: str, conversations: Sequence[Conversation], settings: Scores, seed: int = 0, dtype: str = "auto"
+) -> dict[int, float]:
+    """The instruction-relevance score (IRS) of each layer of a model, on a sample of the records."""
+    model, processor = load_model(path, dtype), load_processor(path)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    groups = same_image_groups(conversations, settings.images, settings.instructions, seed)
+    return score_layers(model, (collate([encode(one, processor, train=False) for one in group]) for group in groups))
+
+
+def evaluate_model(
+    path: str,
+    conversations: Sequence[Conversation],
+    settings: Evaluation,
+    *,
+    teacher: str | None = None,
+    dtype: str = "float32",
+    advance: Callable[[int], None] = ignore,
+) -> dict[str, Any]:
+    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named."""
+    model, processor = load_model(path, dtype), load_processor(path)
+    result = evaluate(model, processor, conversations, settings, advance)
+    if teacher is not None:
+        other = load_model(teacher, dtype)
+        result["divergence"] = divergence(model, other, processor, conversations, settings)
+    return result
+
+
+def summarise(
+    title: str, seed: int, results: dict[str, dict[str, Any]], labels: dict[str, str], runs: dict[str, RunFolder]
+) -> dict[str, Any]:
+    """The content of `summary.json`: what was measured, by model.
+
+    Args:
+        title: what the run was.
+        seed: its seed.
+        results: what `evaluate_model` gave for each model, in the order they are shown.
+        labels: each model's name for people.
+        runs: the run folders of the models that were trained here.
+    """
+    overall = {name: result["accuracy"]["overall"] for name, result in results.items()}
+    costs = {name: read_json(run.cost) for name, run in runs.items()}
+    return {
+        "title": title,
+        "seed": seed,
+        "labels": labels,
+        "questions": next(iter(overall.values()))["questions"],
+        "accuracy": {
+            name: {kind: round(score["per_cent"], 2) for kind, score in result["accuracy"].items()}
+            for name, result in results.items()
+        },
+        "interval_95": {
+            name: {
+                kind: [round(score["low"], 2), round(score["high"], 2)] for kind, score in result["accuracy"].items()
+            }
+            for name, result in results.items()
+        },
+        "questions_by_kind": {
+            kind: score["questions"] for kind, score in next(iter(results.values()))["accuracy"].items()
+        },
+        "cut_answers": {name: result["cut"] for name, result in results.items()},
+        "divergence_nats": {name: result["divergence"] for name, result in results.items() if "divergence" in result},
+        "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
+        "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
+        "memory": next((cost["memory"] for cost in costs.values()), ""),
+    }
+
+
+def train_and_measure(
+    recipe: Recipe,
+    steps: Steps | None = None,
+    advance: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> RunFolder:
+    """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
+    run = distil(recipe, steps=steps)
+    if recipe.data.eval is None:
+        return run
+    conversations = read_data(recipe.data, recipe.data.eval)
+    teacher = None if recipe.teacher is None else recipe.teacher.path
+    labels = {"teacher": "teacher", "before": "student before", "student": "student"}
+    paths = {"teacher": teacher, "before": recipe.student.path, "student": str(run.student)}
+    results = {}
+    for name, path in paths.items():
+        if path is not None:
+            done = [0]
+
+            def answered(count: int, name: str = name, done: list[int] = done) -> None:
+                done[0] += count
+                advance(labels[name], done[0], len(conversations))
+
+            compared = None if name == "teacher" else teacher
+            result = evaluate_model(path, conversations, recipe.evaluation, teacher=compared, advance=answered)
+            write_json(run.evaluation(name), result)
+            results[name] = result
+    title = f"Distillation of {Path(recipe.student.path).name}"
+    write_json(
+        run.summary, summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
+    )
+    return run

@@ -1,0 +1,108 @@
+"""The self-contained HTML page of a run."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from align_ti.report import plots
+from align_ti.runs import RunFolder, read_json, write_text
+
+EXAMPLES = 12
+"""Questions shown with every model's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question as the page shows it: picture as a data URL, answers by model."""
+
+    picture: str | None
+    kind: str
+    question: str
+    expected: str
+    answers: list[tuple[str, str, bool]]
+
+
+def write_report(root: Path) -> Path:
+    """Writes `report.html` from what lies in the run folder and returns its path.
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    run = RunFolder(Path(root))
+    summary = read_json(run.summary)
+    trained = {name: metrics_of(run, name) for name in summary["seconds_per_step"]}
+    main = list(trained)[-1]
+    costs = {name: value for name, value in summary["seconds_per_step"].items() if value is not None}
+    memory = {name: value for name, value in summary["peak_memory_mib"].items() if value is not None}
+    figures = {"accuracy": plots.accuracy_bars(summary)}
+    if summary.get("layer_scores"):
+        figures["layers"] = plots.layer_curve(summary["layer_scores"], summary["layer"])
+    if trained[main]:
+        figures["terms"] = plots.term_curves(trained[main])
+    if any(line.get("branch_share") is not None for line in trained[main]):
+        figures["share"] = plots.share_curve(trained[main])
+    if costs:
+        figures["seconds"] = plots.cost_bars(costs, summary["labels"], "seconds a step (median)", "Seconds per step")
+    if memory:
+        figures["memory"] = plots.cost_bars(
+            memory, summary["labels"], f"MiB, {summary['memory']}, above the start", "Peak memory"
+        )
+    # Everything from data is escaped; only our own SVG is markup.
+    environment = Environment(
+        loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("page.html.j2").render(
+        summary=summary,
+        figures={name: Markup(figure) for name, figure in figures.items()},
+        main=summary["labels"][main],
+        examples=examples(run, summary),
+        provenance=summary.get("provenance") or (read_json(run.provenance) if run.provenance.exists() else None),
+    )
+    write_text(run.report, page)
+    return run.report
+
+
+def metrics_of(run: RunFolder, name: str) -> list[dict[str, Any]]:
+    """The training log of one method: in its own folder below a demo, in the run folder itself otherwise."""
+    below = RunFolder(run.root / name)
+    return (below if below.metrics.exists() else run).read_metrics()
+
+
+def examples(run: RunFolder, summary: dict[str, Any]) -> list[Example]:
+    """Questions spread over the evaluation set, as many of each kind as of any other, with every model's answer."""
+    results = {name: read_json(run.evaluation(name))["answers"] for name in summary["accuracy"]}
+    asked = next(iter(results.values()))
+    kinds = list(dict.fromkeys(one["kind"] for one in asked))
+    by_kind = {kind: [index for index, one in enumerate(asked) if one["kind"] == kind] for kind in kinds}
+    chosen = []
+    for turn in range(EXAMPLES):
+        of_kind = by_kind[kinds[turn % len(kinds)]]
+        # A different picture each time, and not only the first ones.
+        chosen.append(of_kind[(turn * 7) % len(of_kind)])
+    return [
+        Example(
+            picture=picture(asked[index].get("image")),
+            kind=asked[index]["kind"],
+            question=asked[index]["question"].replace("<image>", ""),
+            expected=asked[index]["expected"],
+            answers=[
+                (summary["labels"][name], answers[index]["answer"], answers[index]["right"])
+                for name, answers in results.items()
+            ],
+        )
+        for index in dict.fromkeys(chosen)
+    ]
+
+
+def picture(path: str | None) -> str | None:
+    """The picture as a data URL, or None if the record has none or it has been moved away since."""
+    if path is None or not Path(path).is_file():
+        return None
+    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}.get(Path(path).suffix.lower(), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

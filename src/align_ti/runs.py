@@ -1,0 +1,182 @@
+"""The run folder: where everything of a run lies, what made it, and its append-only metrics. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_ti.config import Recipe
+from align_ti.errors import RunError
+
+PACKAGES = (
+    "align-ti",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run folder, and how its files are written: whole or not at all."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for every log of training; a resumed run may repeat steps, the later line counts."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def layer_scores(self) -> Path:
+        return self.root / "layer_scores.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        """The finished student, which plain transformers loads; there only when training has ended."""
+        return self.root / "student"
+
+    @property
+    def cost(self) -> Path:
+        return self.root / "cost.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def evaluation(self, name: str) -> Path:
+        """The answers and scores of one model, by name."""
+        return self.root / f"evaluation-{name}.json"
+
+    def claim(self, recipe: Recipe) -> bool:
+        """Make the folder this recipe's own; True if it already was, so that the run goes on where it stopped.
+
+        Raises:
+            RunError: the folder holds a run of another recipe, or files that are no run.
+        """
+        content = recipe.model_dump(mode="json")
+        if self.recipe.exists():
+            before = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            if before != content:
+                changed = sorted(differing(before, content))
+                raise RunError(
+                    f"{self.root} holds a run with other settings ({', '.join(changed)}); a run goes on only with its own; "
+                    "choose another folder (out), or remove this one."
+                )
+            return True
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise RunError(
+                f"{self.root} exists and is no run folder; an empty or new folder is accepted; choose another (out)."
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
+        write_json(self.provenance, provenance())
+        return False
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(line)) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The metrics in order of steps; of a step logged twice the later line."""
+        if not self.metrics.exists():
+            return []
+        lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for _, line in sorted({line["step"]: line for line in lines if "loss" in line}.items())]
+
+
+def differing(before: Any, after: Any, name: str = "") -> list[str]:
+    """The full names of the options that differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        return [
+            found
+            for key in keys
+            for found in differing(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == after else [name]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader, or a run that is stopped, never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole, readable by people too."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON content of a file of a run.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; finish the run first, or name the right run folder.") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); remove it and run its step again.") from error
+
+
+def provenance() -> dict[str, Any]:
+    """What a run was made with: versions and machine, no names of hosts or people."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def processor_name() -> str:
+    """The processor's model, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,323 @@
+"""A Hugging Face Trainer that minimises the Align-TI objective; everything users know of it works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
+
+from align_ti.config import Iva, Objective, Scores
+from align_ti.data.collator import Collator, EncodedConversations
+from align_ti.data.conversation import Conversation
+from align_ti.data.groups import same_image_groups
+from align_ti.data.roles import encode
+from align_ti.errors import ConfigError, ModelError
+from align_ti.interactions.layer_scores import score_layers
+from align_ti.runs import read_json, write_json
+from align_ti.training.objective import (
+    DistillationOutput,
+    Masses,
+    batch_masses,
+    candidates_for,
+    distillation_loss,
+    plan_candidates,
+)
+
+
+class Sums:
+    """Totals and masses of each term since the last log, joined over batches."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.masses: dict[str, Tensor] = {}
+
+    def add(self, output: DistillationOutput) -> None:
+        parts = [*((name, output.totals[name], output.masses[name]) for name in output.totals)]
+        if output.branch_share is not None:
+            parts.append(("branch_share", output.branch_share, torch.ones_like(output.branch_share)))
+        for name, total, mass in parts:
+            self.totals[name] = self.totals.get(name, 0.0) + total.double()
+            self.masses[name] = self.masses.get(name, 0.0) + mass.double()
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean of each term over everything added, on all processes, and a fresh start."""
+        names = list(self.totals)
+        if not names:
+            return {}
+        both = reduce(torch.stack([torch.stack([self.totals[name], self.masses[name]]) for name in names]))
+        self.totals, self.masses = {}, {}
+        return {name: float(total / mass.clamp(min=1)) for name, (total, mass) in zip(names, both, strict=True)}
+
+
+class AlignTITrainer(Trainer):
+    """Trains a student with SFT, KD, IVA and TPA.
+
+    Each term is logged unweighted under its own name with its weight (`kd`, `kd_weight`), and `branch_share` is the share of TPA
+    candidates that needed a row of their own. Terms are normalised over the whole optimizer step, whatever the accumulation and
+    the number of processes. Draws depend on seed, step and process alone, so a resumed run repeats them.
+
+    Args:
+        model: the student.
+        teacher_model: the teacher; it is put into eval mode, frozen, and moved to the student's device. None for sft alone.
+        args: transformers' arguments. `remove_unused_columns` is switched off, since a batch carries roles.
+        objective: terms and weights; `iva.layer="auto"` is resolved by scoring layers on a sample of the training data, once, and
+            kept in `layer_scores.json` in the output folder.
+        train_dataset: conversations, or a dataset whose items are encoded samples (`align_ti.data.roles.encode`).
+        eval_dataset: the same for evaluation.
+        processing_class: the student's processor.
+        data_collator: by default one that pads with the processor's pad token.
+        scores: the size of the sample that layers are scored on.
+        trainer_options: anything else that transformers' Trainer takes, such as callbacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        objective: Objective | None = None,
+        train_dataset: Sequence[Conversation] | Dataset[dict[str, Tensor]] | None = None,
+        eval_dataset: Sequence[Conversation] | Dataset[dict[str, Tensor]] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        data_collator: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
+        scores: Scores | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        self.objective: Objective = Objective() if objective is None else objective
+        if self.objective.needs_teacher and teacher_model is None:
+            raise ConfigError(
+                f"the objective has {', '.join(self.objective.active)}, but no teacher_model was given; give one, or give kd, iva "
+                "and tpa a weight of 0."
+            )
+        if data_collator is None:
+            if processing_class is None:
+                raise ConfigError(
+                    "processing_class is missing; give the student's processor, or a data_collator of your own."
+                )
+            data_collator = Collator(processing_class.tokenizer.pad_token_id)
+        args = TrainingArguments(output_dir="align-ti-run") if args is None else args
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=encoded(train_dataset, processing_class),
+            eval_dataset=encoded(eval_dataset, processing_class),
+            processing_class=processing_class,
+            **trainer_options,
+        )
+        self.scores = Scores() if scores is None else scores
+        self.teacher_model = teacher_model
+        if teacher_model is not None:
+            teacher_model.requires_grad_(False).eval().to(self.args.device)
+        # The loss is divided by the masses of the whole step already.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.train_sums, self.eval_sums = Sums(), Sums()
+        self.step_totals: Masses | None = None
+        self.draws = 0
+
+    # --- the layer of IVA ---------------------------------------------------------------------------------------------
+
+    def resolve_layer(self) -> Objective:
+        """The objective with a number for IVA's layer; "auto" is scored once and kept in the output folder.
+
+        Raises:
+            ConfigError: the training data are no conversations, so that there is nothing to score on.
+            DataError: no picture has two instructions.
+        """
+        if "iva" not in self.objective.active or self.objective.iva.layer != "auto":
+            return self.objective
+        path = Path(str(self.args.output_dir)) / "layer_scores.json"
+        if path.exists():
+            layer = int(read_json(path)["layer"])
+        else:
+            scores = self.score_teacher()
+            layer = max(scores, key=lambda key: scores[key])
+            if self.is_world_process_zero():
+                write_json(path, {"layer": layer, "scores": {str(key): value for key, value in scores.items()}})
+        iva = Iva(weight=self.objective.iva.weight, layer=layer, images=self.objective.iva.images)
+        self.objective = self.objective.model_copy(update={"iva": iva})
+        return self.objective
+
+    def score_teacher(self) -> dict[int, float]:
+        """The instruction-relevance score of the teacher's layers on a sample of the training data."""
+        assert self.teacher_model is not None
+        data, processor = self.train_dataset, self.processing_class
+        if not isinstance(data, EncodedConversations) or not isinstance(processor, ProcessorMixin):
+            raise ConfigError(
+                "objective.iva.layer is 'auto', but the training data are no conversations, so layers cannot be scored; give a "
+                "number (score_layers finds it) or pass conversations as train_dataset."
+            )
+        groups = same_image_groups(
+            data.conversations, self.scores.images, self.scores.instructions, int(self.args.seed)
+        )
+        batches = (
+            self._prepare_inputs(self.data_collator([encode(one, processor, train=False) for one in group]))
+            for group in groups
+        )
+        return score_layers(self.teacher_model, batches)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimizer step, with the masses of the whole step found beforehand if it has several.
+
+        TPA's mass depends on the candidates, so under accumulation they are drawn here, by a forward pass without gradient.
+        """
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_totals = None
+        if len(batches) > 1:
+            objective = self.resolve_layer()
+            sums: dict[str, Tensor] = {}
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            for batch in batches:
+                for name, mass in self.known_masses(batch, objective).items():
+                    sums[name] = sums.get(name, 0) + mass
+            self.step_totals = self.over_processes(sums)
+        return batches, count
+
+    def known_masses(self, batch: dict[str, Any], objective: Objective) -> Masses:
+        """The masses of one batch; its candidates are drawn and put into it if TPA has weight."""
+        plan = None
+        if "tpa" in objective.active:
+            student = self.accelerator.unwrap_model(self.model)
+            with self.accelerator.autocast():
+                if "candidates" not in batch:
+                    batch["candidates"] = candidates_for(
+                        student, self.teacher_model, batch, objective.tpa, self.generator()
+                    )
+            plan = plan_candidates(student, batch, batch["candidates"], objective.tpa)
+        masses = batch_masses(batch["labels"], batch["roles"], plan)
+        return {name: masses[name] for name in objective.active}
+
+    def over_processes(self, masses: Masses) -> Masses:
+        """The masses summed over all processes."""
+        if self.args.world_size == 1:
+            return masses
+        names = list(masses)
+        summed = self.accelerator.reduce(torch.stack([masses[name].double() for name in names]), "sum")
+        return dict(zip(names, summed, strict=True))
+
+    def generator(self) -> torch.Generator:
+        """A generator for one draw, fixed by seed, step, draw within the step, and process."""
+        if self.state.global_step != getattr(self, "draw_step", None):
+            self.draw_step, self.draws = self.state.global_step, 0
+        place = (self.args.seed, self.state.global_step, self.draws, self.args.process_index)
+        self.draws += 1
+        # A tuple of integers hashes to the same number in every process and Python.
+        return torch.Generator(self.args.device).manual_seed(hash(place) % 2**63)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective of one batch, as its share of the whole optimizer step."""
+        objective, training = self.resolve_layer(), model.training
+        student = self.accelerator.unwrap_model(model)
+        if not isinstance(student, PreTrainedModel):
+            raise ModelError(f"the student is {type(student).__name__}; a model of transformers is accepted.")
+
+        def step_masses(masses: Masses) -> Masses:
+            if not training:
+                return masses
+            return self.step_totals if self.step_totals is not None else self.over_processes(masses)
+
+        def loss() -> DistillationOutput:
+            batch = {name: value for name, value in inputs.items() if name != "candidates"}
+            with self.accelerator.autocast():
+                return distillation_loss(
+                    student,
+                    self.teacher_model,
+                    batch,
+                    objective,
+                    inputs.get("candidates"),
+                    self.generator(),
+                    step_masses,
+                )
+
+        output = through_wrapper(model, student, loss)
+        (self.train_sums if training else self.eval_sums).add(output)
+        # Data parallelism averages gradients over processes; the sum over processes is meant.
+        value = output.loss * self.args.world_size if training else output.loss
+        return (value, {"loss": output.loss.detach()}) if return_outputs else value
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, None, None]:
+        """The loss of one evaluation batch; logits in full are never made."""
+        with torch.no_grad():
+            value = self.compute_loss(model, self._prepare_inputs(inputs))
+        return value.detach(), None, None
+
+    # --- the log ------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers, with each term's mean over the whole evaluation set among the metrics."""
+        self.eval_sums = Sums()
+        output = super().evaluation_loop(*arguments, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        means = self.eval_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        return output._replace(
+            metrics={**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers, with each term unweighted beside its weight."""
+        if "loss" in logs:
+            logs |= self.train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+            logs |= {f"{name}_weight": getattr(self.objective, name).weight for name in self.objective.active}
+        super().log(logs, start_time)
+
+
+def encoded(data: Any, processor: ProcessorMixin | None) -> Any:
+    """Conversations as an encoded dataset; anything else as it is."""
+    if isinstance(data, Sequence) and len(data) and isinstance(data[0], Conversation):
+        if processor is None:
+            raise ConfigError("conversations need a processor to become tokens; give processing_class.")
+        return EncodedConversations(data, processor)
+    return data
+
+
+def through_wrapper(
+    wrapper: nn.Module, module: nn.Module, function: Callable[[], DistillationOutput]
+) -> DistillationOutput:
+    """Runs a function of the module as the wrapper's forward pass.
+
+    The loss works on parts of the student (backbone, head), which would bypass a data-parallel wrapper and with it the exchange
+    of gradients; so for one call the student's forward is the loss.
+    """
+    if wrapper is module:
+        return function()
+    kept = module.__dict__.get("forward")
+
+    def redirected() -> DistillationOutput:
+        restore()
+        return function()
+
+    def restore() -> None:
+        if kept is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = kept
+
+    module.__dict__["forward"] = redirected
+    try:
+        result: DistillationOutput = wrapper()
+        return result
+    finally:
+        restore()

@@ -1,0 +1,180 @@
+"""The row losses against PyTorch's own and against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from align_ti.interactions.transitions import draw
+from align_ti.losses.divergence import forward_kl, negative_log_likelihood
+from align_ti.losses.weighted import Rows, RowWeights, term_values, weighted_row_loss
+
+TEMPERATURES = {"nll": None, "kl": 1.0, "soft": 2.0}
+
+
+def rows(seed: int, count: int = 11, hidden: int = 6, vocabulary: int = 9, bias: bool = True) -> Rows:
+    torch.manual_seed(seed)
+    return Rows(
+        student=torch.randn(count, hidden, dtype=torch.float64, requires_grad=True),
+        student_head=nn.Linear(hidden, vocabulary, bias=bias).double(),
+        teacher=torch.randn(count, 4, dtype=torch.float64),
+        teacher_head=nn.Linear(4, vocabulary).double(),
+        labels=torch.randint(0, vocabulary, (count,)),
+    )
+
+
+def weights(seed: int, count: int = 11) -> dict[str, RowWeights]:
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, temperature in TEMPERATURES.items():
+        weight = torch.rand(count, generator=random, dtype=torch.float64)
+        weight[torch.rand(count, generator=random) < 0.4] = 0
+        made[name] = RowWeights(
+            weights=weight, coefficient=torch.rand((), generator=random, dtype=torch.float64), temperature=temperature
+        )
+    return made
+
+
+@given(seed=st.integers(0, 50), temperature=st.floats(0.2, 5))
+def test_forward_kl_equals_torch(seed, temperature):
+    torch.manual_seed(seed)
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
+    expected = nn.functional.kl_div(
+        (student / temperature).log_softmax(-1),
+        (teacher / temperature).log_softmax(-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    torch.testing.assert_close(forward_kl(student, teacher, temperature), expected * temperature**2)
+    assert bool((forward_kl(student, teacher) >= -1e-12).all())
+    torch.testing.assert_close(forward_kl(student, student), torch.zeros(5, dtype=torch.float64))
+
+
+def test_a_token_that_the_teacher_rules_out_costs_nothing():
+    teacher = torch.tensor([[0.0, 1.0, float("-inf")]])
+    student = torch.tensor([[0.5, 0.5, 3.0]])
+    assert torch.isfinite(forward_kl(student, teacher)).all()
+
+
+def test_negative_log_likelihood_equals_cross_entropy():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
+    torch.testing.assert_close(
+        negative_log_likelihood(logits, labels), nn.functional.cross_entropy(logits, labels, reduction="none")
+    )
+
+
+@given(seed=st.integers(0, 50), chunk=st.integers(1, 12), bias=st.booleans())
+def test_chunks_with_their_gradient_equal_autograd_over_all_rows(seed, chunk, bias):
+    given_rows, terms = rows(seed, bias=bias), weights(seed)
+    leaves = [given_rows.student, *given_rows.student_head.parameters()]
+    result = weighted_row_loss(given_rows, terms, chunk)
+    got = torch.autograd.grad(3 * result.loss, leaves)
+    values = term_values(
+        given_rows.student_head(given_rows.student),
+        given_rows.teacher_head(given_rows.teacher),
+        given_rows.labels,
+        list(terms.values()),
+    )
+    expected = sum(term.coefficient * value for term, value in zip(terms.values(), values, strict=True))
+    torch.testing.assert_close(result.loss, expected)
+    for ours, theirs in zip(got, torch.autograd.grad(3 * expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, value in zip(terms, values, strict=True):
+        torch.testing.assert_close(result.totals[name], value)
+        assert not result.totals[name].requires_grad
+
+
+@given(seed=st.integers(0, 50))
+def test_a_row_of_weight_zero_has_gradient_zero(seed):
+    given_rows, terms = rows(seed), weights(seed)
+    (gradient,) = torch.autograd.grad(weighted_row_loss(given_rows, terms, 4).loss, [given_rows.student])
+    silent = torch.stack([term.weights == 0 for term in terms.values()]).all(0)
+    assert bool((gradient[silent] == 0).all())
+    assert bool((gradient[~silent].abs().sum(-1) > 0).all())
+
+
+def test_an_infinite_divergence_at_a_row_without_weight_does_not_spread():
+    given_rows = rows(0)
+    with torch.no_grad():
+        given_rows.student[0] = float("inf")
+    one = torch.ones(11, dtype=torch.float64)
+    one[0] = 0
+    term = RowWeights(weights=one, coefficient=torch.tensor(1.0, dtype=torch.float64), temperature=1.0)
+    assert torch.isfinite(weighted_row_loss(given_rows, {"kl": term}).loss)
+
+
+def test_no_rows_are_a_loss_of_zero_with_gradient():
+    empty = rows(0, count=0)
+    term = RowWeights(
+        weights=torch.zeros(0, dtype=torch.float64), coefficient=torch.tensor(1.0, dtype=torch.float64), temperature=1.0
+    )
+    loss = weighted_row_loss(empty, {"kl": term}).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 6).expand(20_000, -1)
+    drawn = draw(logits, 5, generator=torch.Generator().manual_seed(0)).flatten()
+    share = torch.bincount(drawn, minlength=6) / len(drawn)
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.006, rtol=0)
+
+
+@given(seed=st.integers(0, 50), k=st.integers(1, 8))
+def test_top_k_draws_among_the_k_most_probable(seed, k):
+    torch.manual_seed(seed)
+    logits = torch.randn(7, 6)
+    drawn = draw(logits, 20, top_k=k)
+    rank = logits.argsort(-1, descending=True).argsort(-1)
+    assert int(rank.gather(1, drawn).max()) < k
+
+
+@given(seed=st.integers(0, 50), p=st.floats(0.05, 1.0))
+def test_top_p_draws_among_the_fewest_that_reach_p(seed, p):
+    torch.manual_seed(seed)
+    logits = torch.randn(7, 6)
+    drawn = draw(logits, 20, top_p=p)
+    for row, tokens in zip(logits.softmax(-1), drawn, strict=True):
+        order = row.argsort(descending=True)
+        size = int((row[order].cumsum(0) < p - 1e-6).sum()) + 1
+        assert set(tokens.tolist()) <= set(order[: size + 1].tolist())
+
+
+def test_a_cold_draw_is_the_most_probable_token_and_a_seed_repeats():
+    torch.manual_seed(0)
+    logits = torch.randn(9, 30)
+    assert torch.equal(draw(logits, 3, temperature=1e-4), logits.argmax(-1)[:, None].expand(-1, 3))
+    one, two = (draw(logits, 4, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_half_precision_logits_are_widened():
+    low = torch.randn(4, 50).bfloat16()
+    assert forward_kl(low, low).dtype == torch.float32
+    assert negative_log_likelihood(low, torch.zeros(4, dtype=torch.long)).dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="adds a case on an accelerator; its CPU form runs everywhere")
+def test_the_chunked_loss_is_the_same_on_an_accelerator():
+    given_rows, terms = rows(0), weights(0)
+    expected = weighted_row_loss(given_rows, terms, 4).loss
+    moved = Rows(
+        student=given_rows.student.cuda(),
+        student_head=given_rows.student_head.cuda(),
+        teacher=given_rows.teacher.cuda(),
+        teacher_head=given_rows.teacher_head.cuda(),
+        labels=given_rows.labels.cuda(),
+    )
+    on_device = {
+        name: RowWeights(weights=t.weights.cuda(), coefficient=t.coefficient.cuda(), temperature=t.temperature)
+        for name, t in terms.items()
+    }
+    torch.testing.assert_close(weighted_row_loss(moved, on_device, 4).loss.cpu(), expected)

@@ -1,0 +1,102 @@
+"""The page is self-contained, escaped, and a pure function of the run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align_ti.errors import RunError
+from align_ti.report.page import write_report
+
+KINDS = {"overall": 4, "digit": 2, "colour": 2}
+
+
+def run_folder(root: Path, **changes: object) -> Path:
+    """A finished run with words that are dangerous in HTML."""
+    names = {"teacher": "teacher", "align_ti": "Align-TI <b>"}
+    summary = {
+        "title": "A <script>alert(1)</script> title",
+        "seed": 3,
+        "labels": names,
+        "questions": 4,
+        "accuracy": {name: dict.fromkeys(KINDS, 50.0) for name in names},
+        "interval_95": {name: {kind: [40.0, 60.0] for kind in KINDS} for name in names},
+        "questions_by_kind": KINDS,
+        "cut_answers": dict.fromkeys(names, 0),
+        "divergence_nats": {"align_ti": 0.5},
+        "seconds_per_step": {"align_ti": 0.1},
+        "peak_memory_mib": {"align_ti": 120.0},
+        "memory": "resident",
+        "layer": 1,
+        "layer_scores": {"0": 0.1, "1": 0.2},
+        **changes,
+    }
+    (root / "summary.json").write_text(json.dumps(summary))
+    (root / "a.png").write_bytes(b"\x89PNG")
+    answers = [
+        {
+            "kind": kind,
+            "image": str(root / "a.png"),
+            "question": "<image><i>Q</i>?",
+            "expected": "A",
+            "answer": "<img src=x>",
+            "right": False,
+        }
+        for kind in ("digit", "colour", "digit", "colour")
+    ]
+    for name in names:
+        (root / f"evaluation-{name}.json").write_text(json.dumps({"answers": answers}))
+    (root / "align_ti").mkdir(exist_ok=True)
+    lines = [{"step": step, "loss": 1.0, "sft": 1.0, "tpa": 0.5 / step, "branch_share": 0.5} for step in (1, 2, 2, 3)]
+    (root / "align_ti" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def test_what_comes_from_data_is_escaped(tmp_path):
+    page = write_report(run_folder(tmp_path)).read_text()
+    assert "<script" not in page
+    assert "<img src=x>" not in page
+    assert "&lt;i&gt;Q&lt;/i&gt;?" in page
+    assert "Align-TI &lt;b&gt;" in page
+    # Names reach the plots too, where matplotlib escapes them.
+    assert not re.search(r"Align-TI <b>", page)
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    page = write_report(run_folder(tmp_path)).read_text()
+    outside = [url for url in re.findall(r'(?:src|href)="([^"]*)"', page) if not url.startswith(("data:", "#"))]
+    assert not outside
+    assert page.count("<svg") == 6
+    assert "data:image/png;base64," in page
+
+
+def test_the_same_folder_gives_the_same_page(tmp_path):
+    first = write_report(run_folder(tmp_path)).read_text()
+    assert write_report(tmp_path).read_text() == first
+
+
+def test_what_was_not_measured_is_a_dash_not_a_zero(tmp_path):
+    page = write_report(
+        run_folder(tmp_path, peak_memory_mib={"align_ti": None}, seconds_per_step={"align_ti": None})
+    ).read_text()
+    assert page.count("<svg") == 4
+    assert "None" not in page
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="finish the run first"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("{broken")
+    with pytest.raises(RunError, match="not valid JSON"):
+        write_report(tmp_path)
+
+
+def test_the_report_imports_no_torch():
+    code = "import align_ti.report.page, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,366 @@
+"""The trainer and the run: normalisation over the step, repetition, resumption, and a student that loads anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
+
+from align_ti.config import Iva, Objective, Recipe, Tpa
+from align_ti.data.collator import EncodedConversations
+from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
+from align_ti.models.loading import check_processors, freeze, load_model, load_processor
+from align_ti.pipeline import distil, load_parts, train_and_measure
+from align_ti.runs import RunFolder
+from align_ti.training.trainer import AlignTITrainer, through_wrapper
+from tests import small
+
+FIXED = Objective(iva=Iva(layer=1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pair")
+    small.write_pair(path)
+    small.write_records(path)
+    small.write_records(path, "eval.json", pictures=2, seed=1)
+    return path
+
+
+class FixedDraws(EncodedConversations):
+    """Samples that carry their own candidates, so that batches of every size try the same tokens."""
+
+    def __getitem__(self, index):
+        sample = dict(super().__getitem__(index))
+        random = torch.Generator().manual_seed(index)
+        drawn = torch.randint(260, 300, (len(sample["input_ids"]), 2), generator=random)
+        # The end of a turn, so that some positions keep no candidate and the mass is not the number of tokens.
+        sample["candidates"] = torch.where(
+            torch.rand(len(drawn), 1, generator=random) < 0.4, sample["input_ids"][-1], drawn
+        )
+        return sample
+
+
+def pad_candidates(samples):
+    from align_ti.data.collator import Collator
+
+    plain = [{name: value for name, value in sample.items() if name != "candidates"} for sample in samples]
+    batch = Collator(0)(plain)
+    length = batch["input_ids"].shape[1]
+    pads = [torch.nn.functional.pad(s["candidates"], (0, 0, 0, length - len(s["candidates"]))) for s in samples]
+    return {**batch, "candidates": torch.stack(pads)}
+
+
+def trainer(
+    folder: Path, out: Path, batch: int, accumulate: int, steps: int = 2, objective: Objective = FIXED
+) -> AlignTITrainer:
+    processor = load_processor(str(folder / "student"))
+    from align_ti.data.sources import read_conversations
+
+    return AlignTITrainer(
+        model=load_model(str(folder / "student"), "float32"),
+        teacher_model=load_model(str(folder / "teacher"), "float32"),
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-2,
+            optim="sgd",
+            max_grad_norm=1e9,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            seed=3,
+        ),
+        objective=objective,
+        train_dataset=FixedDraws(read_conversations(folder / "train.json"), processor),
+        processing_class=processor,
+        data_collator=pad_candidates,
+    )
+
+
+def test_a_batch_of_four_equals_four_batches_of_one(folder, tmp_path):
+    runs = [trainer(folder, tmp_path / str(size), size, 4 // size) for size in (4, 2, 1)]
+    for run in runs:
+        run.train()
+    weights = [run.model.state_dict() for run in runs]
+    start = load_model(str(folder / "student"), "float32").state_dict()
+    moved = sum(float((weights[0][name] - start[name]).norm()) for name in start)
+    assert moved > 1e-3
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            assert float((value - other[name]).norm()) < 1e-5 * (1 + float(value.norm())), name
+    logs = [[line for line in run.state.log_history if "tpa" in line] for run in runs]
+    for other in logs[1:]:
+        for one, two in zip(logs[0], other, strict=True):
+            for term in ("loss", "sft", "kd", "iva", "tpa"):
+                assert one[term] == pytest.approx(two[term], rel=1e-4), term
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.test_trainer import trainer
+folder, out, batch, accumulate = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+run = trainer(folder, out, batch, accumulate)
+run.train()
+if run.is_world_process_zero():
+    run.model.save_pretrained(out / "final")
+"""
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    """2 x 2 samples on two processes give the weights that 4 on one do."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}", "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "--rdzv-backend=c10d",
+    ]
+    launch += ["--rdzv-endpoint=localhost:0", str(script), str(folder), str(tmp_path / "two"), "2", "1"]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = trainer(folder, tmp_path / "one", 4, 1)
+    one.train()
+    two = load_file(tmp_path / "two" / "final" / "model.safetensors")
+    one.model.save_pretrained(tmp_path / "one" / "final")
+    for name, value in load_file(tmp_path / "one" / "final" / "model.safetensors").items():
+        assert float((value - two[name]).norm()) < 1e-5 * (1 + float(value.norm())), name
+
+
+def test_terms_are_logged_unweighted_with_their_weight(folder, tmp_path):
+    run = trainer(folder, tmp_path, 4, 1, steps=1, objective=Objective(iva=Iva(layer=0, weight=0.25)))
+    run.train()
+    line = next(line for line in run.state.log_history if "iva" in line)
+    assert line["iva_weight"] == 0.25
+    total = sum(line[term] * line[f"{term}_weight"] for term in ("sft", "kd", "iva", "tpa"))
+    assert line["loss"] == pytest.approx(total, rel=1e-5)
+    assert 0 < line["branch_share"] <= 1
+
+
+def test_evaluation_reports_each_term(folder, tmp_path):
+    run = trainer(folder, tmp_path, 4, 1)
+    metrics = run.evaluate(run.train_dataset)
+    again = run.evaluate(run.train_dataset)
+    assert {"eval_loss", "eval_sft", "eval_kd", "eval_iva", "eval_tpa"} <= metrics.keys()
+    assert metrics["eval_kd"] == again["eval_kd"] > 0
+
+
+def test_the_layer_is_scored_once_and_kept(folder, tmp_path):
+    recipe = Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "run")))
+    run = distil(recipe)
+    kept = json.loads(run.layer_scores.read_text())
+    assert kept["layer"] == int(max(kept["scores"], key=lambda layer: kept["scores"][layer]))
+    assert set(kept["scores"]) == {"0", "1"}
+
+
+def losses(run: RunFolder) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["tpa"]) for line in run.read_metrics()]
+
+
+def test_the_same_seed_is_the_same_run(folder, tmp_path):
+    def run(name: str, seed: int) -> list[tuple[int, float, float]]:
+        return losses(distil(Recipe.model_validate(small.recipe(folder, out=str(tmp_path / name), seed=seed))))
+
+    one, two, other = run("one", 5), run("two", 5), run("other", 6)
+    assert one == two
+    assert one != other
+
+
+class Stop(TrainerCallback):
+    """Sends the process the signal that Ctrl-C sends, at the end of a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, step: int, _steps: int) -> None:
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("training", [{}, {"gradient_accumulation_steps": 2}])
+def test_a_stopped_run_goes_on_where_it_stopped_and_ends_the_same(folder, tmp_path, training):
+    section = {**small.recipe(folder)["training"], **training}
+    whole = distil(Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "whole"), training=section)))
+    recipe = Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "stopped"), training=section))
+    with pytest.raises(InterruptedRunError, match="step 3 of 4"):
+        distil(recipe, steps=Stop(2))
+    assert not RunFolder(tmp_path / "stopped").student.exists()
+    resumed = distil(recipe)
+    assert losses(resumed) == losses(whole)
+    one, two = (load_file(run.student / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_folder_of_another_run_is_refused(folder, tmp_path):
+    recipe = small.recipe(
+        folder, out=str(tmp_path / "run"), training={"max_steps": 1, "per_device_train_batch_size": 2}
+    )
+    distil(Recipe.model_validate(recipe))
+    with pytest.raises(RunError, match=r"training\.max_steps"):
+        distil(Recipe.model_validate({**recipe, "training": {"max_steps": 2, "per_device_train_batch_size": 2}}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="no run folder"):
+        distil(Recipe.model_validate({**recipe, "out": str(tmp_path / "other")}))
+    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+
+
+LOADS_ALONE = """
+import sys
+sys.modules["align_ti"] = None  # importing the package fails, as where it is not installed
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="float32")
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read every digit."}]}]
+text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+inputs = processor(text=[text], images=[Image.new("RGB", (48, 48), (90, 40, 10))], return_tensors="pt")
+with torch.no_grad():
+    torch.save(model.eval()(**inputs).logits, sys.argv[2])
+"""
+
+
+def test_the_student_loads_with_plain_transformers_and_gives_the_same_logits(folder, tmp_path):
+    recipe = Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "run")))
+    run = distil(recipe)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_ALONE, str(run.student), str(tmp_path / "logits.pt")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from PIL import Image
+
+    model, processor = load_model(str(run.student), "float32"), load_processor(str(run.student))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read every digit."}]}]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.new("RGB", (48, 48), (90, 40, 10))], return_tensors="pt")
+    with torch.no_grad():
+        ours = model(**inputs).logits
+    torch.testing.assert_close(ours, torch.load(tmp_path / "logits.pt", weights_only=True))
+    assert not list(run.student.glob("*.bin"))
+    frozen = load_file(folder / "student" / "model.safetensors"), load_file(run.student / "model.safetensors")
+    changed = {name for name in frozen[0] if not torch.equal(frozen[0][name], frozen[1][name])}
+    assert changed
+    assert not any("vision_tower" in name for name in changed)
+
+
+def test_before_and_after_are_measured(folder, tmp_path):
+    data = {"train": str(folder / "train.json"), "eval": str(folder / "eval.json")}
+    recipe = small.recipe(
+        folder, out=str(tmp_path / "run"), data=data, evaluation={"max_new_tokens": 4, "batch_size": 3}
+    )
+    run = train_and_measure(Recipe.model_validate(recipe))
+    summary = json.loads(run.summary.read_text())
+    assert set(summary["accuracy"]) == {"teacher", "before", "student"}
+    assert summary["questions"] == 8
+    assert set(summary["divergence_nats"]) == {"before", "student"}
+    from align_ti.report.page import write_report
+
+    page = write_report(run.root).read_text()
+    assert "student before" in page
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_trained_is_refused(folder, tmp_path):
+    student, processor = load_model(str(folder / "student")), load_processor(str(folder / "student"))
+    with pytest.raises(ConfigError, match="teacher_model"):
+        AlignTITrainer(model=student, objective=FIXED, processing_class=processor)
+    with pytest.raises(ConfigError, match="processing_class"):
+        AlignTITrainer(model=student, teacher_model=student, objective=FIXED)
+    del student.model.vision_tower
+    with pytest.raises(ModelError, match="no such part"):
+        freeze(student, ("vision_tower",))
+    with pytest.raises(ModelError, match="nothing to train"):
+        freeze(load_model(str(folder / "student")), ("vision_tower", "projector", "language_model"))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_processor(str(tmp_path / "nowhere"))
+
+
+def test_different_tokenizers_are_refused_with_the_first_tokens_that_differ(folder):
+    one, two = (load_processor(str(folder / "student")) for _ in range(2))
+    check_processors(one, two)
+    two.tokenizer.add_tokens(["extra-token"])
+    with pytest.raises(ModelError, match="'extra-token'"):
+        check_processors(one, two)
+
+
+def test_auto_without_conversations_says_what_to_do(folder, tmp_path):
+    run = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    run.train_dataset = [run.train_dataset[0]]
+    with pytest.raises(ConfigError, match="score_layers"):
+        run.resolve_layer()
+
+
+def test_a_bad_record_stops_the_run_and_is_named(folder, tmp_path):
+    records = json.loads((folder / "train.json").read_text())
+    records[3]["image"] = "gone.png"
+    (folder / "gone.json").write_text(json.dumps(records))
+    objective = {"iva": {"layer": 0}}
+    recipe = small.recipe(
+        folder, out=str(tmp_path / "run"), data={"train": str(folder / "gone.json")}, objective=objective
+    )
+    with pytest.raises(DataError, match=r"gone\.json, record 4"):
+        distil(Recipe.model_validate(recipe))
+
+
+def test_the_redirected_call_restores_forward_even_after_an_error(folder):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self):
+            return self.inner()
+
+    inner = torch.nn.Linear(1, 1)
+    wrapper = Wrapper(inner)
+    assert through_wrapper(wrapper, inner, lambda: "result") == "result"
+    with pytest.raises(ZeroDivisionError):
+        through_wrapper(wrapper, inner, lambda: 1 / 0)
+    assert "forward" not in inner.__dict__
+
+
+def test_a_recipe_of_sft_alone_needs_no_teacher(folder, tmp_path):
+    off = {name: {"weight": 0.0} for name in ("kd", "iva", "tpa")}
+    recipe = small.recipe(folder, out=str(tmp_path / "run"), objective=off, teacher=None)
+    run = distil(Recipe.model_validate(recipe))
+    assert all("kd" not in line and line["sft"] > 0 for line in run.read_metrics())
+    assert load_parts(Recipe.model_validate(recipe)).teacher is None
+
+
+def test_sampling_options_reach_the_draw(folder, tmp_path):
+    objective = Objective(iva=Iva(layer=0), tpa=Tpa(top_k=1, candidates=3))
+    run = trainer(folder, tmp_path, 4, 1, steps=1, objective=objective)
+    run.data_collator = lambda samples: {k: v for k, v in pad_candidates(samples).items() if k != "candidates"}
+    run.train()
+    line = next(line for line in run.state.log_history if "branch_share" in line)
+    # Three draws of the most probable token are one row at most.
+    assert line["branch_share"] <= 1 / 3 + 1e-6
