@@ -7,8 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import tests.typechecker  # noqa: F401  (the hook looks it up by name)
+
 # Every shape that an annotation names is checked in every call of every test.
-install_import_hook("align_ti", "beartype.beartype")
+install_import_hook("align_ti", "tests.typechecker.check")
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -63,17 +63,11 @@ class Iva(Knobs):
     where: ClassVar[str] = "objective.iva"
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """What the term is multiplied by in the loss; 0 leaves it out."""
-    layer: int | Literal["auto"] = "auto"
+    layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """The teacher's layer whose attention gives the weights. auto: the layer with the highest instruction-relevance score (IRS)
     on a sample of the training data."""
     images: Literal["together", "separately"] = "together"
     """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
-
-    @model_validator(mode="after")
-    def _layer_not_negative(self) -> Iva:
-        if isinstance(self.layer, int) and self.layer < 0:
-            raise ValueError(f"layer is {self.layer}; give 0 or more, counted from the input, or auto")
-        return self
 
 
 class Tpa(Knobs):
@@ -336,11 +330,15 @@ def lay_over(content: dict[str, Any], change: str) -> None:
         raise ConfigError(f"--set {change!r}: the value is not valid YAML: {error}") from error
 
 
+UNION_MEMBER = re.compile(r"^(int|constrained-int|literal\[.*\])$")
+"""What pydantic adds to an option's path to say which member of a union it tried."""
+
+
 def explain(knobs: type[Knobs], error: ValidationError) -> str:
     """Every error, one a line: the option's name, what was found, what is accepted, the way out."""
     lines = []
     for item in error.errors():
-        parts = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int", "function-"))]
+        parts = [str(part) for part in item["loc"] if not UNION_MEMBER.match(str(part))]
         name = ".".join([knobs.where, *parts] if knobs.where else parts)
         lines.append(explain_item(knobs, name, item["type"], parts, item))
     # A union reports each of its members; one line an option is enough.

@@ -2,6 +2,7 @@
 
     python -m align_ti.digits.pretraining tower   --out DIR [--steps N]
     python -m align_ti.digits.pretraining teacher --out DIR [--steps N]
+    python -m align_ti.digits.pretraining polish  --out DIR --seed 1
     python -m align_ti.digits.pretraining student --out DIR [--steps N]
 
 Each stage draws fresh scenes from the training scans for every batch, so the number of steps, not the data, is the limit. The
@@ -29,8 +30,14 @@ from align_ti.digits.questions import KINDS, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import CELL, COLOURS, GRID, Scene, draw_scene
 
-CURRICULUM = ("reading", *KINDS)
-"""Kinds that the teacher's batches cycle through: readings twice, since they teach every place at once."""
+CURRICULA = {
+    # Readings twice, since they teach every place at once.
+    "teacher": ("reading", *KINDS),
+    # What the teacher is slowest to learn: finding a digit by its name, and weighing two.
+    "polish": (*KINDS, "where", "where", "where", "compare", "compare"),
+    "student": ("reading",),
+}
+"""The kinds of questions that the batches of a stage cycle through."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,7 @@ class Stage:
 STAGES = {
     "tower": Stage(steps=4000, batch=64, learning_rate=2e-3),
     "teacher": Stage(steps=4000, batch=64, learning_rate=1.5e-3),
+    "polish": Stage(steps=2000, batch=64, learning_rate=1e-3),
     "student": Stage(steps=600, batch=64, learning_rate=2e-3),
 }
 
@@ -169,15 +177,22 @@ def dialogue_batch(
 
 
 def train_language(name: str, out: Path, stage: Stage, seed: int) -> None:
-    """Trains the teacher on every kind of question, or the student's start on captions; saves model and processor."""
+    """Trains the teacher on every kind of question, or the student's start on captions; saves model and processor.
+
+    `polish` goes on with the teacher that is there.
+    """
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     processor = build_processor()
-    model = build_model(TEACHER if name == "teacher" else STUDENT, processor.tokenizer)
-    model.model.vision_tower.load_state_dict(load_file(out / "tower.safetensors"))
+    folder = out / ("student" if name == "student" else "teacher")
+    model = build_model(STUDENT if name == "student" else TEACHER, processor.tokenizer)
+    if name == "polish":
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model.model.vision_tower.load_state_dict(load_file(out / "tower.safetensors"))
+    model.train()
     model.model.vision_tower.requires_grad_(False)
-    kinds = CURRICULUM if name == "teacher" else ("reading",)
-    scans = load_scans("train")
+    kinds, scans = CURRICULA[name], load_scans("train")
 
     def losses() -> Iterator[Tensor]:
         while True:
@@ -185,7 +200,7 @@ def train_language(name: str, out: Path, stage: Stage, seed: int) -> None:
             yield model(**dialogue_batch(scenes, random, processor, kinds), use_cache=False).loss
 
     optimize(name, [p for p in model.parameters() if p.requires_grad], losses(), stage)
-    save(model, processor, out / name)
+    save(model, processor, folder)
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
