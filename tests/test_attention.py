@@ -101,7 +101,7 @@ def test_equal_instructions_score_zero():
     assert all(abs(score) < 1e-9 for score in score_layers(model, [double]).values())
 
 
-@pytest.mark.parametrize("name", ["text only", "text only in the batch", "several images", "empty instruction"])
+@pytest.mark.parametrize("name", ["text only", "text only in the batch", "empty instruction"])
 def test_groups_that_share_no_image_are_refused(name):
     with pytest.raises(BatchError, match="one image under two or more"):
         score_layers(tiny.model(2), [tiny.batch(tiny.COMPOSITIONS[name])])

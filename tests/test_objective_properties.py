@@ -279,7 +279,7 @@ def test_a_batch_that_contradicts_itself_is_refused(change, message):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda c: c[:, 1:], lambda c: c[..., 0], lambda c: c.clamp(min=99), lambda c: c - 100, lambda c: c[..., :0]],
+    [lambda c: c[:, 1:], lambda c: c.clamp(min=99), lambda c: c - 100, lambda c: c[..., :0]],
 )
 def test_candidates_that_do_not_fit_are_refused(change):
     batch = tiny.batch(tiny.COMPOSITIONS["one turn"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -98,6 +98,8 @@ def distillation_loss(
         )
     inputs, labels, roles = model_inputs(batch), batch["labels"], batch["roles"]
     check_batch(inputs["input_ids"], labels, roles, families.real_tokens(inputs))
+    if candidates is not None:
+        check_candidates(candidates, roles, vocabulary(families.head(student)))
 
     compared = teacher if objective.needs_teacher else None
     plan, student_pass, teacher_pass, attention = run_passes(
@@ -137,13 +139,8 @@ def distillation_loss(
     )
 
 
-def check_batch(
-    ids: Int[Tensor, "batch seq"],
-    labels: Int[Tensor, "batch seq"],
-    roles: Int[Tensor, "batch seq"],
-    real: Bool[Tensor, "batch seq"],
-) -> None:
-    """Refuse a batch whose parts contradict each other, which would train silently wrong.
+def check_batch(ids: Tensor, labels: Tensor, roles: Tensor, real: Tensor) -> None:
+    """Refuse a batch whose parts contradict each other, which would train silently wrong; each is to be [batch, seq].
 
     Raises:
         BatchError: shapes differ; an unknown role; labels that are not the response tokens; a response on padding or at the
@@ -286,10 +283,8 @@ def draw_candidates(
     return candidates
 
 
-def check_candidates(
-    candidates: Int[Tensor, "batch seq candidates"], roles: Int[Tensor, "batch seq"], tokens: int
-) -> None:
-    """Refuse candidates that do not fit the batch or the vocabulary.
+def check_candidates(candidates: Tensor, roles: Int[Tensor, "batch seq"], tokens: int) -> None:
+    """Refuse candidates that do not fit the batch or the vocabulary; they are to be [batch, seq, n].
 
     Raises:
         BatchError: wrong shape, or a token id outside the vocabulary at a response position.
@@ -332,7 +327,6 @@ def plan_candidates(
     student: PreTrainedModel, batch: Mapping[str, Any], candidates: Int[Tensor, "batch seq candidates"], tpa: Tpa
 ) -> Transitions:
     """The rows and weights that the candidates of a batch come to."""
-    check_candidates(candidates, batch["roles"], vocabulary(families.head(student)))
     return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out_tokens(student, tpa))
 
 
