@@ -202,8 +202,9 @@ def test_a_stopped_run_goes_on_where_it_stopped_and_ends_the_same(folder, tmp_pa
     section = {**small.recipe(folder)["training"], **training}
     whole = distil(Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "whole"), training=section)))
     recipe = Recipe.model_validate(small.recipe(folder, out=str(tmp_path / "stopped"), training=section))
+    # transformers' Trainer read none of a LLaVA checkpoint's weights, for their names, and went on from the start.
     with pytest.raises(InterruptedRunError, match="step 3 of 4"):
-        distil(recipe, steps=Stop(2))
+        distil(recipe, steps=Stop(3))
     assert not RunFolder(tmp_path / "stopped").student.exists()
     resumed = distil(recipe)
     assert losses(resumed) == losses(whole)

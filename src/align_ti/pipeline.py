@@ -120,6 +120,8 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     draft = run.root / ".student"
     trainer.save_model(str(draft))
     if trainer.is_world_process_zero():
+        # A pickle, which nobody needs to use the student.
+        (draft / "training_args.bin").unlink(missing_ok=True)
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
-from align_ti.models.families import backbone, position_ids, real_tokens
+from align_ti.models.families import backbone, language_model, position_ids, real_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,4 +143,5 @@ def fork(cache: DynamicCache) -> DynamicCache:
 
 def reuse_possible(model: PreTrainedModel) -> bool:
     """Whether the gold pass can keep a cache: not while gradient checkpointing recomputes its layers."""
-    return not (model.training and getattr(model, "is_gradient_checkpointing", False))
+    layers = language_model(model).modules()
+    return not (model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers))

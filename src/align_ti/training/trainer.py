@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -264,6 +264,30 @@ class AlignTITrainer(Trainer):
             value = self.compute_loss(model, self._prepare_inputs(inputs))
         return value.detach(), None, None
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in transformers, and then truly: see `reload`."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.reload(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As in transformers, and then truly: see `reload`."""
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self.reload(self.model, self.state.best_model_checkpoint)
+
+    def reload(self, model: nn.Module, checkpoint: str) -> None:
+        """The checkpoint's weights, by the names that its files use.
+
+        transformers writes some families under older names than the model's own (LLaVA among them), and its Trainer then reads
+        the file with `strict=False`: no name matches, nothing is loaded, and the run goes on from its start without a word
+        (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error.
+        """
+        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(saved.state_dict())
+
     # --- the log ------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
@@ -293,9 +317,10 @@ def encoded(data: Any, processor: ProcessorMixin | None) -> Any:
     return data
 
 
-def through_wrapper(
-    wrapper: nn.Module, module: nn.Module, function: Callable[[], DistillationOutput]
-) -> DistillationOutput:
+Result = TypeVar("Result")
+
+
+def through_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[], Result]) -> Result:
     """Runs a function of the module as the wrapper's forward pass.
 
     The loss works on parts of the student (backbone, head), which would bypass a data-parallel wrapper and with it the exchange
@@ -305,7 +330,7 @@ def through_wrapper(
         return function()
     kept = module.__dict__.get("forward")
 
-    def redirected() -> DistillationOutput:
+    def redirected() -> Result:
         restore()
         return function()
 
@@ -317,7 +342,7 @@ def through_wrapper(
 
     module.__dict__["forward"] = redirected
     try:
-        result: DistillationOutput = wrapper()
+        result: Result = wrapper()
         return result
     finally:
         restore()
