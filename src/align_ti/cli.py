@@ -301,20 +301,24 @@ def dry(recipe: Recipe) -> None:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
-    """The result as a table."""
-    kinds = list(summary["questions_by_kind"])
-    table = Table(
-        "model", *kinds, "KL", "s/step", "peak MiB", title=f"exact match, per cent, {summary['questions']} questions"
-    )
-    for name, scores in summary["accuracy"].items():
-        low, high = summary["interval_95"][name]["overall"]
-        first = f"{scores['overall']:.1f} ({low:.1f}-{high:.1f})"
-        rest = [f"{scores[kind]:.1f}" for kind in kinds[1:]]
-        measured = [
-            shown(summary[key].get(name), form)
-            for key, form in (("divergence_nats", ".3f"), ("seconds_per_step", ".3f"), ("peak_memory_mib", ".0f"))
-        ]
-        table.add_row(summary["labels"][name], first, *rest, *measured)
+    """The result as a table: a column for each model, a row for each kind of question and each cost."""
+    names = list(summary["accuracy"])
+    table = Table(title=f"exact match, per cent, {summary['questions']} questions")
+    table.add_column("")
+    for name in names:
+        table.add_column(summary["labels"][name], justify="right")
+    for kind in summary["questions_by_kind"]:
+        table.add_row(kind, *(f"{summary['accuracy'][name][kind]:.1f}" for name in names))
+        if kind == "overall":
+            bounds = [summary["interval_95"][name][kind] for name in names]
+            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in bounds), end_section=True)
+    table.add_section()
+    for key, form, title in (
+        ("divergence_nats", ".3f", "KL, nats"),
+        ("seconds_per_step", ".3f", "s / step"),
+        ("peak_memory_mib", ".0f", "peak MiB"),
+    ):
+        table.add_row(title, *(shown(summary[key].get(name), form) for name in names))
     console.print(table)
 
 
@@ -356,6 +360,7 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ Advance = Callable[[str, int, int], None]
 
 LABELS = {
     "teacher": "teacher",
-    "start": "student's start",
+    "start": "start",
     "sft": "SFT",
     "kd": "SFT + vanilla KD",
     "align_ti": "Align-TI",

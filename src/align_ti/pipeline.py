@@ -64,6 +64,10 @@ def read_data(data: Data, path: str) -> list[Conversation]:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's training section as transformers' arguments."""
+    options = recipe.training.model_dump()
+    if not options["gradient_checkpointing"]:
+        # Newer releases call it activation_checkpointing and warn about the name that all of them know.
+        del options["gradient_checkpointing"]
     return TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
@@ -71,7 +75,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         logging_first_step=True,
         save_strategy="steps",
         disable_tqdm=True,
-        **recipe.training.model_dump(),
+        **options,
     )
 
 

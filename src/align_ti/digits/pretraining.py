@@ -53,7 +53,7 @@ STAGES = {
     "tower": Stage(steps=4000, batch=64, learning_rate=2e-3),
     "teacher": Stage(steps=4000, batch=64, learning_rate=1.5e-3),
     "polish": Stage(steps=2000, batch=64, learning_rate=1e-3),
-    "student": Stage(steps=600, batch=64, learning_rate=2e-3),
+    "student": Stage(steps=3000, batch=64, learning_rate=2e-3),
 }
 
 

@@ -277,7 +277,7 @@ class AlignTITrainer(Trainer):
         if self.state.best_model_checkpoint is not None:
             self.reload(self.model, self.state.best_model_checkpoint)
 
-    def reload(self, model: nn.Module, checkpoint: str) -> None:
+    def reload(self, model: nn.Module | None, checkpoint: str) -> None:
         """The checkpoint's weights, by the names that its files use.
 
         transformers writes some families under older names than the model's own (LLaVA among them), and its Trainer then reads
