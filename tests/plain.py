@@ -79,8 +79,10 @@ def iva(student, teacher, batch, layer: int, separately: bool = False) -> Tensor
         if alpha is None:
             continue
         alpha = alpha.detach()
+        if alpha.sum() == 0:  # every picture stands behind the instruction, which cannot look at it
+            continue
         if separately:
-            alpha = torch.cat([part / part.sum() for part in alpha.split(4)])
+            alpha = torch.cat([part / part.sum() if part.sum() > 0 else part for part in alpha.split(4)])
         weights = alpha / alpha.sum()
         rows = (sample["roles"][0] == 1).nonzero().flatten()
         values.append((weights * kl(logits(teacher, sample)[rows], logits(student, sample)[rows])).sum())

@@ -57,6 +57,14 @@ def test_recipes_are_listed_shown_and_copied_once(tmp_path):
     assert missing.returncode == 2 and "shipped: digits" in missing.stderr
 
 
+def test_a_shipped_recipe_is_found_beside_a_folder_of_its_name(tmp_path):
+    # `align-ti digits --out digits` makes such a folder; it was then read as the recipe.
+    (tmp_path / "digits").mkdir()
+    done = run("train", "digits", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "digits/train.json: the data file does not exist" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pair")

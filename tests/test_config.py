@@ -97,7 +97,10 @@ def test_a_value_out_of_range_names_option_and_value(tmp_path, section, key, val
         ({**SMALL, "extra": 1}, "extra is no known option"),
         ({**SMALL, "teacher": None}, "teacher is missing"),
         ({**SMALL, "seed": "0"}, "seed is '0'"),
+        ({**SMALL, "seed": 2**32}, "seed is 4294967296"),
         ({**SMALL, "student": {"path": ""}}, "student.path"),
+        ({**SMALL, "training": {"max_steps": 0}}, "max_steps"),
+        ({**SMALL, "training": {"bf16": True, "fp16": True}}, "bf16 and fp16"),
         ({**SMALL, "student": {"path": "s", "freeze": ["tower"]}}, "student.freeze"),
         ({**SMALL, "training": {"max_steps": -2}}, "training.max_steps is -2"),
         ({**SMALL, "objective": {t: {"weight": 0} for t in ("sft", "kd", "iva", "tpa")}}, "every weight is 0"),
@@ -113,6 +116,8 @@ def test_a_broken_recipe_is_refused_with_file_and_reason(tmp_path, content, expe
 def test_a_missing_recipe_names_the_list(tmp_path):
     with pytest.raises(ConfigError, match="recipes list"):
         read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_recipe(tmp_path)
 
 
 def test_changes_are_laid_over_the_file(tmp_path):

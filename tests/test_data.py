@@ -104,6 +104,13 @@ def test_a_template_that_makes_roles_ambiguous_is_refused(change, message):
         encode(conversation("<image>read it", "done"), processor_with(PROCESSOR.chat_template.replace(*change)))
 
 
+def test_a_template_that_never_ends_a_response_is_refused():
+    endless = processor_with(PROCESSOR.chat_template.replace("{{- '<|end|>' -}}", "{{- ' ' -}}"))
+    record = conversation("<image>Read it.", "Red one.")
+    with pytest.raises(DataError, match="never learn to stop"):
+        encode(record, endless)
+
+
 def test_a_response_is_never_cut():
     record = conversation("<image>Read every digit.", "Top left red one.")
     length = len(encode(record, PROCESSOR)["input_ids"])
@@ -285,7 +292,15 @@ def test_a_broken_file_is_refused_with_the_place(folder, name, content, message)
         read_conversations(folder / name)
 
 
+def test_the_kind_of_a_record_is_read_under_both_names(folder):
+    kinds = [{**GOOD, **extra} for extra in ({"kind": "x"}, {"category": "y"}, {"kind": None}, {})]
+    assert [record.kind for record in read(folder, *kinds)] == ["x", "y", "", ""]
+
+
 def test_missing_files_and_folders_are_named(folder):
+    (folder / "folder.json").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_conversations(folder / "folder.json")
     with pytest.raises(DataError, match="does not exist"):
         read_conversations(folder / "none.json")
     with pytest.raises(DataError, match="image root"):

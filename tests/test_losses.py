@@ -117,6 +117,46 @@ def test_no_rows_are_a_loss_of_zero_with_gradient():
     assert loss.item() == 0
 
 
+def test_small_coefficients_survive_half_precision():
+    # The gradient is taken before a gradient scaler's factor exists; divided by a mass of thousands it was lost in float16.
+    torch.manual_seed(0)
+    head, low = nn.Linear(16, 500, bias=False), nn.Linear(16, 500, bias=False).half()
+    with torch.no_grad():
+        low.weight.copy_(head.weight)
+        head.weight.copy_(low.weight)
+    hidden = torch.randn(8, 16).half()
+    labels = torch.randint(0, 500, (8,))
+    got = []
+    for projection, states in ((head, hidden.float()), (low, hidden.clone())):
+        states.requires_grad_()
+        term = RowWeights(weights=torch.ones(8), coefficient=torch.tensor(1 / 8192), temperature=None)
+        given_rows = Rows(student=states, student_head=projection, teacher=None, teacher_head=None, labels=labels)
+        scaled = weighted_row_loss(given_rows, {"nll": term}, 3).loss * 2.0**13
+        got.append(torch.autograd.grad(scaled, [states, projection.weight]))
+    for exact, half in zip(*got, strict=True):
+        assert (exact - half.float()).norm() < 0.01 * exact.norm()
+
+
+def test_models_of_different_precision_are_compared_in_the_wider_one():
+    given_rows, terms = rows(0), weights(0)
+    mixed = Rows(
+        student=given_rows.student.detach().float().requires_grad_(),
+        student_head=nn.Linear(6, 9),
+        teacher=given_rows.teacher,
+        teacher_head=given_rows.teacher_head,
+        labels=given_rows.labels,
+    )
+    result = weighted_row_loss(mixed, terms)
+    result.loss.backward()
+    assert mixed.student.grad.dtype == torch.float32
+
+
+def test_without_gradient_no_gradient_is_computed():
+    given_rows, terms = rows(0), weights(0)
+    with torch.no_grad():
+        assert not weighted_row_loss(given_rows, terms).loss.requires_grad
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 

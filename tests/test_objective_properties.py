@@ -239,6 +239,16 @@ def test_gradient_checkpointing_takes_the_packed_form_and_gives_the_same_gradien
     assert_equal(expected, loss_and_gradient(batch, candidates=tried, student=checkpointed))
 
 
+def test_checkpointing_off_the_sdpa_path_is_refused():
+    # Backward recomputed the layers on the model's own kernel, with a mask that it read otherwise: wrong gradients, no error.
+    batch = tiny.batch(tiny.COMPOSITIONS["one turn"])
+    student = tiny.model(1, attention="eager")
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
+        distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
+
+
 def test_half_precision_is_as_close_to_float64_as_the_plain_loss_in_half_precision():
     batch = tiny.batch(tiny.COMPOSITIONS["one turn"])
     exact = distillation_loss(STUDENT, TEACHER, batch, only(kd=Kd())).loss.item()
@@ -304,6 +314,17 @@ def test_a_missing_teacher_and_a_teacher_in_training_mode_are_refused():
     teacher = tiny.model(2).train()
     with pytest.raises(ModelError, match=r"teacher\.eval\(\)"):
         distillation_loss(STUDENT, teacher, batch, OBJECTIVE)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("layer_types", ["full_attention", "sliding_attention"]), ("final_logit_softcapping", 30.0), ("logit_scale", 0.5)],
+)
+def test_layouts_that_are_not_handled_exactly_are_refused(option, value):
+    other = tiny.model(1)
+    setattr(other.model.language_model.config, option, value)
+    with pytest.raises(ModelError, match=option):
+        distillation_loss(other, TEACHER, tiny.batch(tiny.COMPOSITIONS["one turn"]), OBJECTIVE)
 
 
 def test_models_that_do_not_fit_each_other_are_refused():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from align_ti.errors import RunError
 from align_ti.report.page import write_report
@@ -37,7 +38,8 @@ def run_folder(root: Path, **changes: object) -> Path:
         **changes,
     }
     (root / "summary.json").write_text(json.dumps(summary))
-    (root / "a.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+    (root / "secret.png").write_text("a private file that an answer names as its picture")
     answers = [
         {
             "kind": kind,
@@ -73,6 +75,19 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     assert not outside
     assert page.count("<svg") == 6
     assert "data:image/png;base64," in page
+
+
+def test_only_pixels_get_into_the_page(tmp_path):
+    root = run_folder(tmp_path)
+    for path in root.glob("evaluation-*.json"):
+        path.write_text(path.read_text().replace("a.png", "secret.png"))
+    assert "data:image" not in write_report(root).read_text()
+
+
+def test_half_a_line_of_metrics_does_no_harm(tmp_path):
+    with (run_folder(tmp_path) / "align_ti" / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 4, "lo')
+    assert write_report(tmp_path).is_file()
 
 
 def test_the_same_folder_gives_the_same_page(tmp_path):

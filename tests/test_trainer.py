@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from align_ti.config import Iva, Objective, Recipe, Tpa
 from align_ti.data.collator import EncodedConversations
@@ -177,6 +179,35 @@ def losses(run: RunFolder) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["tpa"]) for line in run.read_metrics()]
 
 
+def test_kept_layer_scores_of_another_teacher_are_not_used(folder, tmp_path):
+    first = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    first.resolve_layer()
+    kept = json.loads((tmp_path / "layer_scores.json").read_text())
+    (tmp_path / "layer_scores.json").write_text(json.dumps({**kept, "layer": 77}))
+    again = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    assert again.resolve_layer().iva.layer == 77
+    other = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    with torch.no_grad():
+        other.teacher_model.get_output_embeddings().weight.mul_(2)
+    assert other.resolve_layer().iva.layer == kept["layer"]
+
+
+def test_evaluation_changes_no_draw_of_training(folder, tmp_path):
+    quiet, watched = (trainer(folder, tmp_path / name, 4, 1, steps=3) for name in ("quiet", "watched"))
+    for run in (quiet, watched):
+        run.data_collator = lambda samples: {k: v for k, v in pad_candidates(samples).items() if k != "candidates"}
+    watched.args.eval_strategy, watched.args.eval_steps = IntervalStrategy.STEPS, 1
+    watched.eval_dataset = watched.train_dataset
+    quiet.train()
+    watched.train()
+    logs = [[line["tpa"] for line in run.state.log_history if "tpa" in line] for run in (quiet, watched)]
+    assert logs[0] == logs[1]
+    evaluations = [line for line in watched.state.log_history if "eval_tpa" in line]
+    assert len(evaluations) >= 2
+    line = evaluations[0]
+    assert line["eval_loss"] == pytest.approx(sum(line[f"eval_{term}"] for term in ("sft", "kd", "iva", "tpa")))
+
+
 def test_the_same_seed_is_the_same_run(folder, tmp_path):
     def run(name: str, seed: int) -> list[tuple[int, float, float]]:
         return losses(distil(Recipe.model_validate(small.recipe(folder, out=str(tmp_path / name), seed=seed))))
@@ -303,6 +334,26 @@ def test_what_cannot_be_trained_is_refused(folder, tmp_path):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_processor(str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(folder, tmp_path):
+    # transformers fills what is missing with random numbers and only warns; a blind vision tower trains happily.
+    shutil.copytree(folder / "student", tmp_path / "blind")
+    weights = load_file(tmp_path / "blind" / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if "vision_tower" not in n},
+        tmp_path / "blind" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=r"vision_tower.* is missing"):
+        load_model(str(tmp_path / "blind"))
+
+
+def test_processors_that_prepare_pictures_differently_are_refused(folder):
+    one, two = (load_processor(str(folder / "student")) for _ in range(2))
+    two.image_processor.image_mean = [0.4, 0.5, 0.5]
+    with pytest.raises(ModelError, match="image_mean"):
+        check_processors(one, two)
 
 
 def test_different_tokenizers_are_refused_with_the_first_tokens_that_differ(folder):

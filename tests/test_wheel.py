@@ -19,7 +19,11 @@ def test_the_wheel_contains_everything_it_needs(tmp_path):
         names = set(archive.namelist())
         entry = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     source = ROOT / "src"
-    tracked = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    tracked = {
+        str(path.relative_to(source))
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert tracked <= names
     for needed in (
         "align_ti/recipes/digits.yaml",

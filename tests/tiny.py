@@ -66,6 +66,7 @@ class Turn:
     images: int
     instruction: int
     response: int
+    image_last: bool = False
 
 
 Composition = tuple[tuple[Turn, ...], ...]
@@ -76,6 +77,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "several images": ((Turn(2, 2, 3),), (Turn(1, 1, 2), Turn(1, 2, 3))),
     "text only in the batch": ((Turn(1, 3, 3),), (Turn(0, 4, 5),), (Turn(1, 2, 2),)),
     "text only": ((Turn(0, 3, 3),), (Turn(0, 1, 5),)),
+    "image last": ((Turn(1, 3, 3, image_last=True),), (Turn(1, 2, 2), Turn(1, 3, 2, image_last=True))),
     "empty instruction": ((Turn(1, 0, 4),), (Turn(1, 3, 2),)),
 }
 
@@ -88,10 +90,11 @@ def batch(composition: Composition, seed: int = 0, side: str = "right", extra_pa
     for turns in composition:
         ids, roles = words(1), [0]
         for turn in turns:
+            pictures, asked = [], (words(turn.instruction), [2] * turn.instruction)
             for _ in range(turn.images):
-                ids, roles = ids + [IMAGE] * VISUAL_TOKENS, roles + [1] * VISUAL_TOKENS
-                ids, roles = ids + words(1), roles + [0]
-            ids, roles = ids + words(turn.instruction), roles + [2] * turn.instruction
+                pictures += [([IMAGE] * VISUAL_TOKENS, [1] * VISUAL_TOKENS), (words(1), [0])]
+            for part in [asked, *pictures] if turn.image_last else [*pictures, asked]:
+                ids, roles = ids + part[0], roles + part[1]
             ids, roles = ids + words(1), roles + [0]
             ids, roles = ids + words(turn.response) + [END], roles + [3] * (turn.response + 1)
         samples.append((ids, roles))

@@ -268,7 +268,8 @@ def recipe_text(name: str) -> str:
 
 def find_recipe(path: Path) -> Path:
     """The recipe file: as given, or a shipped recipe of that name."""
-    if not path.exists() and str(path) in shipped():
+    # A folder of that name, such as the benchmark's own, is no recipe.
+    if not path.is_file() and str(path) in shipped():
         with as_file(files("align_ti") / "recipes" / f"{path}.yaml") as file:
             return Path(file)
     return path
@@ -281,6 +282,8 @@ def dry(recipe: Recipe) -> None:
 
     conversations = read_data(recipe.data, recipe.data.train)
     questions = [] if recipe.data.eval is None else read_data(recipe.data, recipe.data.eval)
+    for conversation in [*conversations, *questions]:
+        conversation.check_files()
     parts = load_parts(recipe)
     sample = encode(conversations[0], parts.processor, recipe.data.max_length)
     trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
@@ -371,6 +374,3 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
         print(error, file=sys.stderr)
         sys.exit(130 if isinstance(error, InterruptedRunError) else 2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)

@@ -219,6 +219,14 @@ class Training(Knobs):
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the log goes besides the run folder."""
 
+    @model_validator(mode="after")
+    def _steps_and_precision(self) -> Training:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; give 1 or more, or -1 to train for num_train_epochs")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true; one of them is accepted; set the other to false")
+        return self
+
 
 class Scores(Knobs):
     """The sample of training data that layers are scored on (IRS)."""
@@ -245,7 +253,7 @@ class Recipe(Knobs):
 
     out: str = Field(min_length=1)
     """The run folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Fixes order, initialisation and draws."""
     student: Student
     teacher: Teacher | None = None
@@ -299,6 +307,8 @@ def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file is accepted.") from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}: the top level is {type(content).__name__}; sections such as student and data are accepted."

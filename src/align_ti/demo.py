@@ -82,7 +82,7 @@ def run_demo(
     sizes = Sizes() if sizes is None else sizes
     claim(out, {"seed": seed, "sizes": sizes, "training": training, "split": split})
     root, data = RunFolder(out), out / "data"
-    if not (data / "student").is_dir():
+    if not data.is_dir():
         done, total = [0], sizes.train + sizes.validation + sizes.test
 
         def drawn(count: int) -> None:

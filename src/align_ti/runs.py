@@ -111,8 +111,19 @@ class RunFolder:
         """The metrics in order of steps; of a step logged twice the later line."""
         if not self.metrics.exists():
             return []
-        lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            parsed for line in self.metrics.read_text(encoding="utf-8").splitlines() if (parsed := whole_line(line))
+        ]
         return [line for _, line in sorted({line["step"]: line for line in lines if "loss" in line}.items())]
+
+
+def whole_line(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line, or None for the half of one that a kill can leave behind."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def differing(before: Any, after: Any, name: str = "") -> list[str]:

@@ -41,6 +41,16 @@ class Conversation:
     def __post_init__(self) -> None:
         check(self)
 
+    def check_files(self) -> None:
+        """Refuse the record if a picture's file is missing; nothing is decoded.
+
+        Raises:
+            DataError: a file does not exist.
+        """
+        for image in self.images:
+            if isinstance(image, Path) and not image.is_file():
+                raise missing_picture(image, self.place)
+
     def pictures(self) -> list[Image.Image]:
         """The record's pictures, decoded, as RGB.
 
@@ -88,6 +98,13 @@ def check(conversation: Conversation) -> None:
         )
 
 
+def missing_picture(image: Path, place: str) -> DataError:
+    """The error for a picture that is not there."""
+    return DataError(
+        f"{place}: picture {image} does not exist; check the record's name for it and the image root (data.images in a recipe)."
+    )
+
+
 def open_picture(image: Path | Image.Image, place: str) -> Image.Image:
     """The picture as RGB, fully decoded.
 
@@ -100,11 +117,8 @@ def open_picture(image: Path | Image.Image, place: str) -> Image.Image:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except FileNotFoundError:
-        raise DataError(
-            f"{place}: picture {image} does not exist; check the record's name for it and the image root "
-            "(data.images in a recipe)."
-        ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise missing_picture(image, place) from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
             f"{place}: picture {image} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
             "is accepted; restore the file or remove the record."

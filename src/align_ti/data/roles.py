@@ -69,6 +69,8 @@ def encode(
     special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     plain = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     roles = token_roles(plain, spans, frozenset(tokenizer.all_special_ids))
+    if train:
+        check_ends(plain, roles, spans, place)
     pictures = conversation.pictures()
     inputs = processor(
         text=[text], images=[pictures] if pictures else None, add_special_tokens=special, return_tensors="pt"
@@ -159,6 +161,25 @@ def token_roles(encoded: Mapping[str, Any], spans: list[Span], special: frozense
         else:
             roles.append(RESPONSE if token in special and start in ends and stop > start else OTHER)
     return roles
+
+
+def check_ends(encoded: Mapping[str, Any], roles: list[int], spans: list[Span], place: str) -> None:
+    """Refuse a template that puts no special token right behind a response: the student would never learn to stop.
+
+    Raises:
+        DataError: a response has no end-of-turn token.
+    """
+    ended = {
+        start
+        for (start, stop), role in zip(encoded["offset_mapping"], roles, strict=True)
+        if role == RESPONSE and stop > start
+    }
+    for span in spans:
+        if span.role == RESPONSE and span.stop not in ended:
+            raise DataError(
+                f"{place}: the chat template puts no special token right behind the response, so the student would never learn to "
+                "stop; let the template end each answer with the tokenizer's end-of-turn token (such as eos_token)."
+            )
 
 
 def spread(plain: Tensor, roles: Tensor, expanded: Tensor, image: int | None, place: str) -> Tensor:

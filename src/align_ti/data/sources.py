@@ -47,6 +47,8 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: the data file does not exist; check data.train and data.eval.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save the file as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); a readable file is accepted.") from error
     if path.suffix == ".jsonl":
         # Not `splitlines`: JSON strings may hold U+2028 and the like, which are no line ends in JSONL.
         for number, line in enumerate(text.split("\n"), start=1):
@@ -92,7 +94,7 @@ def read_record(record: Any, place: str, root: Path) -> Conversation:
         turns=tuple(read_turn(turn, place, number) for number, turn in enumerate(turns, start=1)),
         images=tuple(image_path(name, place, root) for name in image_names(record.get("image"), place)),
         place=place,
-        kind=str(record.get("kind", "")),
+        kind=str(record.get("kind") or record.get("category") or ""),
     )
 
 

@@ -37,8 +37,11 @@ def write_benchmark(
         RunError: the folder holds something else.
     """
     sizes = Sizes() if sizes is None else sizes
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; a new or empty folder is accepted; choose another or remove it.")
+    # Drawn beside its place and moved there when whole, so that a stopped draw leaves nothing that looks finished.
+    final, out = out, out.with_name(f".{out.name}.draft")
+    shutil.rmtree(out, ignore_errors=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
     splits: tuple[Split, ...] = ("train", "validation", "test")
     for number, split in enumerate(splits):
@@ -53,6 +56,9 @@ def write_benchmark(
         (out / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     for part in ("teacher", "student"):
         copy_model(part, out / part)
+    if final.exists():
+        final.rmdir()
+    out.rename(final)
 
 
 def record(split: Split, index: int, picture: str, scene: Scene, question: Question) -> dict[str, object]:

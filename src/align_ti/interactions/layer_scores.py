@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from align_ti.data.roles import INSTRUCTION, VISUAL, model_inputs
 from align_ti.errors import BatchError
+from align_ti.interactions.visual import aligned_samples
 from align_ti.models.attention import watching
 from align_ti.models.continuation import read
 from align_ti.models.families import full_attention_layers
@@ -54,10 +55,15 @@ def pair_similarities(
     roles = group["roles"]
     visual, instruction = roles == VISUAL, roles == INSTRUCTION
     counts = visual.sum(-1)
-    if len(roles) < 2 or counts.min() == 0 or counts.min() != counts.max() or not instruction.any(-1).all():
+    if (
+        len(roles) < 2
+        or counts.min() == 0
+        or counts.min() != counts.max()
+        or not aligned_samples(visual, instruction).all()
+    ):
         raise BatchError(
             f"{name} holds {len(roles)} sample(s) with {counts.tolist()} visual and {instruction.sum(-1).tolist()} instruction "
-            "tokens; accepted: one image under two or more instructions, so equal visual counts and no empty instruction."
+            "tokens; accepted: one image under two or more instructions, so equal visual counts and an instruction behind the image."
         )
     with watching(model, instruction, layers) as watch:
         read(model, model_inputs(group), keep_cache=False)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from align_ti.models.continuation import Branches
+from align_ti.models.families import widest_float
 
 
 @torch.no_grad()
@@ -71,13 +72,13 @@ def plan_transitions(
     sample, step = response.nonzero(as_tuple=True)
     tried = candidates[sample, step]
     kept = ~torch.isin(tried, torch.tensor(sorted(set(left_out)), dtype=tried.dtype, device=tried.device))
-    share = kept.double() / kept.sum(-1, keepdim=True).clamp(min=1)
+    share = kept.to(widest_float(tried.device)) / kept.sum(-1, keepdim=True).clamp(min=1)
     same = tried[:, :, None] == tried[:, None, :]
     first = ~same.tril(-1).any(-1)
     weight = torch.where(first, (same * share[:, None, :]).sum(-1), 0.0)
 
     is_gold = tried == input_ids[sample, step][:, None]
-    gold_weights = torch.zeros(input_ids.shape, dtype=torch.float64, device=input_ids.device)
+    gold_weights = torch.zeros(input_ids.shape, dtype=share.dtype, device=input_ids.device)
     gold_weights[sample, step] = torch.where(is_gold, weight, 0.0).sum(-1)
 
     row, column = (first & kept & ~is_gold).nonzero(as_tuple=True)

@@ -17,16 +17,23 @@ def visual_weights(
 ) -> Float[Tensor, "batch seq"]:
     """w_i = alpha_i / sum of alpha over the sample's visual tokens; 0 elsewhere.
 
-    The weights of a sample sum to 1, or to 0 if it has no visual or no instruction tokens. With `separately` each picture (a run of
-    adjacent visual tokens) is normalised on its own and all pictures of a sample count the same.
+    The weights of a sample sum to 1, or to 0 if no instruction token sees a visual one. A picture behind the last instruction
+    token is not looked at and has no weight. With `separately` each picture (a run of adjacent visual tokens) is normalised on its
+    own, and all pictures that are looked at count the same.
 
     Source: Align-TI (arXiv:2602.09483), the weights of the IVA term.
     """
-    alpha = torch.where(visual, attention, 0.0)
+    seen = seen_visual(visual, instruction)
+    alpha = torch.where(seen, attention, 0.0)
     if images == "separately":
-        alpha = alpha / picture_totals(alpha, visual).masked_fill(~visual, 1.0)
-    weights = alpha / alpha.sum(-1, keepdim=True).masked_fill(~visual.any(-1, keepdim=True), 1.0)
-    return torch.where(aligned_samples(visual, instruction)[:, None], weights, 0.0).masked_fill(~visual, 0.0)
+        alpha = alpha / picture_totals(alpha, seen).masked_fill(~seen, 1.0)
+    return alpha / alpha.sum(-1, keepdim=True).masked_fill(~seen.any(-1, keepdim=True), 1.0)
+
+
+def seen_visual(visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """The visual tokens with an instruction token behind them; attention is causal, so no instruction looks at the others."""
+    behind = instruction.flip(-1).long().cumsum(-1).flip(-1) > 0
+    return visual & behind
 
 
 def picture_totals(alpha: Float[Tensor, "batch seq"], visual: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
@@ -40,5 +47,5 @@ def picture_totals(alpha: Float[Tensor, "batch seq"], visual: Bool[Tensor, "batc
 def aligned_samples(
     visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]
 ) -> Bool[Tensor, " batch"]:
-    """The samples that count in IVA: those with visual and instruction tokens. Their number is the term's mass."""
-    return visual.any(-1) & instruction.any(-1)
+    """The samples that count in IVA: those where an instruction token sees a visual one. Their number is the term's mass."""
+    return seen_visual(visual, instruction).any(-1)

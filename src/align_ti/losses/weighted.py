@@ -67,8 +67,9 @@ def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: i
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_LOGITS // vocabulary(head))
     names = list(terms)
+    wanted = torch.is_grad_enabled() and (rows.student.requires_grad or bool(parameters))
     loss, totals = _ChunkedRows.apply(  # type: ignore[no-untyped-call]
-        rows, [terms[name] for name in names], chunk_rows, rows.student, *parameters
+        rows, [terms[name] for name in names], chunk_rows, wanted, rows.student, *parameters
     )
     return RowLoss(loss=loss, totals=dict(zip(names, totals.unbind(), strict=True)))
 
@@ -93,19 +94,22 @@ def term_values(
     values: dict[float | None, Tensor] = {}
     for temperature in dict.fromkeys(term.temperature for term in terms):
         needed = torch.stack([term.weights != 0 for term in terms if term.temperature == temperature]).any(0)
-        value = student_logits.new_zeros(needed.shape, dtype=torch.promote_types(student_logits.dtype, torch.float32))
         index = needed.nonzero().squeeze(-1)
         if temperature is None:
             computed = negative_log_likelihood(student_logits[index], labels[index])
         else:
             assert teacher_logits is not None, "a term compares distributions, but there are no teacher rows"
             computed = forward_kl(student_logits[index], teacher_logits[index], temperature)
-        values[temperature] = value.index_put((index,), computed)
+        values[temperature] = computed.new_zeros(needed.shape).index_put((index,), computed)
     return torch.stack([(term.weights.to(values[term.temperature]) * values[term.temperature]).sum() for term in terms])
 
 
 class _ChunkedRows(torch.autograd.Function):
-    """The loss over all chunks; the gradient into hidden states and head is ready when forward returns."""
+    """The loss over all chunks; the gradient into hidden states and head is ready when forward returns.
+
+    Gradients are taken of the loss times a scale that brings its largest coefficient to 1, and kept in float32 or wider: divided by
+    a mass of thousands, half precision would lose them before a gradient scaler could help.
+    """
 
     @staticmethod
     def forward(
@@ -113,14 +117,16 @@ class _ChunkedRows(torch.autograd.Function):
         rows: Rows,
         terms: Sequence[RowWeights],
         chunk_rows: int,
+        wanted: bool,
         hidden: Float[Tensor, "rows hidden"],
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[3] or any(ctx.needs_input_grad[4:])
         coefficients = torch.stack([term.coefficient for term in terms])
+        largest = coefficients.abs().max()
+        unit = torch.where(largest > 0, largest, 1.0)
         totals = torch.zeros_like(coefficients)
-        hidden_grad = torch.zeros_like(hidden) if wanted else None
-        parameter_grads = [torch.zeros_like(parameter) for parameter in parameters] if wanted else []
+        leaves = [hidden, *parameters] if wanted else []
+        grads = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
         for start in range(0, len(hidden), chunk_rows):
             part = slice(start, start + chunk_rows)
             chunk = hidden[part].detach().requires_grad_(wanted)
@@ -131,21 +137,22 @@ class _ChunkedRows(torch.autograd.Function):
                     rows.labels[part],
                     [_part(term, part) for term in terms],
                 )
-                objective = (coefficients.to(values) * values).sum()
+                objective = ((coefficients / unit).to(values) * values).sum()
             totals += values.detach().to(totals)
-            if hidden_grad is not None:
+            if wanted:
                 chunk_grad, *head_grads = torch.autograd.grad(objective, [chunk, *parameters])
-                hidden_grad[part] = chunk_grad
-                for total, grad in zip(parameter_grads, head_grads, strict=True):
+                grads[0][part] = chunk_grad
+                for total, grad in zip(grads[1:], head_grads, strict=True):
                     total += grad
-        ctx.hidden_grad, ctx.parameter_grads = hidden_grad, parameter_grads
+        ctx.grads, ctx.unit, ctx.dtypes = grads, unit, [leaf.dtype for leaf in leaves]
         ctx.mark_non_differentiable(totals)
         return (coefficients * totals).sum(), totals
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, _totals_grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [grad * loss_grad.to(grad) for grad in (ctx.hidden_grad, *ctx.parameter_grads)]
-        return (None, None, None, *scaled)
+        scale = loss_grad * ctx.unit
+        scaled = [(grad * scale.to(grad)).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)]
+        return (None, None, None, None, *scaled)
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ def mean_attention(
     rows = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (rows.to(wide) @ keys.to(wide).mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    with torch.autocast(query.device.type, enabled=False):  # which would compute the product in half precision
+        scores = (rows.to(wide) @ keys.to(wide).mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None:
         seen = torch.arange(key.shape[2], device=key.device) <= index[..., None]
         scores = scores.masked_fill(~seen[:, None], float("-inf"))

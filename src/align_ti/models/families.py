@@ -78,10 +78,40 @@ def position_ids(inputs: Mapping[str, Any]) -> Int[Tensor, "batch seq"]:
     return (real_tokens(inputs).long().cumsum(-1) - 1).clamp(min=0)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The widest float that a device has, for sums of weights: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
     """True where a token is no padding: bool [batch, seq]."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def check_layout(model: PreTrainedModel) -> None:
+    """Refuse a language model whose masks, positions or logits this version does not follow exactly.
+
+    Raises:
+        ModelError: layers other than full attention, several position axes, or logits that are capped or scaled after the head.
+    """
+    config = language_model(model).config
+    rope = getattr(config, "rope_parameters", None) or {}
+    special = {
+        "layer_types": [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"],
+        "mrope_section": rope.get("mrope_section") if isinstance(rope, dict) else None,
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "logit_scale": getattr(config, "logit_scale", None),
+        "logits_scaling": getattr(config, "logits_scaling", None),
+    }
+    found = {name: value for name, value in special.items() if value}
+    if found:
+        named = ", ".join(f"{name}: {value}" for name, value in found.items())
+        raise ModelError(
+            f"the language model of {type(model).__name__} has {named}, which this version does not follow exactly; full attention, "
+            "one position axis and plain logits are accepted (such as Llama, Qwen2 and Qwen3 text in LLaVA)."
+        )
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -90,6 +120,8 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     Raises:
         ModelError: heads of different size, different image tokens, or a teacher in training mode.
     """
+    for model in (student, teacher):
+        check_layout(model)
     if teacher.training:
         raise ModelError(
             "the teacher is in training mode, where dropout changes its distributions; a teacher in eval mode is "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from align_ti.errors import ModelError
@@ -15,16 +18,33 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
         ModelError: it cannot be loaded.
     """
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model: PreTrainedModel
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
             "transformers, saved as safetensors, is accepted."
         ) from error
+    check_loaded(path, info)
     model.eval()
     return model
+
+
+def check_loaded(path: str, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that leaves weights as they were initialised: a vision tower of random numbers trains happily.
+
+    Raises:
+        ModelError: weights are missing or have another shape; the first ones are named.
+    """
+    wrong = [f"{name} is missing" for name in sorted(info.get("missing_keys") or [])]
+    wrong += [f"{entry} has another shape" for entry in map(str, info.get("mismatched_keys") or [])]
+    if wrong:
+        raise ModelError(
+            f"{path}: {len(wrong)} weight(s) cannot be loaded: {'; '.join(wrong[:3])}; a complete checkpoint of the model that its "
+            "config.json names is accepted; save it again, or mend the config."
+        )
 
 
 def load_processor(path: str) -> ProcessorMixin:
@@ -66,6 +86,23 @@ def check_processors(student: ProcessorMixin, teacher: ProcessorMixin) -> None:
             f"student and teacher have different tokenizers: {len(differing)} token(s) differ, first {named}; equal token ids are "
             "accepted; choose models of one tokenizer."
         )
+    mine, its = (picture_options(processor) for processor in (student, teacher))
+    changed = [f"{name} ({mine[name]} and {its[name]})" for name in mine if mine[name] != its[name]]
+    if changed:
+        raise ModelError(
+            f"student and teacher prepare pictures differently: {', '.join(changed)}; both read the same pixels, so equal options are "
+            "accepted; choose models of one image processor."
+        )
+
+
+def picture_options(processor: ProcessorMixin) -> dict[str, Any]:
+    """The options of an image processor that change pixels."""
+    prepared = getattr(processor, "image_processor", None)
+    names = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
+    names += ("image_mean", "image_std", "resample", "do_pad", "do_convert_rgb")
+    options = {} if prepared is None else prepared.to_dict()
+    # Lists and tuples of the same numbers are the same option.
+    return {name: tuple(value) if isinstance(value := options.get(name), list) else value for name in names}
 
 
 PARTS = {

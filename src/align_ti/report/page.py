@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from align_ti.report import plots
 from align_ti.runs import RunFolder, read_json, write_text
@@ -101,8 +103,18 @@ def examples(run: RunFolder, summary: dict[str, Any]) -> list[Example]:
 
 
 def picture(path: str | None) -> str | None:
-    """The picture as a data URL, or None if the record has none or it has been moved away since."""
-    if path is None or not Path(path).is_file():
+    """The picture, small, as a data URL; None if the record has none, or the file is gone or no picture.
+
+    It is decoded and encoded anew, so that nothing but pixels gets into the page.
+    """
+    if path is None:
         return None
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}.get(Path(path).suffix.lower(), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+            small.thumbnail((192, 192))
+            small.save(buffer, format="PNG")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

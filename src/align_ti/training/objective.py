@@ -91,6 +91,8 @@ def distillation_loss(
                 f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone."
             )
         families.check_pair(student, teacher)
+    else:
+        families.check_layout(student)
     if "iva" in terms and objective.iva.layer == "auto":
         raise ConfigError(
             "objective.iva.layer is 'auto', which needs a sample of the training data; score_layers(teacher, groups) gives "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.errors import ConfigError, ModelError
 from align_ti.interactions.layer_scores import score_layers
+from align_ti.models.families import head, widest_float
+from align_ti.models.loading import check_loaded
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import (
     DistillationOutput,
@@ -27,6 +30,8 @@ from align_ti.training.objective import (
     distillation_loss,
     plan_candidates,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Sums:
@@ -41,8 +46,8 @@ class Sums:
         if output.branch_share is not None:
             parts.append(("branch_share", output.branch_share, torch.ones_like(output.branch_share)))
         for name, total, mass in parts:
-            self.totals[name] = self.totals.get(name, 0.0) + total.double()
-            self.masses[name] = self.masses.get(name, 0.0) + mass.double()
+            self.totals[name] = self.totals.get(name, 0.0) + total.to(widest_float(total.device))
+            self.masses[name] = self.masses.get(name, 0.0) + mass.to(widest_float(mass.device))
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term over everything added, on all processes, and a fresh start."""
@@ -102,6 +107,12 @@ class AlignTITrainer(Trainer):
             data_collator = Collator(processing_class.tokenizer.pad_token_id)
         args = TrainingArguments(output_dir="align-ti-run") if args is None else args
         args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible to one process; it uses the first. `accelerate launch` uses all of them.",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         super().__init__(
             model=model,
             args=args,
@@ -120,7 +131,7 @@ class AlignTITrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.train_sums, self.eval_sums = Sums(), Sums()
         self.step_totals: Masses | None = None
-        self.draws = 0
+        self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     # --- the layer of IVA ---------------------------------------------------------------------------------------------
 
@@ -133,17 +144,31 @@ class AlignTITrainer(Trainer):
         """
         if "iva" not in self.objective.active or self.objective.iva.layer != "auto":
             return self.objective
-        path = Path(str(self.args.output_dir)) / "layer_scores.json"
-        if path.exists():
-            layer = int(read_json(path)["layer"])
+        path, made_from = Path(str(self.args.output_dir)) / "layer_scores.json", self.scored_from()
+        kept = read_json(path) if path.exists() else {}
+        if kept.get("of") == made_from:
+            layer = int(kept["layer"])
         else:
             scores = self.score_teacher()
             layer = max(scores, key=lambda key: scores[key])
             if self.is_world_process_zero():
-                write_json(path, {"layer": layer, "scores": {str(key): value for key, value in scores.items()}})
+                values = {str(key): value for key, value in scores.items()}
+                write_json(path, {"layer": layer, "scores": values, "of": made_from})
         iva = Iva(weight=self.objective.iva.weight, layer=layer, images=self.objective.iva.images)
         self.objective = self.objective.model_copy(update={"iva": iva})
         return self.objective
+
+    def scored_from(self) -> dict[str, Any]:
+        """What layer scores depend on: kept scores of anything else are not used."""
+        assert self.teacher_model is not None
+        weights = next(head(self.teacher_model).parameters())
+        return {
+            "teacher": self.teacher_model.config.name_or_path,
+            "weights": f"{float(weights.detach().float().abs().sum()):.6g}",
+            "records": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "sample": self.scores.model_dump(),
+            "seed": self.args.seed,
+        }
 
     def score_teacher(self) -> dict[int, float]:
         """The instruction-relevance score of the teacher's layers on a sample of the training data."""
@@ -203,15 +228,31 @@ class AlignTITrainer(Trainer):
         if self.args.world_size == 1:
             return masses
         names = list(masses)
-        summed = self.accelerator.reduce(torch.stack([masses[name].double() for name in names]), "sum")
+        summed = self.accelerator.reduce(
+            torch.stack([masses[name].to(widest_float(masses[name].device)) for name in names]), "sum"
+        )
         return dict(zip(names, summed, strict=True))
 
-    def generator(self) -> torch.Generator:
-        """A generator for one draw, fixed by seed, step, draw within the step, and process."""
-        if self.state.global_step != getattr(self, "draw_step", None):
+    def generator(self, training: bool = True) -> torch.Generator:
+        """A generator for one draw.
+
+        In training it is fixed by seed, step, draw within the step, and process; in evaluation by all of these but the step, so that
+        evaluations compare, and training draws the same with and without them.
+        """
+        if training and self.state.global_step != self.draw_step:
             self.draw_step, self.draws = self.state.global_step, 0
-        place = (self.args.seed, self.state.global_step, self.draws, self.args.process_index)
-        self.draws += 1
+        count = self.draws if training else self.eval_draws
+        place = (
+            self.args.seed,
+            self.state.global_step if training else 0,
+            count,
+            self.args.process_index,
+            int(training),
+        )
+        if training:
+            self.draws += 1
+        else:
+            self.eval_draws += 1
         # A tuple of integers hashes to the same number in every process and Python.
         return torch.Generator(self.args.device).manual_seed(hash(place) % 2**63)
 
@@ -285,20 +326,25 @@ class AlignTITrainer(Trainer):
         (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error.
         """
         if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
+            saved, info = type(model).from_pretrained(
+                checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+            )
+            check_loaded(checkpoint, info)
             model.load_state_dict(saved.state_dict())
 
     # --- the log ------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """As in transformers, with each term's mean over the whole evaluation set among the metrics."""
-        self.eval_sums = Sums()
+        self.eval_sums, self.eval_draws = Sums(), 0
         output = super().evaluation_loop(*arguments, **options)
         prefix = options.get("metric_key_prefix", "eval")
         means = self.eval_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-        return output._replace(
-            metrics={**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
-        )
+        metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
+        # transformers' own mean over batches would depend on their size.
+        terms = [name for name in self.objective.active if name in means]
+        metrics[f"{prefix}_loss"] = sum(getattr(self.objective, name).weight * means[name] for name in terms)
+        return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers, with each term unweighted beside its weight."""
@@ -330,7 +376,7 @@ def through_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[]
         return function()
     kept = module.__dict__.get("forward")
 
-    def redirected() -> Result:
+    def redirected(**_: Any) -> Result:
         restore()
         return function()
 
@@ -342,7 +388,8 @@ def through_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[]
 
     module.__dict__["forward"] = redirected
     try:
-        result: Result = wrapper()
+        # A keyword, since data parallelism on GPUs does not pass on a call without any argument.
+        result: Result = wrapper(redirected=True)
         return result
     finally:
         restore()
