@@ -96,6 +96,8 @@ def train(
     if dry_run:
         dry(checked)
         return
+    from accelerate import PartialState
+
     from align_ti.pipeline import train_and_measure
     from align_ti.report.page import write_report
     from align_ti.runs import read_json
@@ -106,6 +108,8 @@ def train(
             steps=lambda done, total: advance("train", done, total),
             advance=lambda name, done, total: advance(f"measure: {name}", done, total),
         )
+    if not PartialState().is_main_process:
+        return
     console.print(f"student: {run.student}")
     if run.summary.exists():
         show_summary(read_json(run.summary))

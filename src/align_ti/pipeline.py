@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from align_ti.config import Data, Evaluation, Recipe, Scores
 from align_ti.data.collator import Collator, EncodedConversations
@@ -21,7 +21,7 @@ from align_ti.errors import InterruptedRunError
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.families import check_pair
-from align_ti.models.loading import check_processors, freeze, load_model, load_processor
+from align_ti.models.loading import best_device, check_processors, freeze, load_model, load_processor
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
@@ -91,8 +91,9 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
         AlignTIError: whatever is wrong with recipe, data or models.
     """
-    run = RunFolder(Path(recipe.out))
-    run.claim(recipe)
+    run, state = RunFolder(Path(recipe.out)), PartialState()
+    with state.main_process_first():
+        run.claim(recipe)
     if run.student.exists():
         return run
     set_seed(recipe.seed)
@@ -115,7 +116,7 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
     with peak_memory() as peak, recorder.interruptible():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.root)))
+        trainer.train(resume_from_checkpoint=last_checkpoint(run.root))
     if trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
@@ -130,17 +131,25 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )
         draft.rename(run.student)
+    state.wait_for_everyone()
     return run
+
+
+def last_checkpoint(root: Path) -> str | None:
+    """The newest whole checkpoint of a run; a kill while one is saved leaves it without its state, which is written last."""
+    whole = [path.parent for path in root.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def score_teacher(
     path: str, conversations: Sequence[Conversation], settings: Scores, seed: int = 0, dtype: str = "auto"
 ) -> dict[int, float]:
     """The instruction-relevance score (IRS) of each layer of a model, on a sample of the records."""
-    model, processor = load_model(path, dtype), load_processor(path)
+    model, processor = load_model(path, dtype, best_device()), load_processor(path)
     collate = Collator(processor.tokenizer.pad_token_id)
     groups = same_image_groups(conversations, settings.images, settings.instructions, seed)
-    return score_layers(model, (collate([encode(one, processor, train=False) for one in group]) for group in groups))
+    batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
+    return score_layers(model, ({name: value.to(model.device) for name, value in batch.items()} for batch in batches))
 
 
 def evaluate_model(
@@ -150,13 +159,22 @@ def evaluate_model(
     *,
     teacher: str | None = None,
     dtype: str = "float32",
+    teacher_dtype: str = "float32",
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, Any]:
-    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named."""
-    model, processor = load_model(path, dtype), load_processor(path)
-    result = evaluate(model, processor, conversations, settings, advance)
+    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named.
+
+    Raises:
+        ModelError: a model cannot be loaded, or the two cannot be compared.
+    """
+    model, processor = load_model(path, dtype, best_device()), load_processor(path)
+    other = None
     if teacher is not None:
-        other = load_model(teacher, dtype)
+        check_processors(processor, load_processor(teacher))
+        other = load_model(teacher, teacher_dtype, best_device())
+        check_pair(model, other)
+    result = evaluate(model, processor, conversations, settings, advance)
+    if other is not None:
         result["divergence"] = divergence(model, other, processor, conversations, settings)
     return result
 
@@ -208,7 +226,7 @@ def train_and_measure(
 ) -> RunFolder:
     """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
     run = distil(recipe, steps=steps)
-    if recipe.data.eval is None:
+    if recipe.data.eval is None or not PartialState().is_main_process:
         return run
     conversations = read_data(recipe.data, recipe.data.eval)
     teacher = None if recipe.teacher is None else recipe.teacher.path
@@ -223,8 +241,16 @@ def train_and_measure(
                 done[0] += count
                 advance(labels[name], done[0], len(conversations))
 
-            compared = None if name == "teacher" else teacher
-            result = evaluate_model(path, conversations, recipe.evaluation, teacher=compared, advance=answered)
+            theirs = "auto" if recipe.teacher is None else recipe.teacher.dtype
+            result = evaluate_model(
+                path,
+                conversations,
+                recipe.evaluation,
+                teacher=None if name == "teacher" else teacher,
+                dtype=theirs if name == "teacher" else recipe.student.dtype,
+                teacher_dtype=theirs,
+                advance=answered,
+            )
             write_json(run.evaluation(name), result)
             results[name] = result
     title = f"Distillation of {Path(recipe.student.path).name}"

@@ -21,6 +21,9 @@ from align_ti.losses.divergence import forward_kl
 from align_ti.models.continuation import read
 from align_ti.models.families import head
 
+ROWS = 64
+"""Rows projected to the vocabulary at a time."""
+
 Advance = Callable[[int], None]
 """Called with the number of records done, for a progress bar."""
 
@@ -130,11 +133,12 @@ def divergence(
         batch = collate([encode(conversation, processor) for conversation in part])
         batch = {name: value.to(student.device) for name, value in batch.items()}
         predicts = batch["labels"][:, 1:] != NO_LABEL
-        logits = [
-            head(model)(read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts])
+        rows = [
+            read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts].split(ROWS)
             for model in (student, teacher)
         ]
-        total += float(forward_kl(*logits).sum())
+        for ours, theirs in zip(*rows, strict=True):
+            total += float(forward_kl(head(student)(ours), head(teacher)(theirs)).sum())
         count += int(predicts.sum())
         advance(len(part))
     return total / count

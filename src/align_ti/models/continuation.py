@@ -96,7 +96,8 @@ def read_packed(
     model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
 ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch branches hidden"]]:
     """The hidden states of gold tokens and of branches, from one pass over both."""
-    own = language_model(model).config._attn_implementation
+    config: Any = language_model(model).config
+    own = config._attn_implementation
     if torch.is_grad_enabled() and not reuse_possible(model) and own != "sdpa":
         # Backward recomputes the layers after our attention entry is gone, on a kernel that may read the mask otherwise.
         raise ModelError(

@@ -5,31 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from align_ti.errors import ModelError
 from align_ti.models.families import backbone
 
 
-def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
+def load_model(path: str, dtype: str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
     """The vision-language model in a folder or of a hub name, in eval mode.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     try:
-        model: PreTrainedModel
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        model, info = load(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
             "transformers, saved as safetensors, is accepted."
         ) from error
     check_loaded(path, info)
-    model.eval()
-    return model
+    loaded: PreTrainedModel = model
+    nn.Module.to(loaded, torch.device(device))
+    loaded.eval()
+    return loaded
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_loaded(path: str, info: Mapping[str, Any]) -> None:
@@ -95,14 +102,28 @@ def check_processors(student: ProcessorMixin, teacher: ProcessorMixin) -> None:
         )
 
 
+PICTURE_OPTIONS = (
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "do_pad",
+    "do_convert_rgb",
+)
+
+
 def picture_options(processor: ProcessorMixin) -> dict[str, Any]:
     """The options of an image processor that change pixels."""
     prepared = getattr(processor, "image_processor", None)
-    names = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
-    names += ("image_mean", "image_std", "resample", "do_pad", "do_convert_rgb")
     options = {} if prepared is None else prepared.to_dict()
     # Lists and tuples of the same numbers are the same option.
-    return {name: tuple(value) if isinstance(value := options.get(name), list) else value for name in names}
+    return {name: tuple(value) if isinstance(value := options.get(name), list) else value for name in PICTURE_OPTIONS}
 
 
 PARTS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,7 +165,7 @@ class AlignTITrainer(Trainer):
         return {
             "teacher": self.teacher_model.config.name_or_path,
             "weights": f"{float(weights.detach().float().abs().sum()):.6g}",
-            "records": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "records": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             "sample": self.scores.model_dump(),
             "seed": self.args.seed,
         }
@@ -326,9 +326,8 @@ class AlignTITrainer(Trainer):
         (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error.
         """
         if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            saved, info = type(model).from_pretrained(
-                checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-            )
+            load: Any = type(model).from_pretrained
+            saved, info = load(checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
             check_loaded(checkpoint, info)
             model.load_state_dict(saved.state_dict())
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_ti.runs import RunFolder
@@ -40,8 +41,16 @@ class RunRecorder(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
         if self.advance is not None:
             self.advance(state.global_step, state.max_steps)
-        if self.stopped and state.global_step < state.max_steps:
+        if self.anybody_stopped(args) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+    def anybody_stopped(self, args: TrainingArguments) -> bool:
+        """Whether any process was asked to stop: all have to stop at the same step, or the others would wait for it forever."""
+        if args.world_size == 1:
+            return self.stopped
+        flag = torch.tensor(int(self.stopped), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def on_log(
         self,
