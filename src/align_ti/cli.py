@@ -206,7 +206,7 @@ def digits(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     train: Annotated[int, typer.Option(min=1, help="Training pictures, each with up to eight instructions.")] = 250,
     validation: Annotated[int, typer.Option(min=1, help="Validation pictures.")] = 100,
-    test: Annotated[int, typer.Option(min=1, help="Test pictures.")] = 250,
+    test: Annotated[int, typer.Option(min=1, help="Test pictures.")] = 150,
 ) -> None:
     """Write the digits benchmark to disk: pictures, LLaVA-format JSON, and the shipped teacher and student."""
     quiet()

@@ -23,7 +23,7 @@ class Sizes:
 
     train: int = 250
     validation: int = 100
-    test: int = 250
+    test: int = 150
 
 
 def write_benchmark(
