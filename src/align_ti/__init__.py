@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from align_ti.data.sources import read_conversations as read_conversations
     from align_ti.errors import AlignTIError as AlignTIError
     from align_ti.interactions.layer_scores import score_layers as score_layers
+    from align_ti.models.loading import load_model as load_model
+    from align_ti.models.loading import load_processor as load_processor
     from align_ti.pipeline import distil as distil
     from align_ti.training.objective import DistillationOutput as DistillationOutput
     from align_ti.training.objective import distillation_loss as distillation_loss
@@ -48,6 +50,8 @@ _HOME = {
     "distil": "pipeline",
     "distillation_loss": "training.objective",
     "encode": "data.roles",
+    "load_model": "models.loading",
+    "load_processor": "models.loading",
     "read_conversations": "data.sources",
     "read_recipe": "config",
     "score_layers": "interactions.layer_scores",

@@ -182,9 +182,10 @@ class AlignTITrainer(Trainer):
         groups = same_image_groups(
             data.conversations, self.scores.images, self.scores.instructions, int(self.args.seed)
         )
+        # Not the training collator, which may ask more of a sample than a question has.
+        collate = Collator(processor.tokenizer.pad_token_id)
         batches = (
-            self._prepare_inputs(self.data_collator([encode(one, processor, train=False) for one in group]))
-            for group in groups
+            self._prepare_inputs(collate([encode(one, processor, train=False) for one in group])) for group in groups
         )
         return score_layers(self.teacher_model, batches)
 
@@ -283,7 +284,7 @@ class AlignTITrainer(Trainer):
                     batch,
                     objective,
                     inputs.get("candidates"),
-                    self.generator(),
+                    self.generator(training),
                     step_masses,
                 )
 
