@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align_ti import __version__
 from align_ti.config import Data, Evaluation, Iva, Kd, Objective, Recipe, Scores, Sft, Student, Teacher, Tpa, Training
 from align_ti.data.collator import EncodedConversations
 from align_ti.data.sources import read_conversations
@@ -81,7 +80,16 @@ def run_demo(
         RunError: the folder holds something else, or a demo with other choices.
     """
     sizes = Sizes() if sizes is None else sizes
-    claim(out, {"version": __version__, "seed": seed, "sizes": sizes, "training": training, "split": split})
+    claim(
+        out,
+        {
+            "version": provenance()["versions"]["align-ti"],
+            "seed": seed,
+            "sizes": sizes,
+            "training": training,
+            "split": split,
+        },
+    )
     root, data = RunFolder(out), out / "data"
     if not data.is_dir():
         done, total = [0], sizes.train + sizes.validation + sizes.test
