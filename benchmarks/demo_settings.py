@@ -14,7 +14,7 @@ from align_ti.cli import quiet
 from align_ti.demo import TRAINING, objectives, run_demo
 from align_ti.runs import provenance, write_json
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def main() -> None:
