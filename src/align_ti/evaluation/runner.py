@@ -45,11 +45,16 @@ def answer(
     settings: Evaluation,
     advance: Advance = ignore,
 ) -> list[tuple[str, bool]]:
-    """The model's greedy answer to each question, and whether it was cut at the token limit."""
-    answers: list[tuple[str, bool]] = []
+    """The model's greedy answer to each question, and whether it was cut at the token limit.
+
+    Questions of one kind are asked together: their answers are of similar length, so a batch does not wait for one long reading.
+    """
+    order = sorted(range(len(questions)), key=lambda index: questions[index].kind)
+    answers: dict[int, tuple[str, bool]] = {}
     tokenizer = processor.tokenizer
     model.eval()
-    for part in chunks(questions, settings.batch_size):
+    for indices in chunks(order, settings.batch_size):
+        part = [questions[index] for index in indices]
         texts = [
             processor.apply_chat_template(messages(one.conversation), tokenize=False, add_generation_prompt=True)
             for one in part
@@ -71,9 +76,9 @@ def answer(
         ends = torch.tensor(sorted(end_ids(model)), device=made.device)
         cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= settings.max_new_tokens)
         words = tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers += [(text.strip(), bool(short)) for text, short in zip(words, cut, strict=True)]
+        answers |= {index: (text.strip(), bool(short)) for index, text, short in zip(indices, words, cut, strict=True)}
         advance(len(part))
-    return answers
+    return [answers[index] for index in range(len(questions))]
 
 
 def end_ids(model: PreTrainedModel) -> set[int]:
