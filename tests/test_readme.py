@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -27,6 +28,32 @@ def test_the_ten_lines_of_python_run_and_print_every_term(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert all(f"'{term}'" in done.stdout for term in ("sft", "kd", "iva", "tpa"))
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_kept_run():
+    summary = json.loads((README.parent / "results" / "demo" / "seed-0.json").read_text())
+    text = README.read_text(encoding="utf-8").replace("**", "")
+    rows = {
+        "teacher": "teacher, 1.73 M parameters",
+        "sft": "student, 0.39 M: SFT",
+        "kd": "SFT + vanilla KD",
+        "align_ti": "Align-TI",
+    }
+    for name, label in rows.items():
+        accuracy, (low, high) = summary["accuracy"][name], summary["interval_95"][name]["overall"]
+        row = f"| {label} | {accuracy['overall']:.1f} ({low:.1f}-{high:.1f}) | {accuracy['digit']:.1f} | {accuracy['reading']:.1f} |"
+        if name != "teacher":
+            costs = (
+                summary["divergence_nats"][name],
+                summary["seconds_per_step"][name],
+                summary["peak_memory_mib"][name],
+            )
+            row += f" {costs[0]:.3f} | {costs[1]:.3f} | {costs[2]:.0f} |"
+        assert row in text, row
+    for seed in range(3):
+        other = json.loads((README.parent / "results" / "demo" / f"seed-{seed}.json").read_text())
+        values = " | ".join(f"{other['accuracy'][name]['overall']:.1f}" for name in rows)
+        assert f"| {seed} | {values} |" in text
 
 
 def test_every_public_name_can_be_imported():
