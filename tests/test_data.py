@@ -161,6 +161,10 @@ def test_groups_share_a_picture_and_differ_in_the_instruction():
     assert len(groups) == 1
     assert len({one.turns[0].text for one in groups[0]}) == 2
     assert all(one.images == (PICTURE,) for one in groups[0])
+    # Words wholly before the picture cannot look at it; scoring such a group was refused in the middle of a run.
+    before = Conversation((Turn("user", "Before?<image>"), Turn("assistant", "Yes.")), (PICTURE,))
+    asked = same_image_groups([*records, before], images=5, instructions=9)
+    assert {one.turns[0].text.replace("<image>", "") for one in asked[0]} == {"One?", "Two?", "Three?"}
     with pytest.raises(DataError, match="two different instructions"):
         same_image_groups([other], images=5, instructions=2)
 

@@ -171,7 +171,6 @@ def test_gold_candidates_need_no_second_pass_and_equal_kd_one_step_later():
     out = distillation_loss(STUDENT, TEACHER, batch, only(tpa=Tpa(source="gold")))
     assert out.branch_share.item() == 0
     # Rows behind every response token but the last are KD's rows but the first.
-    total = 0.0
     with torch.no_grad():
         s, t = (m(**model_inputs(batch)).logits.log_softmax(-1) for m in (STUDENT, TEACHER))
     rows = (batch["roles"] == 3) & (batch["input_ids"] != tiny.END)

@@ -53,10 +53,6 @@ class RunFolder:
         return self.root / "layer_scores.json"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
     def student(self) -> Path:
         """The finished student, which plain transformers loads; there only when training has ended."""
         return self.root / "student"

@@ -15,8 +15,8 @@ def same_image_groups(
 ) -> list[list[Conversation]]:
     """Up to `images` groups, each one picture under 2 to `instructions` different instructions, without answers.
 
-    Every user turn of a one-picture record is an instruction about its picture, asked on its own. The sample is drawn with the
-    seed.
+    Every user turn of a one-picture record is an instruction about its picture, asked on its own. One with no words behind the
+    picture cannot look at it, since attention is causal, and is passed over. The sample is drawn with the seed.
 
     Raises:
         DataError: no picture has two instructions.
@@ -30,7 +30,7 @@ def same_image_groups(
         group = asked.setdefault(picture if isinstance(picture, Path) else id(picture), {})
         for turn in conversation.turns:
             text = turn.text.replace(IMAGE_TAG, "")
-            if turn.speaker == "user" and text.strip():
+            if turn.speaker == "user" and turn.text.rpartition(IMAGE_TAG)[2].strip():
                 question = Turn("user", turn.text if IMAGE_TAG in turn.text else IMAGE_TAG + turn.text)
                 group.setdefault(
                     text, Conversation((question,), conversation.images, conversation.place, conversation.kind)

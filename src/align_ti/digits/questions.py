@@ -104,9 +104,6 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "add": addition,
 }
 
-SINGLE_LOOK_UPS = ("digit", "colour")
-"""The kinds that read one thing at one place."""
-
 
 def ask(scene: Scene, random: np.random.Generator, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
     """One question of each kind (a kind that the scene cannot answer is left out), in the order of `kinds`."""

@@ -19,7 +19,7 @@ from align_ti.evaluation.scoring import by_kind, is_right
 from align_ti.evaluation.tasks import Question, question
 from align_ti.losses.divergence import forward_kl
 from align_ti.models.continuation import read
-from align_ti.models.families import head
+from align_ti.models.families import end_tokens, head
 
 ROWS = 64
 """Rows projected to the vocabulary at a time."""
@@ -73,18 +73,12 @@ def answer(
         generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
         made = generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
         made = made[:, inputs["input_ids"].shape[1] :]
-        ends = torch.tensor(sorted(end_ids(model)), device=made.device)
+        ends = torch.tensor(sorted(end_tokens(model)), device=made.device)
         cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= settings.max_new_tokens)
         words = tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers |= {index: (text.strip(), bool(short)) for index, text, short in zip(indices, words, cut, strict=True)}
         advance(len(part))
     return [answers[index] for index in range(len(questions))]
-
-
-def end_ids(model: PreTrainedModel) -> set[int]:
-    """The ids that end generation."""
-    ids = model.generation_config.eos_token_id
-    return set(ids) if isinstance(ids, list) else {ids} if ids is not None else set()
 
 
 def evaluate(
