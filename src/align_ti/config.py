@@ -68,6 +68,9 @@ class Iva(Knobs):
     on a sample of the training data."""
     images: Literal["together", "separately"] = "together"
     """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
+    resample: bool = False
+    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows and weights to the
+    student's grid. Otherwise different numbers are an error."""
 
 
 class Tpa(Knobs):

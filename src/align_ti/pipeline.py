@@ -20,8 +20,8 @@ from align_ti.data.sources import read_conversations
 from align_ti.errors import InterruptedRunError
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
-from align_ti.models.families import check_pair
 from align_ti.models.loading import best_device, check_processors, freeze, load_model, load_processor
+from align_ti.models.pairing import check_pair
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer

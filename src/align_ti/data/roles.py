@@ -24,7 +24,7 @@ ROLE_NAMES = ("other", "visual", "instruction", "response")
 NO_LABEL = -100
 """The label of a token that no loss reads; transformers' own convention."""
 
-NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "candidates"})
+NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "candidates", "teacher"})
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

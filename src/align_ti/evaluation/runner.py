@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -19,7 +20,9 @@ from align_ti.evaluation.scoring import by_kind, is_right
 from align_ti.evaluation.tasks import Question, question
 from align_ti.losses.divergence import forward_kl
 from align_ti.models.continuation import read
-from align_ti.models.families import end_tokens, head
+from align_ti.models.families import end_tokens
+from align_ti.models.pairing import shared_tokens
+from align_ti.models.standins import Projection
 
 ROWS = 64
 """Rows projected to the vocabulary at a time."""
@@ -123,21 +126,34 @@ def divergence(
     conversations: Sequence[Conversation],
     settings: Evaluation,
     advance: Advance = ignore,
+    teacher_processor: ProcessorMixin | None = None,
 ) -> float:
-    """Mean KL(teacher || student) in nats over every response token of held-out records, along the right answers."""
-    collate = Collator(processor.tokenizer.pad_token_id)
+    """Mean KL(teacher || student) in nats over every response token of held-out records, along the right answers.
+
+    Over the tokens that both know. A teacher with a processor of its own reads each record by it.
+    """
     student.eval(), teacher.eval()
+    shared = shared_tokens(student, teacher, processor, teacher_processor)
     total, count = 0.0, 0
     for part in chunks(conversations, settings.batch_size):
-        batch = collate([encode(conversation, processor) for conversation in part])
-        batch = {name: value.to(student.device) for name, value in batch.items()}
-        predicts = batch["labels"][:, 1:] != NO_LABEL
         rows = [
-            read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts].split(ROWS)
-            for model in (student, teacher)
+            response_rows(model, of, part).split(ROWS)
+            for model, of in ((student, processor), (teacher, teacher_processor or processor))
         ]
         for ours, theirs in zip(*rows, strict=True):
-            total += float(forward_kl(head(student)(ours), head(teacher)(theirs)).sum())
-        count += int(predicts.sum())
+            logits = Projection(student)(ours)[:, shared], Projection(teacher)(theirs).to(ours.device)[:, shared]
+            total, count = total + float(forward_kl(*logits).sum()), count + len(ours)
         advance(len(part))
     return total / count
+
+
+def response_rows(
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation]
+) -> Float[Tensor, "rows hidden"]:
+    """The hidden states that predict the response tokens of the records."""
+    collate = Collator(processor.tokenizer.pad_token_id)
+    batch = collate([encode(conversation, processor) for conversation in conversations])
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    predicts = batch["labels"][:, 1:] != NO_LABEL
+    hidden: Tensor = read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts]
+    return hidden

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,26 @@ from align_ti.losses.divergence import forward_kl, negative_log_likelihood
 
 CHUNK_LOGITS = 2**23
 """Logits of one model that exist at a time when no chunk size is given: 32 MiB in float32."""
+
+
+Shared = slice | Int[Tensor, " shared"]
+"""Logits that two heads have in common: a slice, or token ids."""
+
+EVERY = slice(None)
+"""All logits: two heads of the same tokens."""
+
+
+@runtime_checkable
+class Head(Protocol):
+    """What projects rows to the vocabulary: a linear layer, or a model's own way behind its backbone."""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """The logits of each row."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The weights that the projection depends on."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +54,16 @@ class Rows:
     """The rows that are compared: hidden states of both models, the functions that project them, and labels.
 
     `teacher_head` is None when no term compares distributions. Labels are read only where a likelihood has weight.
+    `shared` picks the logits of the tokens that both vocabularies hold: distributions are compared over them alone, each
+    renormalised there. The likelihood is the student's own, over all of its tokens.
     """
 
     student: Float[Tensor, "rows student_hidden"]
-    student_head: nn.Module
+    student_head: Head
     teacher: Float[Tensor, "rows teacher_hidden"] | None
-    teacher_head: nn.Module | None
+    teacher_head: Head | None
     labels: Int[Tensor, " rows"]
+    shared: Shared = field(default_factory=lambda: EVERY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +97,24 @@ def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: i
     return RowLoss(loss=loss, totals=dict(zip(names, totals.unbind(), strict=True)))
 
 
-def vocabulary(head: nn.Module) -> int:
+def vocabulary(head: Head) -> int:
     """Number of logits that a head gives for a row."""
     features = getattr(head, "out_features", None)
-    return features if isinstance(features, int) else int(next(head.parameters()).shape[0])
+    return features if isinstance(features, int) else int(next(iter(head.parameters())).shape[0])
 
 
 def term_values(
     student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"] | None,
+    teacher_logits: Float[Tensor, "rows teacher_vocab"] | None,
     labels: Int[Tensor, " rows"],
     terms: Sequence[RowWeights],
+    shared: Shared = EVERY,
 ) -> Float[Tensor, " terms"]:
     """Each term's weighted sum over the given rows.
 
     Rows without weight in a term are left out of its sum rather than multiplied by 0, so that an infinite divergence there
-    cannot turn the sum into a not-a-number. Each distinct temperature is computed once, on the rows that need it.
+    cannot turn the sum into a not-a-number. Each distinct temperature is computed once, on the rows that need it. `shared` is
+    as in `Rows`.
     """
     values: dict[float | None, Tensor] = {}
     for temperature in dict.fromkeys(term.temperature for term in terms):
@@ -99,7 +124,7 @@ def term_values(
             computed = negative_log_likelihood(student_logits[index], labels[index])
         else:
             assert teacher_logits is not None, "a term compares distributions, but there are no teacher rows"
-            computed = forward_kl(student_logits[index], teacher_logits[index], temperature)
+            computed = forward_kl(student_logits[index][:, shared], teacher_logits[index][:, shared], temperature)
         values[temperature] = computed.new_zeros(needed.shape).index_put((index,), computed)
     return torch.stack([(term.weights.to(values[term.temperature]) * values[term.temperature]).sum() for term in terms])
 
@@ -136,6 +161,7 @@ class _ChunkedRows(torch.autograd.Function):
                     _teacher_logits(rows, part),
                     rows.labels[part],
                     [_part(term, part) for term in terms],
+                    rows.shared,
                 )
                 objective = ((coefficients / unit).to(values) * values).sum()
             totals += values.detach().to(totals)
@@ -159,8 +185,8 @@ class _ChunkedRows(torch.autograd.Function):
 def _teacher_logits(rows: Rows, part: slice) -> Tensor | None:
     if rows.teacher is None or rows.teacher_head is None:
         return None
-    logits: Tensor = rows.teacher_head(rows.teacher[part])
-    return logits
+    # A teacher on another device projects there.
+    return rows.teacher_head(rows.teacher[part]).to(rows.labels.device)
 
 
 def _part(term: RowWeights, part: slice) -> RowWeights:

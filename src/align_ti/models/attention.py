@@ -40,7 +40,15 @@ class Watch:
     modules: tuple[nn.Module, ...] = ()
     means: dict[int, Float[Tensor, "batch seq"]] = field(default_factory=dict)
 
-    def look(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+    def look(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> None:
         """Keeps the mean attention if this module is watched; the first pass that reaches it counts.
 
         That pass reads the marked tokens at its start; tokens behind them (branches of the packed form) are no queries.
@@ -49,7 +57,7 @@ class Watch:
             if module is watched and layer not in self.means:
                 behind = query.shape[2] - self.queries.shape[1]
                 queries = nn.functional.pad(self.queries, (0, behind))
-                self.means[layer] = mean_attention(query, key, mask, queries, scaling)
+                self.means[layer] = mean_attention(query, key, mask, queries, scaling, softcap)
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("align_ti_watch", default=None)
@@ -58,12 +66,55 @@ _WATCH: ContextVar[Watch | None] = ContextVar("align_ti_watch", default=None)
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA, with a look at the weights where a watch is set."""
-    watch = _WATCH.get()
+    """SDPA, with a look at the weights where a watch is set.
+
+    Raises:
+        ModelError: the layer has attention sinks, which take weight from every token and are not followed.
+    """
+    if options.get("s_aux") is not None:
+        raise ModelError(
+            f"{type(module).__name__} has attention sinks, which are not followed; leave IVA and TPA out (weight: 0)."
+        )
+    watch, softcap = _WATCH.get(), options.get("softcap")
     if watch is not None:
-        watch.look(module, query, key, attention_mask, options.get("scaling"))
+        watch.look(module, query, key, attention_mask, options.get("scaling"), softcap)
+    if softcap is not None:
+        return capped(query, key, value, attention_mask, **options), None
     forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
     return forward(module, query, key, value, attention_mask, **options)
+
+
+def capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_options: Any,
+) -> Float[Tensor, "batch seq heads head_dim"]:
+    """Attention with a soft cap on its scores, which SDPA does not know: cap * tanh(score / cap)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = masked(torch.tanh(scores / softcap) * softcap, mask)
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (nn.functional.dropout(weights, dropout) @ value).transpose(1, 2).contiguous()
+
+
+def masked(scores: Float[Tensor, "batch heads seq keys"], mask: Tensor | None) -> Float[Tensor, "batch heads seq keys"]:
+    """Scores with what is not seen at the lowest number: `mask` is None for causal, bool (True: seen), or additive.
+
+    Not at minus infinity, so that a padding row that sees nothing is no not-a-number.
+    """
+    if mask is None:
+        rows, keys = scores.shape[-2:]
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=scores.device).tril(keys - rows)
+    mask = mask[..., : scores.shape[-1]]
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
 
 
 AttentionInterface.register(NAME, attend)
@@ -77,11 +128,12 @@ def mean_attention(
     mask: Tensor | None,
     queries: Bool[Tensor, "batch seq"],
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch keys"]:
     """The softmax attention that each sample's marked queries pay to every key, averaged over heads and those queries.
 
     The softmax runs over all keys that a query sees, in float32 or wider. `mask` is the layer's own: None for causal,
-    bool (True: seen), or additive.
+    bool (True: seen), or additive. `softcap` is the layer's own cap on its scores.
 
     Source: Align-TI (arXiv:2602.09483), alpha of the IVA term.
     """
@@ -95,13 +147,14 @@ def mean_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # which would compute the product in half precision
         scores = (rows.to(wide) @ keys.to(wide).mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         seen = torch.arange(key.shape[2], device=key.device) <= index[..., None]
-        scores = scores.masked_fill(~seen[:, None], float("-inf"))
+        scores = masked(scores, seen[:, None])
     else:
-        mask = mask.expand(query.shape[0], -1, -1, -1)[..., : key.shape[2]]
-        chosen = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
-        scores = scores.masked_fill(~chosen, float("-inf")) if chosen.dtype == torch.bool else scores + chosen
+        mask = mask.expand(query.shape[0], -1, -1, -1)
+        scores = masked(scores, mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])))
     weights = torch.where(marked[:, None, :, None], scores.softmax(-1), 0.0)
     return weights.mean(1).sum(1) / count.clamp(min=1)[:, None]
 
@@ -135,7 +188,12 @@ def watching(model: PreTrainedModel, queries: Bool[Tensor, "batch seq"], layers:
         if layer not in readable:
             raise ModelError(
                 f"layer {layer} of {type(model).__name__} has no full attention to read; layers with it: "
-                f"{', '.join(map(str, readable))}; choose one of them (objective.iva.layer)."
+                f"{', '.join(map(str, readable)) or 'none'}; "
+                + (
+                    "choose one of them (objective.iva.layer)."
+                    if readable
+                    else "leave IVA out (objective.iva.weight: 0)."
+                )
             )
     watch = Watch(queries=queries, layers=layers, modules=tuple(modules[layer] for layer in layers))
     token = _WATCH.set(watch)

@@ -18,10 +18,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
-from align_ti.models.families import backbone, language_model, position_ids, real_tokens
+from align_ti.models.families import (
+    backbone,
+    language_model,
+    layer_kinds,
+    layers_that_cannot_branch,
+    position_ids,
+    real_tokens,
+    sliding_window,
+)
+from align_ti.models.standins import standing_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool)
     # Made without the model's config, so that no sliding-window layer drops old keys.
     cache = DynamicCache() if keep_cache else None
     out = backbone(model)(
-        **{**inputs, "position_ids": position_ids(inputs)},
+        **{**inputs, "position_ids": position_ids(model, inputs)},
         past_key_values=cache,
         use_cache=keep_cache,
         return_dict=True,
@@ -78,12 +88,12 @@ def continue_branches(
     Gradient flows into the branches and, through the cached keys and values, into the gold pass.
     """
     assert reading.cache is not None, "the gold pass was read without keep_cache"
-    mask = torch.cat([gold_seen(inputs, branches), alone(branches)], dim=-1)
+    masks = {kind: branch_rows(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
     with own_attention(model):
         out = backbone(model)(
             input_ids=branches.tokens,
-            attention_mask=mask[:, None],
-            position_ids=position_ids(inputs).gather(1, branches.replaces),
+            attention_mask=for_layers(masks),
+            position_ids=branch_positions(model, inputs, branches),
             past_key_values=fork(reading.cache),
             use_cache=True,
             return_dict=True,
@@ -104,36 +114,100 @@ def read_packed(
             f"{type(model).__name__} runs on {own!r} attention under gradient checkpointing; 'sdpa' is accepted there; load it with "
             "attn_implementation='sdpa', or switch checkpointing off."
         )
-    ids, positions = inputs["input_ids"], position_ids(inputs)
-    batch, length = ids.shape
-    steps = torch.arange(length, device=ids.device)
-    # Padding rows see themselves, so that no row of the softmax is empty; nothing else sees them.
-    gold = (steps[:, None] >= steps) & real_tokens(inputs)[:, None, :] | torch.eye(
-        length, dtype=torch.bool, device=ids.device
-    )
-    gold_rows = torch.cat([gold, gold.new_zeros(batch, length, branches.width)], dim=-1)
-    branch_rows = torch.cat([gold_seen(inputs, branches), alone(branches)], dim=-1)
+    length, width = inputs["input_ids"].shape[1], branches.width
+    masks = {}
+    for kind, gold in gold_rows(model, inputs).items():
+        gold = torch.nn.functional.pad(gold, (0, width))
+        masks[kind] = torch.cat([gold, branch_rows(model, inputs, branches, kind)], dim=1)[:, None]
+    # What marks image tokens marks none among the branches.
+    marks = {name: torch.nn.functional.pad(inputs[name], (0, width)) for name in TOKEN_MARKS if name in inputs}
     packed = {
         **inputs,
-        "input_ids": torch.cat([ids, branches.tokens], dim=1),
-        "attention_mask": torch.cat([gold_rows, branch_rows], dim=1)[:, None],
-        "position_ids": torch.cat([positions, positions.gather(1, branches.replaces)], dim=1),
+        **marks,
+        "input_ids": torch.cat([inputs["input_ids"], branches.tokens], dim=1),
+        "attention_mask": for_layers(masks),
+        "position_ids": torch.cat([position_ids(model, inputs), branch_positions(model, inputs, branches)], dim=-1),
     }
     with own_attention(model):
         hidden = backbone(model)(**packed, use_cache=False, return_dict=True).last_hidden_state
     return hidden[:, :length], hidden[:, length:]
 
 
-def gold_seen(inputs: Mapping[str, Any], branches: Branches) -> Bool[Tensor, "batch branches seq"]:
-    """Which gold tokens each branch sees: the real ones before the token it replaces."""
-    steps = torch.arange(inputs["input_ids"].shape[1], device=branches.tokens.device)
-    return (steps < branches.replaces[..., None]) & real_tokens(inputs)[:, None, :]
+TOKEN_MARKS = ("token_type_ids", "mm_token_type_ids")
+"""Inputs of [batch, seq] that tell image tokens from words."""
 
 
-def alone(branches: Branches) -> Bool[Tensor, "batch branches branches"]:
-    """Which branches each branch sees: itself. Unused slots do too, so that no row of the softmax is empty."""
+def branch_positions(
+    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
+) -> Int[Tensor, "*axes batch branches"]:
+    """Each branch has the position of the token that it stands in for, on every axis."""
+    positions = position_ids(model, inputs)
+    return positions.gather(-1, branches.replaces.expand(*positions.shape[:-1], -1))
+
+
+def gold_rows(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bool[Tensor, "batch seq seq"]]:
+    """Which gold tokens each gold token sees, for each kind of layer.
+
+    A model that lets image tokens or a prefix see ahead makes its masks from marks in the inputs; those are read off the model.
+    """
+    length, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+    steps = torch.arange(length, device=device)
+    distance = steps[:, None] - steps
+    # Padding rows see themselves, so that no row of the softmax is empty; nothing else sees them.
+    seen = (distance >= 0) & real_tokens(inputs)[:, None, :] | torch.eye(length, dtype=torch.bool, device=device)
+    rows = {kind: seen & within(model, kind, distance) for kind in set(layer_kinds(model))}
+    if "token_type_ids" in inputs:
+        rows.update(own_masks(model, inputs))
+    return rows
+
+
+@torch.no_grad()
+def own_masks(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bool[Tensor, "batch seq seq"]]:
+    """The masks that the model's backbone itself makes of the inputs, if it makes any before its language model."""
+    given: list[Any] = []
+    hidden = inputs["input_ids"].new_zeros(*inputs["input_ids"].shape, 1, dtype=torch.float32)
+
+    def noted(*_arguments: Any, **options: Any) -> BaseModelOutputWithPast:
+        given.append(options.get("attention_mask"))
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    with own_attention(model), standing_in(language_model(model), noted):
+        backbone(model)(**{**inputs, "position_ids": position_ids(model, inputs)}, use_cache=False, return_dict=True)
+    masks = given[0] if isinstance(given[0], Mapping) else dict.fromkeys(set(layer_kinds(model)), given[0])
+    eye = torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+    return {
+        kind: mask[:, 0] | eye
+        for kind, mask in masks.items()
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool
+    }
+
+
+def branch_rows(
+    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, kind: str
+) -> Bool[Tensor, "batch branches keys"]:
+    """Which gold tokens, and behind them which branches, each branch sees in a layer of this kind.
+
+    The real tokens before the one it replaces, as far back as the layer looks, and itself. Unused slots see themselves too, so that
+    no row of the softmax is empty.
+    """
     batch, width = branches.tokens.shape
-    return torch.eye(width, dtype=torch.bool, device=branches.tokens.device).expand(batch, width, width)
+    steps = torch.arange(inputs["input_ids"].shape[1], device=branches.tokens.device)
+    distance = branches.replaces[..., None] - steps
+    gold = (distance > 0) & real_tokens(inputs)[:, None, :] & within(model, kind, distance)
+    alone = torch.eye(width, dtype=torch.bool, device=steps.device).expand(batch, width, width)
+    return torch.cat([gold, alone], dim=-1)
+
+
+def within(model: PreTrainedModel, kind: str, distance: Int[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
+    """Whether a layer of this kind looks that far back."""
+    return (
+        distance < sliding_window(model) if kind == "sliding_attention" else torch.ones_like(distance, dtype=torch.bool)
+    )
+
+
+def for_layers(masks: dict[str, Bool[Tensor, "batch 1 rows keys"]]) -> Any:
+    """The masks as models take them: the tensor itself if all layers are of one kind, else a dict by kind."""
+    return next(iter(masks.values())) if len(masks) == 1 else masks
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
@@ -153,3 +227,19 @@ def reuse_possible(model: PreTrainedModel) -> bool:
     """Whether the gold pass can keep a cache: not while gradient checkpointing recomputes its layers."""
     layers = language_model(model).modules()
     return not (model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers))
+
+
+def check_branching(model: PreTrainedModel) -> None:
+    """Refuse a model in which no token can be tried in place of another.
+
+    Raises:
+        ModelError: recurrent layers; they and their kind are named.
+    """
+    found = layers_that_cannot_branch(model)
+    if found:
+        kinds = ", ".join(sorted(set(found.values())))
+        raise ModelError(
+            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, found))} ({kinds}) carry one state from "
+            "token to token, so neither a kept cache nor a mask can leave the gold token out for one candidate alone; leave TPA out "
+            "(objective.tpa.weight: 0); sft, kd and iva work."
+        )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align_ti.errors import ModelError
+from align_ti.errors import BatchError, ModelError
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -41,15 +43,58 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The language model's softmax attention modules by layer index; layers with another kind of mixing are absent."""
     modules = language_model(model).modules()
-    numbered = ((getattr(module, "layer_idx", None), module) for module in modules if hasattr(module, "q_proj"))
+    projects = (module for module in modules if hasattr(module, "q_proj") or hasattr(module, "qkv_proj"))
+    numbered = ((getattr(module, "layer_idx", None), module) for module in projects)
     return {index: module for index, module in numbered if isinstance(index, int)}
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """What mixes tokens in each layer: "full_attention", "sliding_attention", or a family's own word for anything else."""
+    config: Any = language_model(model).config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    attention = attention_modules(model)
+    return [kind if layer in attention else "recurrent" for layer in range(config.num_hidden_layers)]
+
+
+def sliding_window(model: PreTrainedModel) -> int:
+    """Tokens that a sliding layer sees, its own included."""
+    config: Any = language_model(model).config
+    return int(config.sliding_window)
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:
     """Layers whose attention sees every earlier token: the candidates for IVA."""
-    kinds = getattr(language_model(model).config, "layer_types", None)
-    layers = sorted(attention_modules(model))
-    return [layer for layer in layers if kinds is None or kinds[layer] == "full_attention"]
+    kinds = layer_kinds(model)
+    return [layer for layer in sorted(attention_modules(model)) if kinds[layer] == "full_attention"]
+
+
+def layers_that_cannot_branch(model: PreTrainedModel) -> dict[int, str]:
+    """Layers, with their kind, in which a candidate cannot be tried in place of a gold token.
+
+    A recurrent layer (linear attention, convolution, state space) carries one state from token to token: a candidate would change
+    what follows it, and the state before each response token is not kept. Neither a cache nor a mask can undo that.
+    """
+    return {
+        layer: kind
+        for layer, kind in enumerate(layer_kinds(model))
+        if kind not in {"full_attention", "sliding_attention"} or layer not in attention_modules(model)
+    }
+
+
+def tower(model: PreTrainedModel) -> nn.Module | None:
+    """The vision tower, or None where there is none under a known name."""
+    for name in TOWER_NAMES:
+        found = getattr(backbone(model), name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+TOWER_NAMES = ("vision_tower", "visual", "vision_model")
+"""The names that transformers' families give their vision tower."""
 
 
 def image_token(model: PreTrainedModel) -> int | None:
@@ -70,12 +115,26 @@ def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     return ()
 
 
-def position_ids(inputs: Mapping[str, Any]) -> Int[Tensor, "batch seq"]:
-    """The position of every token, counted over real tokens only, so that padding on either side changes nothing."""
+def position_ids(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Int[Tensor, "*axes batch seq"]:
+    """The position of every token, counted over real tokens only, so that padding on either side changes nothing.
+
+    Families with multimodal rotary positions have three axes (time, height, width) in front: [3, batch, seq].
+    """
     given = inputs.get("position_ids")
     if given is not None:
         return torch.as_tensor(given)
-    return (real_tokens(inputs).long().cumsum(-1) - 1).clamp(min=0)
+    counted = (real_tokens(inputs).long().cumsum(-1) - 1).clamp(min=0)
+    of_grids: Any = getattr(backbone(model), "get_rope_index", None)
+    if of_grids is None:
+        return counted
+    if inputs.get("image_grid_thw") is None:
+        return counted[None].expand(3, -1, -1)
+    known = {**inputs, "attention_mask": real_tokens(inputs).long()}
+    known.setdefault("mm_token_type_ids", (inputs["input_ids"] == image_token(model)).int())
+    # Releases differ in what they ask for.
+    asked = inspect.signature(of_grids).parameters
+    positions: Tensor = of_grids(**{name: value for name, value in known.items() if name in asked})[0]
+    return positions
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -90,61 +149,22 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def check_layout(model: PreTrainedModel) -> None:
-    """Refuse a language model whose masks, positions or logits this version does not follow exactly.
+    """Refuse a language model that cannot be followed exactly.
 
     Raises:
-        ModelError: layers other than full attention, several position axes, or logits that are capped or scaled after the head.
+        ModelError: logits inside attention are capped, but the attention that the model runs on drops the cap.
     """
-    config = language_model(model).config
-    rope = getattr(config, "rope_parameters", None) or {}
-    special = {
-        "layer_types": [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"],
-        "mrope_section": rope.get("mrope_section") if isinstance(rope, dict) else None,
-        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
-        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
-        "logit_scale": getattr(config, "logit_scale", None),
-        "logits_scaling": getattr(config, "logits_scaling", None),
-    }
-    found = {name: value for name, value in special.items() if value}
-    if found:
-        named = ", ".join(f"{name}: {value}" for name, value in found.items())
+    config: Any = language_model(model).config
+    cap, runs_on = getattr(config, "attn_logit_softcapping", None), config._attn_implementation
+    if cap and runs_on not in CAPPING:
         raise ModelError(
-            f"the language model of {type(model).__name__} has {named}, which this version does not follow exactly; full attention, "
-            "one position axis and plain logits are accepted (such as Llama, Qwen2 and Qwen3 text in LLaVA)."
+            f"{type(model).__name__} caps its attention at {cap:g}, but runs on {runs_on!r}, which drops the cap; accepted: "
+            f"{', '.join(CAPPING)}; load it with attn_implementation='eager'."
         )
 
 
-def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a pair that cannot be compared token by token.
-
-    Raises:
-        ModelError: heads of different size, different image tokens, or a teacher in training mode.
-    """
-    for model in (student, teacher):
-        check_layout(model)
-    if teacher.training:
-        raise ModelError(
-            "the teacher is in training mode, where dropout changes its distributions; a teacher in eval mode is "
-            "accepted; call teacher.eval().requires_grad_(False)."
-        )
-    sizes = [int(next(head(model).parameters()).shape[0]) for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"the student's head has {sizes[0]} tokens, the teacher's {sizes[1]}; equal vocabularies are accepted; choose "
-            "models of one tokenizer and head size."
-        )
-    images = [image_token(model) for model in (student, teacher)]
-    if images[0] != images[1]:
-        raise ModelError(
-            f"the student's image token is {images[0]}, the teacher's {images[1]}; one id is accepted, since both read the "
-            "same sequence; choose models of one processor."
-        )
-    counts = [visual_tokens_per_picture(model) for model in (student, teacher)]
-    if None not in counts and counts[0] != counts[1]:
-        raise ModelError(
-            f"the student's tower gives {counts[0]} visual tokens a picture, the teacher's {counts[1]}; equal counts are "
-            "accepted, since both read the same sequence; choose towers of one picture and patch size."
-        )
+CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""transformers' attention implementations that know a soft cap."""
 
 
 def visual_tokens_per_picture(model: PreTrainedModel) -> int | None:
@@ -157,3 +177,43 @@ def visual_tokens_per_picture(model: PreTrainedModel) -> int | None:
     # CLIP towers put a class token in front; "default" drops the first position, whatever it is.
     has_class_token = getattr(vision, "model_type", "") == "clip_vision_model"
     return (size // patch) ** 2 + int(has_class_token) - int(strategy == "default")
+
+
+def visual_grids(
+    model: PreTrainedModel, inputs: Mapping[str, Any], visual: Bool[Tensor, "batch seq"]
+) -> list[list[tuple[int, int]]]:
+    """Rows and columns of the grid that each picture's (or tile's) visual tokens form, for each sample, in reading order.
+
+    Raises:
+        BatchError: a run of visual tokens is no grid that the config or a square explains.
+    """
+    given, fixed = inputs.get("image_grid_thw"), visual_tokens_per_picture(model)
+    if given is not None:
+        merge = int(model.config.vision_config.spatial_merge_size)
+        pictures = iter([(height // merge, width // merge) for _, height, width in given.tolist()])
+    grids = []
+    for sample, row in enumerate(visual):
+        found: list[tuple[int, int]] = []
+        for count in runs(row):
+            if given is not None:
+                while count > 0:
+                    found.append(next(pictures))
+                    count -= found[-1][0] * found[-1][1]
+                continue
+            size = fixed if fixed is not None and count % fixed == 0 else count
+            side = math.isqrt(size)
+            if side * side != size:
+                raise BatchError(
+                    f"sample {sample}: {size} visual tokens of {type(model).__name__} form no square grid, so they cannot be resampled; "
+                    "leave IVA out (objective.iva.weight: 0) or choose models with equal visual tokens."
+                )
+            found += [(side, side)] * (count // size)
+        grids.append(found)
+    return grids
+
+
+def runs(marked: Bool[Tensor, " seq"]) -> list[int]:
+    """The lengths of the runs of adjacent True, in order."""
+    edges = torch.diff(torch.nn.functional.pad(marked.int(), (1, 1))).tolist()
+    starts = [place for place, edge in enumerate(edges) if edge == 1]
+    return [stop - start for start, stop in zip(starts, (p for p, edge in enumerate(edges) if edge == -1), strict=True)]

@@ -19,12 +19,23 @@ from transformers import PreTrainedModel
 from align_ti.config import Objective, Tpa
 from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL, model_inputs
 from align_ti.errors import BatchError, ConfigError
+from align_ti.interactions.correspondence import Correspondence, check_visual, correspond, resampled
 from align_ti.interactions.transitions import Transitions, draw, plan_transitions
 from align_ti.interactions.visual import aligned_samples, visual_weights
-from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, vocabulary, weighted_row_loss
+from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.attention import Watch, watching
-from align_ti.models.continuation import Reading, continue_branches, read, read_packed, reuse_possible
+from align_ti.models.continuation import (
+    Branches,
+    Reading,
+    check_branching,
+    continue_branches,
+    read,
+    read_packed,
+    reuse_possible,
+)
+from align_ti.models.pairing import Pairing, check_pair, shared_tokens
+from align_ti.models.standins import Projection, tower_once
 
 Masses = dict[str, Shaped[Tensor, ""]]
 """What each term's total is divided by: sft and kd response tokens, iva samples with visual and instruction tokens, tpa response
@@ -55,6 +66,22 @@ class Pass:
     branches: Float[Tensor, "batch branches hidden"] | None
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one model reads: its inputs, positions among them, and the role of each of its tokens."""
+
+    model: PreTrainedModel
+    inputs: dict[str, Any]
+    roles: Int[Tensor, "batch seq"]
+
+
+def view(model: PreTrainedModel, batch: Mapping[str, Any]) -> View:
+    """A batch as the model reads it, on the model's device."""
+    moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = model_inputs(moved)
+    return View(model, {**inputs, "position_ids": families.position_ids(model, inputs)}, moved["roles"])
+
+
 def distillation_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -63,6 +90,7 @@ def distillation_loss(
     candidates: Int[Tensor, "batch seq candidates"] | None = None,
     generator: torch.Generator | None = None,
     step_masses: Callable[[Masses], Masses] | None = None,
+    pairing: Pairing | None = None,
 ) -> DistillationOutput:
     """The Align-TI loss of a batch.
 
@@ -70,12 +98,14 @@ def distillation_loss(
         student: the model to train, on any attention implementation.
         teacher: the model to imitate, in eval mode; read without gradient. May be None if only sft has weight.
         batch: the models' own inputs, with `labels` (-100 outside responses) and `roles` [batch, seq]: 0 other, 1 visual,
-            2 instruction, 3 response.
+            2 instruction, 3 response. A teacher with a processor of its own finds its inputs and `roles` under `teacher`, with the
+            same responses.
         objective: terms and weights. `iva.layer` must be a number here (`score_layers` finds it).
         candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn.
-        generator: draws the candidates; on the device of the models.
+        generator: draws the candidates; on the device of the model that they are drawn from.
         step_masses: turns this batch's masses into those of the whole optimizer step, for gradient accumulation and data
             parallelism; by default the batch is the step.
+        pairing: what `pair_up` found about the two models; by default heads of one size are taken to have the same tokens.
 
     Raises:
         BatchError: the batch contradicts itself.
@@ -85,28 +115,23 @@ def distillation_loss(
     Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
     """
     terms = objective.active
-    if objective.needs_teacher:
-        if teacher is None:
-            raise ConfigError(
-                f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone."
-            )
-        families.check_pair(student, teacher)
-    else:
-        families.check_layout(student)
-    if "iva" in terms and objective.iva.layer == "auto":
-        raise ConfigError(
-            "objective.iva.layer is 'auto', which needs a sample of the training data; score_layers(teacher, groups) gives "
-            "each layer's score: take the highest, or use AlignTITrainer, which does so."
-        )
-    inputs, labels, roles = model_inputs(batch), batch["labels"], batch["roles"]
-    check_batch(inputs["input_ids"], labels, roles, families.real_tokens(inputs))
-    if candidates is not None:
-        check_candidates(candidates, roles, vocabulary(families.head(student)))
-
+    check_models(student, teacher, objective, shared_inputs="teacher" not in batch)
     compared = teacher if objective.needs_teacher else None
-    plan, student_pass, teacher_pass, attention = run_passes(
-        student, compared, inputs, roles, objective, candidates, generator
-    )
+    if pairing is None:
+        pairing = Pairing() if compared is None else Pairing(shared_tokens(student, compared))
+    ours = view(student, batch)
+    theirs = None if compared is None else view(compared, batch.get("teacher", batch))
+    labels, roles = batch["labels"], ours.roles
+    check_batch(ours.inputs["input_ids"], labels, roles, families.real_tokens(ours.inputs))
+    check_known(labels, pairing, Projection(student).out_features)
+    if candidates is not None:
+        check_candidates(candidates, roles, Projection(student).out_features)
+    found = None if theirs is None or "teacher" not in batch else places_of(ours, theirs, objective)
+
+    with tower_once(student, compared if pairing.one_tower else None):
+        plan, student_pass, teacher_pass, attention = run_passes(
+            ours, theirs, objective, candidates, generator, pairing, found
+        )
     every_mass = batch_masses(labels, roles, plan)
     masses = {name: every_mass[name] for name in terms}
     whole = masses if step_masses is None else step_masses(masses)
@@ -117,10 +142,11 @@ def distillation_loss(
     result = weighted_row_loss(
         Rows(
             student=student_rows,
-            student_head=families.head(student),
+            student_head=Projection(student),
             teacher=teacher_rows,
-            teacher_head=None if compared is None else families.head(compared),
+            teacher_head=None if compared is None else Projection(compared),
             labels=row_labels,
+            shared=pairing.shared,
         ),
         {
             name: RowWeights(
@@ -139,6 +165,58 @@ def distillation_loss(
         masses=masses,
         branch_share=None if plan is None else plan.branches.used.sum() / plan.kept.clamp(min=1),
     )
+
+
+def check_models(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, *, shared_inputs: bool = True
+) -> None:
+    """Refuse models for which a term of the objective is not defined or would not be exact.
+
+    Raises:
+        ConfigError: no teacher where one is needed, or `iva.layer` is "auto".
+        ModelError: the models do not fit each other, or a term does not fit them.
+    """
+    terms = objective.active
+    families.check_layout(student)
+    if objective.needs_teacher:
+        if teacher is None:
+            raise ConfigError(
+                f"the objective has {', '.join(terms)}, but no teacher was given; give one or use sft alone."
+            )
+        check_pair(student, teacher, shared_inputs=shared_inputs)
+        if "tpa" in terms:
+            check_branching(student)
+            check_branching(teacher)
+    if "iva" in terms and objective.iva.layer == "auto":
+        raise ConfigError(
+            "objective.iva.layer is 'auto', which needs a sample of the training data; score_layers(teacher, groups) gives "
+            "each layer's score: take the highest, or use AlignTITrainer, which does so."
+        )
+
+
+def places_of(ours: View, theirs: View, objective: Objective) -> Correspondence:
+    """Where the student's rows stand in the teacher's own sequence.
+
+    Raises:
+        BatchError: different responses, or visual tokens that cannot be compared.
+    """
+    visual = "iva" in objective.active
+    ids, roles = (of.to(ours.roles.device) for of in (theirs.inputs["input_ids"], theirs.roles))
+    found = correspond(ours.inputs["input_ids"], ours.roles, ids, roles, with_visual=visual)
+    if not visual:
+        return found
+    seen, shown = (aligned_samples(of == VISUAL, of == INSTRUCTION) for of in (ours.roles, roles))
+    if not torch.equal(seen, shown):
+        sample = int((seen != shown).nonzero()[0])
+        raise BatchError(
+            f"sample {sample}: the picture stands before the instruction for one model and behind it for the other, where attention "
+            "cannot look at it; choose templates of one order or leave IVA out (objective.iva.weight: 0)."
+        )
+    if not objective.iva.resample:
+        check_visual(ours.roles, roles)
+        return found
+    grids = [families.visual_grids(of.model, of.inputs, of.roles == VISUAL) for of in (ours, theirs)]
+    return resampled(found, *grids)
 
 
 def check_batch(ids: Tensor, labels: Tensor, roles: Tensor, real: Tensor) -> None:
@@ -175,74 +253,97 @@ def check_batch(ids: Tensor, labels: Tensor, roles: Tensor, real: Tensor) -> Non
         )
 
 
+def check_known(labels: Int[Tensor, "batch seq"], pairing: Pairing, tokens: int) -> None:
+    """Refuse responses with tokens that only one of the two models knows.
+
+    Raises:
+        BatchError: the first such token is named.
+    """
+    unknown = pairing.unshared(tokens)
+    wrong = torch.isin(labels, torch.tensor(unknown, dtype=labels.dtype, device=labels.device)) if unknown else None
+    if wrong is not None and wrong.any():
+        sample, step = wrong.nonzero()[0].tolist()
+        raise BatchError(
+            f"sample {sample}, token {step}: the response holds token {int(labels[sample, step])}, which student and teacher do not share; "
+            "leave it out of the data or choose models of one tokenizer."
+        )
+
+
 def run_passes(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    inputs: Mapping[str, Any],
-    roles: Int[Tensor, "batch seq"],
+    ours: View,
+    theirs: View | None,
     objective: Objective,
     candidates: Int[Tensor, "batch seq candidates"] | None,
     generator: torch.Generator | None,
+    pairing: Pairing,
+    found: Correspondence | None,
 ) -> tuple[Transitions | None, Pass, Pass | None, Float[Tensor, "batch seq"] | None]:
-    """Everything that the models compute: the plan of candidates, both models' passes, and the teacher's attention."""
+    """Everything that the models compute: the plan of candidates, both models' passes, and the teacher's attention.
+
+    What comes from the teacher is laid out as the student's sequence.
+    """
     tpa = objective.tpa if "tpa" in objective.active else None
     layer = objective.iva.layer if "iva" in objective.active else None
     source = None if tpa is None or candidates is not None else tpa.source
     plan, teacher_pass = None, None
-    with watch_instruction(teacher, roles, layer) as watch:
-        student_first = first_pass(student, inputs, tpa, drawn_from=source == "student")
+    with watch_instruction(theirs, layer) as watch:
+        student_first = first_pass(ours, tpa, drawn_from=source == "student")
         with torch.no_grad():
-            teacher_first = (
-                None if teacher is None else first_pass(teacher, inputs, tpa, drawn_from=source == "teacher")
-            )
+            teacher_first = None if theirs is None else first_pass(theirs, tpa, drawn_from=source == "teacher")
         if tpa is not None:
             if candidates is None:
-                drawn_from = {"student": (student, student_first), "teacher": (teacher, teacher_first), "gold": None}
-                candidates = draw_candidates(drawn_from[tpa.source], inputs, roles, tpa, generator)
-            plan = plan_candidates(student, {**inputs, "roles": roles}, candidates, tpa)
-        student_pass = second_pass(student, inputs, student_first, plan)
-        if teacher is not None:
+                drawn_from = {"student": (ours, student_first), "teacher": (theirs, teacher_first), "gold": None}
+                candidates = draw_candidates(drawn_from[tpa.source], ours, tpa, generator)
+            plan = plan_candidates(ours.model, {**ours.inputs, "roles": ours.roles}, candidates, tpa, pairing)
+        student_pass = second_pass(ours, student_first, None if plan is None else plan.branches)
+        if theirs is not None:
+            branches = None if plan is None else branches_for(theirs, plan.branches, found)
             with torch.no_grad():
-                teacher_pass = second_pass(teacher, inputs, teacher_first, plan)
-    attention = None if watch is None else watch.means[watch.layers[0]][:, : roles.shape[1]]
-    return plan, student_pass, teacher_pass, attention
+                teacher_pass = second_pass(theirs, teacher_first, branches)
+    attention = None if watch is None or theirs is None else watch.means[watch.layers[0]][:, : theirs.roles.shape[1]]
+    device = ours.roles.device
+    if found is not None and teacher_pass is not None:
+        teacher_pass = Pass(found.to_student(teacher_pass.gold), teacher_pass.branches)
+        attention = None if attention is None else found.to_student(attention)
+    return plan, student_pass, teacher_pass, None if attention is None else attention.to(device)
 
 
-def watch_instruction(
-    teacher: PreTrainedModel | None, roles: Int[Tensor, "batch seq"], layer: int | str | None
-) -> AbstractContextManager[Watch | None]:
+def branches_for(theirs: View, branches: Branches, found: Correspondence | None) -> Branches:
+    """The branches at their places in the teacher's sequence, on its device."""
+    replaces = branches.replaces if found is None else found.places.gather(1, branches.replaces)
+    device = theirs.roles.device
+    return Branches(branches.tokens.to(device), replaces.to(device), branches.used.to(device))
+
+
+def watch_instruction(theirs: View | None, layer: int | str | None) -> AbstractContextManager[Watch | None]:
     """Reads where the teacher's instruction tokens look at one layer, if a layer is given."""
-    if teacher is None or not isinstance(layer, int):
+    if theirs is None or not isinstance(layer, int):
         return nullcontext()
-    return watching(teacher, roles == INSTRUCTION, (layer,))
+    return watching(theirs.model, theirs.roles == INSTRUCTION, (layer,))
 
 
-def first_pass(
-    model: PreTrainedModel, inputs: Mapping[str, Any], tpa: Tpa | None, *, drawn_from: bool
-) -> Reading | None:
+def first_pass(of: View, tpa: Tpa | None, *, drawn_from: bool) -> Reading | None:
     """The pass before candidates are known.
 
     In the packed form the gold tokens are read together with the branches, so here they are read only if candidates are drawn from
     this model, and then without gradient.
     """
-    if tpa is None or not is_packed(model, tpa):
-        return read(model, inputs, keep_cache=tpa is not None)
+    if tpa is None or not is_packed(of.model, tpa):
+        return read(of.model, of.inputs, keep_cache=tpa is not None)
     if not drawn_from:
         return None
     with torch.no_grad():
-        return read(model, inputs, keep_cache=False)
+        return read(of.model, of.inputs, keep_cache=False)
 
 
-def second_pass(
-    model: PreTrainedModel, inputs: Mapping[str, Any], first: Reading | None, plan: Transitions | None
-) -> Pass:
+def second_pass(of: View, first: Reading | None, branches: Branches | None) -> Pass:
     """The hidden states of gold tokens and branches, whichever way the first pass left to do."""
-    if plan is not None and (first is None or first.cache is None):
-        return Pass(*read_packed(model, inputs, plan.branches))
+    if branches is not None and (first is None or first.cache is None):
+        return Pass(*read_packed(of.model, of.inputs, branches))
     assert first is not None
-    if plan is None or plan.branches.width == 0:
+    if branches is None or branches.width == 0:
         return Pass(first.hidden, None)
-    return Pass(first.hidden, continue_branches(model, inputs, first, plan.branches))
+    return Pass(first.hidden, continue_branches(of.model, of.inputs, first, branches))
 
 
 def is_packed(model: PreTrainedModel, tpa: Tpa) -> bool:
@@ -252,24 +353,22 @@ def is_packed(model: PreTrainedModel, tpa: Tpa) -> bool:
 
 @torch.no_grad()
 def draw_candidates(
-    drawn_from: tuple[PreTrainedModel | None, Reading | None] | None,
-    inputs: Mapping[str, Any],
-    roles: Int[Tensor, "batch seq"],
-    tpa: Tpa,
-    generator: torch.Generator | None,
+    drawn_from: tuple[View | None, Reading | None] | None, ours: View, tpa: Tpa, generator: torch.Generator | None
 ) -> Int[Tensor, "batch seq candidates"]:
-    """Tokens to try at each response position, drawn from the model's distribution there; the gold tokens if no model is given."""
-    ids: Tensor = inputs["input_ids"]
+    """Tokens to try at each of the student's response positions, drawn from a model's distribution there; the gold tokens if no
+    model is given."""
+    ids: Tensor = ours.inputs["input_ids"]
     candidates = ids[..., None].expand(-1, -1, 1 if drawn_from is None else tpa.candidates).clone()
     if drawn_from is None:
         return candidates
-    model, reading = drawn_from
-    assert model is not None
+    source, reading = drawn_from
+    assert source is not None
     assert reading is not None
-    sample, step = (roles == RESPONSE).nonzero(as_tuple=True)
+    # In both sequences the responses are the same tokens in the same order.
+    sample, step = (source.roles == RESPONSE).nonzero(as_tuple=True)
     # The row that predicts a token is the position before it.
-    hidden, project = reading.hidden[sample, step - 1], families.head(model)
-    chunk = max(1, CHUNK_LOGITS // vocabulary(project))
+    hidden, project = reading.hidden[sample, step - 1], Projection(source.model)
+    chunk = max(1, CHUNK_LOGITS // project.out_features)
     drawn = [
         draw(
             project(rows),
@@ -281,7 +380,7 @@ def draw_candidates(
         )
         for rows in hidden.split(chunk)
     ]
-    candidates[sample, step] = torch.cat(drawn)
+    candidates[ours.roles == RESPONSE] = torch.cat(drawn).to(ids.device)
     return candidates
 
 
@@ -316,28 +415,37 @@ def candidates_for(
 
     For gradient accumulation: TPA's mass over the whole step is known only when every batch of it has its candidates.
     """
-    inputs, drawn_from = model_inputs(batch), None
+    ours, drawn_from = view(student, batch), None
     if tpa.source != "gold":
-        model = student if tpa.source == "student" else teacher
-        assert model is not None
+        source = ours
+        if tpa.source == "teacher":
+            assert teacher is not None
+            source = view(teacher, batch.get("teacher", batch))
         with torch.no_grad():
-            drawn_from = (model, read(model, inputs, keep_cache=False))
-    return draw_candidates(drawn_from, inputs, batch["roles"], tpa, generator)
+            drawn_from = (source, read(source.model, source.inputs, keep_cache=False))
+    return draw_candidates(drawn_from, ours, tpa, generator)
 
 
 def plan_candidates(
-    student: PreTrainedModel, batch: Mapping[str, Any], candidates: Int[Tensor, "batch seq candidates"], tpa: Tpa
+    student: PreTrainedModel,
+    batch: Mapping[str, Any],
+    candidates: Int[Tensor, "batch seq candidates"],
+    tpa: Tpa,
+    pairing: Pairing | None = None,
 ) -> Transitions:
     """The rows and weights that the candidates of a batch come to."""
-    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out_tokens(student, tpa))
+    left_out = left_out_tokens(student, tpa, Pairing() if pairing is None else pairing)
+    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out)
 
 
-def left_out_tokens(student: PreTrainedModel, tpa: Tpa) -> tuple[int, ...]:
-    """The tokens that have no next step: ends of a turn, and the image token, which stands for no word."""
+def left_out_tokens(student: PreTrainedModel, tpa: Tpa, pairing: Pairing) -> tuple[int, ...]:
+    """The tokens that have no next step: ends of a turn, the image token, which stands for no word, and what the teacher does not
+    know."""
+    unknown = pairing.unshared(Projection(student).out_features)
     if tpa.left_out is not None:
-        return tpa.left_out
+        return tpa.left_out + unknown
     image = families.image_token(student)
-    return families.end_tokens(student) + (() if image is None else (image,))
+    return families.end_tokens(student) + (() if image is None else (image,)) + unknown
 
 
 def gold_weights(
@@ -388,9 +496,8 @@ def gather_rows(
     used = None if plan is None or student.branches is None else plan.branches.used
 
     def joined(of: Pass) -> Tensor:
-        return (
-            of.gold[chosen] if used is None or of.branches is None else torch.cat([of.gold[chosen], of.branches[used]])
-        )
+        gold = of.gold[chosen.to(of.gold.device)]
+        return gold if used is None or of.branches is None else torch.cat([gold, of.branches[used.to(gold.device)]])
 
     count = 0 if used is None else int(used.sum())
     row_weights = {name: torch.nn.functional.pad(weight[chosen], (0, count)) for name, weight in weights.items()}

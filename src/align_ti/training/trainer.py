@@ -21,6 +21,7 @@ from align_ti.errors import ConfigError, ModelError
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.families import head, widest_float
 from align_ti.models.loading import check_loaded
+from align_ti.models.pairing import Pairing, pair_up, reads_the_same
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import (
     DistillationOutput,
@@ -75,6 +76,8 @@ class AlignTITrainer(Trainer):
         train_dataset: conversations, or a dataset whose items are encoded samples (`align_ti.data.roles.encode`).
         eval_dataset: the same for evaluation.
         processing_class: the student's processor.
+        teacher_processing_class: the teacher's processor, if it has one of its own. Where it makes other inputs of a record than the
+            student's, each model reads its own.
         data_collator: by default one that pads with the processor's pad token.
         scores: the size of the sample that layers are scored on.
         trainer_options: anything else that transformers' Trainer takes, such as callbacks.
@@ -91,6 +94,7 @@ class AlignTITrainer(Trainer):
         processing_class: ProcessorMixin | None = None,
         data_collator: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
         scores: Scores | None = None,
+        teacher_processing_class: ProcessorMixin | None = None,
         **trainer_options: Any,
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
@@ -105,6 +109,7 @@ class AlignTITrainer(Trainer):
                     "processing_class is missing; give the student's processor, or a data_collator of your own."
                 )
             data_collator = Collator(processing_class.tokenizer.pad_token_id)
+        self.teacher_processor = own_processor(processing_class, teacher_processing_class)
         args = TrainingArguments(output_dir="align-ti-run") if args is None else args
         args.remove_unused_columns = False
         if args.n_gpu > 1:
@@ -126,6 +131,10 @@ class AlignTITrainer(Trainer):
         self.teacher_model = teacher_model
         if teacher_model is not None:
             teacher_model.requires_grad_(False).eval().to(self.args.device)
+        self.pairing = Pairing()
+        if teacher_model is not None and self.objective.needs_teacher:
+            student_processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+            self.pairing = pair_up(model, teacher_model, student_processor, self.teacher_processor)
         # The loss is divided by the masses of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -154,7 +163,7 @@ class AlignTITrainer(Trainer):
             if self.is_world_process_zero():
                 values = {str(key): value for key, value in scores.items()}
                 write_json(path, {"layer": layer, "scores": values, "of": made_from})
-        iva = Iva(weight=self.objective.iva.weight, layer=layer, images=self.objective.iva.images)
+        iva = Iva(**{**self.objective.iva.model_dump(), "layer": layer})
         self.objective = self.objective.model_copy(update={"iva": iva})
         return self.objective
 
@@ -220,7 +229,7 @@ class AlignTITrainer(Trainer):
                     batch["candidates"] = candidates_for(
                         student, self.teacher_model, batch, objective.tpa, self.generator()
                     )
-            plan = plan_candidates(student, batch, batch["candidates"], objective.tpa)
+            plan = plan_candidates(student, batch, batch["candidates"], objective.tpa, self.pairing)
         masses = batch_masses(batch["labels"], batch["roles"], plan)
         return {name: masses[name] for name in objective.active}
 
@@ -286,6 +295,7 @@ class AlignTITrainer(Trainer):
                     inputs.get("candidates"),
                     self.generator(training),
                     step_masses,
+                    self.pairing,
                 )
 
         output = through_wrapper(model, student, loss)
@@ -361,6 +371,13 @@ def encoded(data: Any, processor: ProcessorMixin | None) -> Any:
             raise ConfigError("conversations need a processor to become tokens; give processing_class.")
         return EncodedConversations(data, processor)
     return data
+
+
+def own_processor(processor: Any, teacher_processor: ProcessorMixin | None) -> ProcessorMixin | None:
+    """The teacher's processor if it makes other inputs of a record than the student's, else None: both read the same."""
+    if teacher_processor is None or not isinstance(processor, ProcessorMixin):
+        return None
+    return None if reads_the_same(processor, teacher_processor) else teacher_processor
 
 
 Result = TypeVar("Result")
