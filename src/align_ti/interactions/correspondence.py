@@ -40,9 +40,8 @@ class Correspondence:
         moved = values[sample, places]
         for index, weights in enumerate(self.mixing or ()):
             seen = values[index][self.teacher_visual[index]]
-            moved[index, self.visual[index]] = (weights.to(seen) @ seen.reshape(len(seen), -1)).view(
-                -1, *seen.shape[1:]
-            )
+            if len(seen):
+                moved[index, self.visual[index]] = torch.tensordot(weights.to(seen), seen, dims=1)
         return moved
 
 

@@ -123,7 +123,8 @@ def tower_once(student: PreTrainedModel, teacher: PreTrainedModel | None) -> Ite
     if len(towers) < 2:
         yield
         return
-    forward, kept = towers[0].forward, []
+    forward = towers[0].forward
+    kept: list[tuple[Any, Any]] = []
 
     def remembered(*arguments: Any, **options: Any) -> Any:
         for given, out in kept:
