@@ -14,9 +14,11 @@ from transformers import (
     CLIPVisionModel,
     SiglipVisionModel,
 )
+from typer.testing import CliRunner
 
 from align_ti.checkpoints.compose import compose
 from align_ti.checkpoints.templates import PICTURES
+from align_ti.cli import app
 from align_ti.config import Composition, Recipe
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import INSTRUCTION, RESPONSE, VISUAL, encode
@@ -185,6 +187,16 @@ def test_the_blank_before_an_answer_is_learnt_where_the_prompt_ends_without_one(
         )
         ids = processor.tokenizer(prompt)["input_ids"]
         assert len(ids) - 1 + towers.PATCHES == int((sample["roles"] == RESPONSE).nonzero()[0])
+
+
+def test_the_verb_writes_the_folder_and_says_what_is_in_it(parts, tmp_path):
+    options = ["--vision", str(parts / "clip"), "--text", str(parts / "llama"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["compose", *options])
+    assert done.exit_code == 0, done.output
+    assert "visual tokens per picture" in done.output and "now 381" in done.output
+    AutoProcessor.from_pretrained(tmp_path / "out")
+    again = CliRunner().invoke(app, ["compose", *options])
+    assert isinstance(again.exception, RunError)
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(parts, tmp_path):

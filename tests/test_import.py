@@ -19,8 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
     SiglipVisionModel,
 )
+from typer.testing import CliRunner
 
 from align_ti.checkpoints.released import import_released
+from align_ti.cli import app
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import RESPONSE, encode
 from align_ti.errors import ModelError, RunError
@@ -168,6 +170,14 @@ def test_logits_are_those_of_the_official_forward(tmp_path, kind, layer, aspect,
     assert sum(report.parameters.values()) == model.num_parameters()
 
 
+def test_the_verb_writes_the_folder_and_says_what_is_in_it(tmp_path):
+    official = write_official(tmp_path)
+    done = CliRunner().invoke(app, ["import", str(official.folder), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "visual tokens per picture" in done.output and "pictures are padded to a square" in done.output
+    check_equal(official, tmp_path / "out", "pad")
+
+
 def test_a_full_vocabulary_gets_a_row_for_the_image_token(tmp_path):
     for tied in (True, False):
         official = write_official(tmp_path / str(tied), free=0, tied=tied)
@@ -286,6 +296,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         ({"model_type": "llava_phi"}, "model_type is 'llava_phi'; accepted: llava_qwen2, llava_qwen3"),
         ({"mm_vision_select_layer": None}, "mm_vision_select_layer is None"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9; the tower has 3 layers"),
+        ({"mm_image_tower": None}, "mm_image_tower is None; .* name the tower with --vision-tower"),
         ({"image_projector_type": "linear"}, "image_projector_type is 'linear'; 'mlp2x_gelu' is accepted"),
         ({"s2": True}, "s2 is True; False is accepted"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),

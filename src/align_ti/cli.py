@@ -398,7 +398,7 @@ def show_made(made: Made) -> None:
     table.add_row("precision", made.dtype)
     table.add_row("image token", str(made.image_token))
     table.add_row("visual tokens per picture", str(made.visual_tokens))
-    table.add_row("an answer ends with", ", ".join(map(str, made.end_tokens)))
+    table.add_row("end-of-turn token ids", ", ".join(map(str, made.end_tokens)))
     console.print(table)
     for note in made.notes:
         console.print(note, markup=False, highlight=False)

@@ -24,6 +24,7 @@ from transformers import (
     LlavaImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
@@ -106,47 +107,33 @@ def import_released(path: str, out: Path, vision_tower: str | None = None) -> Ma
         source = local_folder(path)
         settings = read_settings(source)
         text = text_config(settings)
-        tower_path = vision_tower or str(settings.get("mm_image_tower"))
+        tower_path = vision_tower or named_tower(settings, source)
         tower = load_siglip(tower_path, settings)
-        tokenizer = load_tokenizer(str(source), text)
-        if STOP not in tokenizer.get_vocab():
-            raise ModelError(f"{source}: the tokenizer has no {STOP}, which ends an answer in the authors' prompts.")
-        ends = [tokenizer.get_vocab()[STOP], tokenizer.eos_token_id]
-        # An instruct model underneath has another eos, and then this token would not count as special: answers would have no end.
-        tokenizer.eos_token = STOP
-        held = int(text.vocab_size)
-        text.vocab_size = max(held, image_id(tokenizer) + 1)
-        config = build_config(
-            tower.config,
-            text,
-            image_token=image_id(tokenizer),
-            feature_layer=int(settings["mm_vision_select_layer"]),
-            strategy="full",
-        )
+        tokenizer, ends = stopping_tokenizer(source, text)
+        held, image = int(text.vocab_size), image_id(tokenizer)
+        text.vocab_size = max(held, image + 1)
+        layer = int(settings["mm_vision_select_layer"])
+        config = build_config(tower.config, text, image_token=image, feature_layer=layer, strategy="full")
         entries, left_out = plan(source, config, held)
-        padded = settings.get("image_aspect_ratio") == "pad"
-        tokenizer.chat_template = vicuna(STOP)
-        pictures = padding(load_pictures(tower_path)) if padded else load_pictures(tower_path)
+        pictures, shape = prepare_pictures(tower_path, settings)
         processor = build_processor(
-            pictures, tokenizer, vision=tower.config, strategy="full", chat_template=vicuna(STOP)
+            pictures, tokenizer, vision=tower.config, strategy="full", chat_template=tokenizer.chat_template
         )
         check_template(processor, config, path)
         dtype = write_weights(entries, tower, draft, held, text.vocab_size)
         write_config(config, dtype, draft)
-        known = tuple(dict.fromkeys(token for token in ends if token is not None))
-        generation = greedy_generation(tokenizer, known)
+        generation = greedy_generation(tokenizer, ends)
         generation.max_new_tokens = ANSWER_TOKENS
         generation.save_pretrained(draft)
         processor.save_pretrained(draft)
-    shape = "padded to a square" if padded else "stretched to a square"
     return Made(
         folder=out,
         parameters=count_parameters(config),
         dtype=precision(dtype),
         image_token=config.image_token_index,
         visual_tokens=config.image_seq_length,
-        end_tokens=known,
-        notes=(f"vision tower: {tower_path}", f"pictures are {shape}", *left_out),
+        end_tokens=ends,
+        notes=(f"vision tower: {tower_path}", shape, *left_out),
     )
 
 
@@ -217,6 +204,20 @@ def text_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     return kind(**{name: value for name, value in settings.items() if name in known})
 
 
+def named_tower(settings: Mapping[str, Any], source: Path) -> str:
+    """The folder or hub name of the vision tower that the checkpoint names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    name = settings.get("mm_image_tower")
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            f"{source / 'config.json'}: mm_image_tower is {name!r}; a folder or hub name is accepted; name it with --vision-tower."
+        )
+    return name
+
+
 def load_siglip(path: str, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The vision tower that the checkpoint was trained on.
 
@@ -242,10 +243,31 @@ def load_siglip(path: str, settings: Mapping[str, Any]) -> PreTrainedModel:
     return tower
 
 
-def padding(square: BaseImageProcessor) -> BaseImageProcessor:
-    """The tower's own preparation of pictures, behind padding to a square in the mean colour."""
+def stopping_tokenizer(source: Path, text: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The checkpoint's tokenizer with the authors' prompt as chat template, and the tokens that end an answer.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not know the authors' stop.
+    """
+    tokenizer = load_tokenizer(str(source), text)
+    if STOP not in tokenizer.get_vocab():
+        raise ModelError(
+            f"{source}: the tokenizer has no {STOP}, which ends an answer in the authors' prompts; Qwen's is accepted; fetch it again."
+        )
+    ends = (tokenizer.get_vocab()[STOP], tokenizer.eos_token_id)
+    # An instruct model underneath has another eos, and then this token would not count as special: answers would have no end.
+    tokenizer.eos_token = STOP
+    tokenizer.chat_template = vicuna(STOP)
+    return tokenizer, tuple(dict.fromkeys(token for token in ends if token is not None))
+
+
+def prepare_pictures(tower: str, settings: Mapping[str, Any]) -> tuple[BaseImageProcessor, str]:
+    """The image processor of the checkpoint, and a sentence about it: the tower's own, behind padding to a square if it was so trained."""
+    square = load_pictures(tower)
+    if settings.get("image_aspect_ratio") != "pad":
+        return square, "pictures are stretched to a square"
     options = square.to_dict()
-    return LlavaImageProcessor(
+    padded = LlavaImageProcessor(
         do_pad=True,
         do_center_crop=False,
         size=options["size"],
@@ -254,6 +276,7 @@ def padding(square: BaseImageProcessor) -> BaseImageProcessor:
         resample=options["resample"],
         rescale_factor=options["rescale_factor"],
     )
+    return padded, "pictures are padded to a square in the mean colour"
 
 
 def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], list[str]]:
