@@ -296,7 +296,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         ({"model_type": "llava_phi"}, "model_type is 'llava_phi'; accepted: llava_qwen2, llava_qwen3"),
         ({"mm_vision_select_layer": None}, "mm_vision_select_layer is None"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9; the tower has 3 layers"),
-        ({"mm_image_tower": None}, "mm_image_tower is None; .* name the tower with --vision-tower"),
+        ({"mm_image_tower": None}, "mm_image_tower is None; .* name it with --vision-tower"),
         ({"image_projector_type": "linear"}, "image_projector_type is 'linear'; 'mlp2x_gelu' is accepted"),
         ({"s2": True}, "s2 is True; False is accepted"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
@@ -326,6 +326,15 @@ def test_files_that_are_no_safe_checkpoint_are_refused(tmp_path):
     write_shards(official.folder, official.weights)
     (official.folder / "model.safetensors").rename(official.folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"are pickles \(pytorch_model.bin\).*convert them"):
+        import_released(str(official.folder), tmp_path / "out")
+
+
+def test_a_tokenizer_without_the_authors_stop_is_refused(tmp_path):
+    official = write_official(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = official.folder / name
+        file.write_text(file.read_text().replace("<|endoftext|>", "<|other|>"))
+    with pytest.raises(ModelError, match=r"the tokenizer has no <\|endoftext\|>"):
         import_released(str(official.folder), tmp_path / "out")
 
 

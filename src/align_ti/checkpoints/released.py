@@ -262,7 +262,7 @@ def stopping_tokenizer(source: Path, text: PreTrainedConfig) -> tuple[PreTrained
 
 
 def prepare_pictures(tower: str, settings: Mapping[str, Any]) -> tuple[BaseImageProcessor, str]:
-    """The image processor of the checkpoint, and a sentence about it: the tower's own, behind padding to a square if it was so trained."""
+    """The tower's image processor, behind padding to a square if the checkpoint was trained so; and a sentence about it."""
     square = load_pictures(tower)
     if settings.get("image_aspect_ratio") != "pad":
         return square, "pictures are stretched to a square"
