@@ -18,14 +18,15 @@ ALLOWED = {
     "runs": {"config", "errors"},
     "data": {"errors"},
     "models": {"errors"},
-    "digits": {"errors"},
+    "digits": {"models", "runs", "errors"},
+    "checkpoints": {"config", "data", "models", "runs", "errors"},
     "interactions": {"data", "models", "errors"},
     "evaluation": {"config", "data", "losses", "models", "errors"},
     "training": {"config", "data", "interactions", "losses", "models", "runs", "errors"},
     "report": {"runs"},
     "pipeline": {"config", "data", "evaluation", "interactions", "models", "runs", "training", "errors"},
     "demo": {"config", "data", "digits", "models", "pipeline", "runs", "errors"},
-    "cli": {"config", "data", "demo", "digits", "pipeline", "report", "runs", "errors"},
+    "cli": {"checkpoints", "config", "data", "demo", "digits", "pipeline", "report", "runs", "errors"},
 }
 """What each part may import of ours: the table of docs/architecture.md."""
 

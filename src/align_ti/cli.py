@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,8 +25,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from align_ti.config import Evaluation, Recipe, Scores, Training, read_recipe
+from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
 from align_ti.errors import AlignTIError, ConfigError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from align_ti.checkpoints.parts import Made
 
 app = typer.Typer(
     name="align-ti",
@@ -223,6 +226,64 @@ def digits(
     console.print(f"benchmark: {out}")
 
 
+@app.command()
+def compose(
+    vision: Annotated[str, typer.Option(help="A folder or hub name of a SigLIP or CLIP checkpoint.")],
+    text: Annotated[str, typer.Option(help="A folder or hub name of a causal language model.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    feature_layer: Annotated[
+        int, typer.Option(help="The tower's hidden state that is read; -1: behind the last layer.")
+    ] = -2,
+    select_strategy: Annotated[
+        str | None,
+        typer.Option(help="full, or default: without the first position. By the kind of tower if not given."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the language model's), float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the projector.")] = 0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or vicuna. By default the language model's own, with pictures.")
+    ] = None,
+) -> None:
+    """Put a new LLaVA model together: a vision tower, a fresh projector, a language model."""
+    options: dict[str, Any] = {
+        "vision": vision,
+        "text": text,
+        "out": str(out),
+        "feature_layer": feature_layer,
+        "select_strategy": select_strategy,
+        "dtype": dtype,
+        "seed": seed,
+        "chat_template": chat_template,
+    }
+    checked = Composition(**options)
+    quiet()
+    from align_ti.checkpoints.compose import compose as put_together
+
+    with console.status("composing"):
+        made = put_together(checked)
+    show_made(made)
+
+
+@app.command("import")
+def import_checkpoint(
+    path: Annotated[
+        str, typer.Argument(help="A folder or hub name of a checkpoint that the paper's authors published.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="The SigLIP tower's folder or hub name; by default the one that the checkpoint names."),
+    ] = None,
+) -> None:
+    """Turn a checkpoint in the authors' own layout into a folder that plain transformers loads."""
+    quiet()
+    from align_ti.checkpoints.released import import_released
+
+    with console.status("importing"):
+        made = import_released(path, out, vision_tower)
+    show_made(made)
+
+
 @recipes.command("list")
 def list_recipes() -> None:
     """Name every shipped recipe with its first line."""
@@ -327,6 +388,20 @@ def show_summary(summary: dict[str, Any]) -> None:
     ):
         table.add_row(title, *(shown(summary[key].get(name), form) for name in names))
     console.print(table)
+
+
+def show_made(made: Made) -> None:
+    """What was written, as a table."""
+    table = Table("what", "value", title=str(made.folder))
+    for part, count in made.parameters.items():
+        table.add_row(part, f"{count / 1e6:.2f} M parameters")
+    table.add_row("precision", made.dtype)
+    table.add_row("image token", str(made.image_token))
+    table.add_row("visual tokens per picture", str(made.visual_tokens))
+    table.add_row("end-of-turn token ids", ", ".join(map(str, made.end_tokens)))
+    console.print(table)
+    for note in made.notes:
+        console.print(note, markup=False, highlight=False)
 
 
 def shown(value: float | None, form: str) -> str:

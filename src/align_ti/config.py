@@ -251,6 +251,28 @@ class Evaluation(Knobs):
     """Tokens of one answer at most; an answer that reaches it is counted as cut."""
 
 
+class Composition(Knobs):
+    """A new LLaVA model from a vision tower and a language model."""
+
+    where: ClassVar[str] = "compose"
+    vision: str = Field(min_length=1)
+    """A folder or hub name of a SigLIP or CLIP checkpoint: the vision tower alone, or both towers."""
+    text: str = Field(min_length=1)
+    """A folder or hub name of a causal language model."""
+    out: str = Field(min_length=1)
+    """The folder to write: new or empty."""
+    feature_layer: int = -2
+    """The tower's hidden state that is read: 0 its embeddings, -1 behind its last layer, -2 before it (as LLaVA-1.5)."""
+    select_strategy: Literal["full", "default"] | None = None
+    """full: every position; default: all but the first, which is CLIP's class token. By default full for SigLIP, default for CLIP."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision that is written; auto: the language model's."""
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Fixes the projector."""
+    chat_template: str | None = None
+    """A Jinja file, or vicuna. By default the language model's own, extended to place pictures, or vicuna where it has none."""
+
+
 class Recipe(Knobs):
     """One run: who learns what, from whom, on which data, how."""
 

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,28 @@ PACKAGES = (
     "pillow",
     "scikit-learn",
 )
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft beside `out` that takes its place when the block ends well, so that a stopped one leaves nothing that looks finished.
+
+    Raises:
+        RunError: the folder holds something already; nothing is written over.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty; a new or empty folder is accepted; choose another or remove it.")
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,7 @@ def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, 
         markers = [f"\u27e6\u27e6{number}\u27e7\u27e7" for number in range(len(parts))]
     text: str = processor.apply_chat_template(real, tokenize=False)
     marked: str = processor.apply_chat_template(messages(conversation, markers), tokenize=False)
+    prompt = generation_prompt(real, processor)
     rebuilt, spans, position = "", [], 0
     for marker, (speaker, words) in zip(markers, parts, strict=True):
         at = marked.find(marker, position)
@@ -130,9 +131,15 @@ def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, 
             )
         rebuilt += marked[position:at]
         position = at + len(marker)
-        shown = words if text.startswith(words, len(rebuilt)) else words.strip()
+        # Some templates take a line break behind a picture for their own, some strip all words.
+        forms = (words, words.removeprefix("\n"), words.strip())
+        shown = next((form for form in forms if text.startswith(form, len(rebuilt))), forms[-1])
         role = {"user": INSTRUCTION, "assistant": RESPONSE}.get(speaker, OTHER)
-        spans.append(Span(len(rebuilt), len(rebuilt) + len(shown), role))
+        start = len(rebuilt)
+        if role == RESPONSE and rebuilt.rstrip().endswith(prompt):
+            # The model is asked to go on from the prompt, so the blank behind it is the model's to say.
+            start = len(rebuilt.rstrip())
+        spans.append(Span(start, len(rebuilt) + len(shown), role))
         rebuilt += shown
     rebuilt += marked[position:]
     if rebuilt != text:
@@ -144,6 +151,15 @@ def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, 
             "so roles would be guessed; use a template that shows words as they are."
         )
     return text, spans
+
+
+def generation_prompt(conversation: list[dict[str, Any]], processor: ProcessorMixin) -> str:
+    """What the template adds to a user's turn when an answer is asked for."""
+    asked = conversation[: next(i for i, message in enumerate(conversation) if message["role"] == "user") + 1]
+    without: str = processor.apply_chat_template(asked, tokenize=False)
+    with_prompt: str = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    # A template without a prompt has nothing that a blank could follow; no text ends with a null character.
+    return with_prompt.removeprefix(without) or "\0"
 
 
 def token_roles(encoded: Mapping[str, Any], spans: list[Span], special: frozenset[int]) -> list[int]:

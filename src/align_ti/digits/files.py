@@ -15,6 +15,7 @@ from align_ti.digits.questions import Question, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import Scene, draw_scene
 from align_ti.errors import RunError
+from align_ti.runs import new_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,28 +38,21 @@ def write_benchmark(
         RunError: the folder holds something else.
     """
     sizes = Sizes() if sizes is None else sizes
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is not empty; a new or empty folder is accepted; choose another or remove it.")
-    # Drawn beside its place and moved there when whole, so that a stopped draw leaves nothing that looks finished.
-    final, out = out, out.with_name(f".{out.name}.draft")
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    splits: tuple[Split, ...] = ("train", "validation", "test")
-    for number, split in enumerate(splits):
-        random = np.random.default_rng([seed, number])
-        records = []
-        for index in range(getattr(sizes, split)):
-            scene = draw_scene(load_scans(split), random)
-            name = f"images/{split}-{index:05d}.png"
-            scene.picture.save(out / name)
-            records += [record(split, index, name, scene, question) for question in ask(scene, random)]
-            advance(1)
-        (out / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-    for part in ("teacher", "student"):
-        copy_model(part, out / part)
-    if final.exists():
-        final.rmdir()
-    out.rename(final)
+    with new_folder(out) as draft:
+        (draft / "images").mkdir()
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        for number, split in enumerate(splits):
+            random = np.random.default_rng([seed, number])
+            records = []
+            for index in range(getattr(sizes, split)):
+                scene = draw_scene(load_scans(split), random)
+                name = f"images/{split}-{index:05d}.png"
+                scene.picture.save(draft / name)
+                records += [record(split, index, name, scene, question) for question in ask(scene, random)]
+                advance(1)
+            (draft / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+        for part in ("teacher", "student"):
+            copy_model(part, draft / part)
 
 
 def record(split: Split, index: int, picture: str, scene: Scene, question: Question) -> dict[str, object]:

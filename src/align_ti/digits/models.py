@@ -9,7 +9,6 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -20,6 +19,7 @@ from transformers import (
 
 from align_ti.digits.questions import all_phrases
 from align_ti.digits.scenes import SIZE
+from align_ti.models import llava
 
 PATCH = 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -88,14 +88,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> LlavaProcessor:
     """Tokenizer, picture preparation and chat template as one real LLaVA processor."""
     pictures = SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        chat_template=CHAT_TEMPLATE,
+    return llava.build_processor(
+        pictures, build_tokenizer(), vision=tower_config(), strategy="full", chat_template=CHAT_TEMPLATE
     )
 
 
@@ -118,16 +112,7 @@ def build_model(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llava
         pad_token_id=pad,
         bos_token_id=None,
     )
-    config = LlavaConfig(
-        vision_config=tower_config(),
-        text_config=text,
-        image_token_index=ids["<image>"],
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=True,
-    )
+    config = llava.build_config(tower_config(), text, image_token=ids["<image>"], feature_layer=-1, strategy="full")
     model = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=48, do_sample=False)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from align_ti.errors import BatchError, ModelError
 
@@ -169,14 +169,23 @@ CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 def visual_tokens_per_picture(model: PreTrainedModel) -> int | None:
     """Visual tokens of one picture as the model's own config has it, or None where pictures vary in size."""
-    vision = getattr(model.config, "vision_config", None)
-    strategy = getattr(model.config, "vision_feature_select_strategy", None)
+    return visual_tokens(model.config)
+
+
+def visual_tokens(config: PreTrainedConfig) -> int | None:
+    """Visual tokens of one picture under a model's config, or None where pictures vary in size."""
+    vision = getattr(config, "vision_config", None)
+    strategy = getattr(config, "vision_feature_select_strategy", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if strategy is None or not isinstance(size, int) or not isinstance(patch, int):
         return None
-    # CLIP towers put a class token in front; "default" drops the first position, whatever it is.
-    has_class_token = getattr(vision, "model_type", "") == "clip_vision_model"
-    return (size // patch) ** 2 + int(has_class_token) - int(strategy == "default")
+    # "default" drops the first position, whatever it is.
+    return (size // patch) ** 2 + class_tokens(vision) - int(strategy == "default")
+
+
+def class_tokens(vision: PreTrainedConfig | None) -> int:
+    """Tokens that a vision tower puts in front of its patches: CLIP has one, SigLIP none."""
+    return int(getattr(vision, "model_type", "") == "clip_vision_model")
 
 
 def visual_grids(
