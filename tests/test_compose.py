@@ -229,6 +229,21 @@ def test_what_does_not_fit_is_refused(parts, tmp_path, options, message):
         made(parts, tmp_path / "out", **options)
 
 
+def test_a_language_model_that_scales_its_logits_is_refused(parts, tmp_path):
+    # A LLaVA model has its own head without the scale: the composed model would have had other distributions than its language model.
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for scale in (4.0, 1.0):
+        config = GraniteConfig(vocab_size=400, **sizes, num_key_value_heads=2, logits_scaling=scale, eos_token_id=2)
+        GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+        towers.tokenizer().save_pretrained(tmp_path / "granite")
+        if scale == 4.0:
+            with pytest.raises(ModelError, match="caps or scales its logits"):
+                made(parts, tmp_path / "out", text=tmp_path / "granite", chat_template="vicuna")
+    assert made(parts, tmp_path / "out", text=tmp_path / "granite", chat_template="vicuna").visual_tokens == 9
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -132,13 +132,13 @@ def test_iva_reads_full_attention_layers_only():
     assert full_attention_layers(pair("gemma3")[2]) == [1, 3]
     assert full_attention_layers(pair("llava-siglip-mistral")[2]) == []
     batch, _ = case("qwen3.5", "one turn")
-    with pytest.raises(ModelError, match="layer 0 of .* has no full attention to read; layers with it: 1, 3, 4"):
+    with pytest.raises(ModelError, match=r"layer 0 of .* has no full attention to read; layers with it: 1, 3, 4"):
         distillation_loss(student, teacher, batch, only(iva=Iva(layer=0)))
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_projection_is_the_models_own(name):
-    family, student, _ = pair(name)
+    _, student, _ = pair(name)
     batch, _ = case(name, "one turn")
     inputs = {key: value for key, value in batch.items() if key not in {"roles", "labels"}}
     with torch.no_grad():
@@ -289,7 +289,7 @@ def resampled_iva(student, teacher, parts, others) -> Tensor:
 
 
 def test_grids_are_read_from_the_inputs_the_config_or_the_run():
-    family, student, _ = pair("qwen2-vl")
+    _, student, _ = pair("qwen2-vl")
     batch, _ = case("qwen2-vl", "several images")
     grids = visual_grids(student, batch, batch["roles"] == 1)
     assert [sum(rows * columns for rows, columns in sample) for sample in grids] == (batch["roles"] == 1).sum(
@@ -359,7 +359,7 @@ def test_tokens_of_one_side_alone_are_no_candidates_and_no_labels():
     assert out.terms["tpa"].item() == pytest.approx(tpa.item(), rel=EXACT)
     sample, step = words.nonzero()[0]
     batch["input_ids"][sample, step] = batch["labels"][sample, step] = 3
-    with pytest.raises(BatchError, match="the response holds token 3, which student and teacher do not share"):
+    with pytest.raises(BatchError, match="the response holds token 3, which the two models do not share"):
         distillation_loss(student, teacher, batch, only(kd=Kd()), pairing=pairing)
 
 

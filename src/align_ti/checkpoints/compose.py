@@ -29,6 +29,7 @@ from align_ti.errors import ModelError
 from align_ti.models.families import backbone, check_layout, class_tokens, head
 from align_ti.models.llava import Strategy, build_config, build_processor
 from align_ti.models.loading import check_loaded
+from align_ti.models.standins import Projection
 from align_ti.runs import new_folder
 
 
@@ -85,7 +86,23 @@ def load_language_model(path: str) -> PreTrainedModel:
     check_loaded(path, info)
     check_layout(model)
     loaded: PreTrainedModel = model.eval()
+    check_plain_logits(path, loaded)
     return loaded
+
+
+@torch.no_grad()
+def check_plain_logits(path: str, language: PreTrainedModel) -> None:
+    """Refuse a language model that caps or scales its logits: a LLaVA model takes them as the head gives them.
+
+    Raises:
+        ModelError: what the model makes of hidden states is not what its head makes of them.
+    """
+    hidden = torch.linspace(-3, 3, rows_of(language).shape[1], dtype=rows_of(language).dtype)[None]
+    if not torch.equal(Projection(language)(hidden), head(language)(hidden)):
+        raise ModelError(
+            f"{path}: {type(language).__name__} caps or scales its logits behind the head, which a LLaVA model does not, so its "
+            "distributions would change; language models with plain logits are accepted, such as Llama, Qwen2 and Qwen3."
+        )
 
 
 def select_strategy(options: Composition, tower: PreTrainedModel) -> Strategy:

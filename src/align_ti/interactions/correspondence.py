@@ -66,7 +66,7 @@ def correspond(
         if not torch.equal(words, other):
             raise BatchError(
                 f"sample {sample}: the response is {words[:8].tolist()}... to the student and {other[:8].tolist()}... to the teacher; "
-                "both templates must give the same response tokens, end of turn included; choose models of one tokenizer and end of turn."
+                "both templates must give the same response tokens, end of turn included; choose models of one tokenizer."
             )
         places[sample, mine - 1], places[sample, mine] = its - 1, its
         if not torch.equal(places[sample, mine - 1], its - 1):

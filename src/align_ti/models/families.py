@@ -213,7 +213,7 @@ def visual_grids(
             side = math.isqrt(size)
             if side * side != size:
                 raise BatchError(
-                    f"sample {sample}: {size} visual tokens of {type(model).__name__} form no square grid, so they cannot be resampled; "
+                    f"sample {sample}: {size} visual tokens of {type(model).__name__} form no square grid to resample from; "
                     "leave IVA out (objective.iva.weight: 0) or choose models with equal visual tokens."
                 )
             found += [(side, side)] * (count // size)

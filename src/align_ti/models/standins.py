@@ -58,7 +58,7 @@ class Projection:
         """The logits of each row, with every transform that the family applies to them."""
         given, ids = _Given(hidden[None]), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with standing_in(backbone(self.model), lambda *_args, **_options: given):
-            # The class's own function: a wrapper around the instance (autocast to float32, a data-parallel redirect) is for whole passes.
+            # The class's own function: a wrapper around the instance (autocast, a data-parallel redirect) is for whole passes.
             out = type(self.model).forward(self.model, input_ids=ids, return_dict=True)
         logits: Tensor = out.logits[0]
         return logits

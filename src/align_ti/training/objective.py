@@ -264,7 +264,7 @@ def check_known(labels: Int[Tensor, "batch seq"], pairing: Pairing, tokens: int)
     if wrong is not None and wrong.any():
         sample, step = wrong.nonzero()[0].tolist()
         raise BatchError(
-            f"sample {sample}, token {step}: the response holds token {int(labels[sample, step])}, which student and teacher do not share; "
+            f"sample {sample}, token {step}: the response holds token {int(labels[sample, step])}, which the two models do not share; "
             "leave it out of the data or choose models of one tokenizer."
         )
 
