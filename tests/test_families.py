@@ -430,3 +430,13 @@ def test_other_pixels_are_computed_anew():
         other = tower(teacher)(pixels[1:])
     assert again is not one and torch.equal(again.last_hidden_state, one.last_hidden_state)
     assert not torch.equal(other.last_hidden_state, one.last_hidden_state)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_in_the_docs_is_what_the_models_say():
+    from tests.family_table import PAGE, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(text), "run: python -m tests.family_table"

@@ -56,8 +56,9 @@ class Watch:
         for layer, watched in zip(self.layers, self.modules, strict=True):
             if module is watched and layer not in self.means:
                 behind = query.shape[2] - self.queries.shape[1]
-                queries = nn.functional.pad(self.queries, (0, behind))
-                self.means[layer] = mean_attention(query, key, mask, queries, scaling, softcap)
+                queries = nn.functional.pad(self.queries, (0, behind)).to(query.device)
+                # A model spread over devices reads each layer on its own.
+                self.means[layer] = mean_attention(query, key, mask, queries, scaling, softcap).to(self.queries.device)
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("align_ti_watch", default=None)

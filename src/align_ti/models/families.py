@@ -177,7 +177,8 @@ def visual_tokens(config: PreTrainedConfig) -> int | None:
     vision = getattr(config, "vision_config", None)
     strategy = getattr(config, "vision_feature_select_strategy", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if strategy is None or not isinstance(size, int) or not isinstance(patch, int):
+    tiled = getattr(config, "image_grid_pinpoints", None)
+    if strategy is None or tiled or not isinstance(size, int) or not isinstance(patch, int):
         return None
     # "default" drops the first position, whatever it is.
     return (size // patch) ** 2 + class_tokens(vision) - int(strategy == "default")
