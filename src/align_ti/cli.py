@@ -290,12 +290,15 @@ def dry(recipe: Recipe) -> None:
         conversation.check_files()
     parts = load_parts(recipe)
     sample = encode(conversations[0], parts.processor, recipe.data.max_length)
-    trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    trained = parts.trained()
     table = Table("what", "value", title="dry run: nothing is trained")
     table.add_row(
         "student",
-        f"{recipe.student.path}: {trained / 1e6:.2f} M of {parts.student.num_parameters() / 1e6:.2f} M trained",
+        f"{recipe.student.path}: {sum(count for count, _ in trained.values()) / 1e6:.2f} M of "
+        f"{sum(every for _, every in trained.values()) / 1e6:.2f} M trained",
     )
+    for part, (count, every) in trained.items():
+        table.add_row(f"  {part}", f"{count / 1e6:.2f} M of {every / 1e6:.2f} M trained" if count else "frozen")
     if parts.teacher is not None and recipe.teacher is not None:
         table.add_row("teacher", f"{recipe.teacher.path}: {parts.teacher.num_parameters() / 1e6:.2f} M, frozen")
     table.add_row("records", f"{len(conversations)} to learn from, {len(questions)} to be measured on")
