@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from align_ti.config import Evaluation, Recipe, Scores, Training, read_recipe
-from align_ti.errors import AlignTIError, ConfigError, InterruptedRunError
+from align_ti.errors import AlignTIError, ConfigError, DataError, InterruptedRunError
 
 app = typer.Typer(
     name="align-ti",
@@ -190,6 +191,55 @@ def evaluate(
         console.print(f"KL from the teacher: {result['divergence']:.4f} nats a token")
     if out is not None:
         write_json(out, result)
+
+
+@app.command()
+def chat(
+    student: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about. May be repeated.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Also ask this model, for comparison.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Ask this and end; otherwise questions are read until Ctrl-D.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 256,
+) -> None:
+    """Ask a model about pictures, next to its teacher if one is named.
+
+    Each model remembers its own answers. The pictures go with the first question.
+    """
+    quiet()
+    from align_ti.pipeline import open_chats
+
+    models = {"student": student, **({} if teacher is None else {"teacher": teacher})}
+    chats = dict(zip(models, open_chats(list(models.values()), image or [], max_new_tokens), strict=True))
+    if question is not None:
+        ask_each(chats, question)
+        return
+    console.print("Ask; Ctrl-D ends.")
+    while True:
+        try:
+            text = console.input("\nyou: ").strip()
+        except EOFError:
+            console.print()
+            return
+        if text:
+            try:
+                ask_each(chats, text)
+            except DataError as error:
+                # One question that cannot be asked is no end of the conversation.
+                console.print(Text(str(error), style="red"))
+
+
+def ask_each(chats: Mapping[str, Any], question: str) -> None:
+    """Print each model's answer under its name, as plain text whatever is in it."""
+    from align_ti.evaluation.chat import visible
+
+    for name, one in chats.items():
+        with console.status(f"{name} answers"):
+            answer, cut = one.ask(question)
+        console.print(Text.assemble((f"{name}: ", "bold"), visible(answer) or "(an empty answer)"), soft_wrap=True)
+        if cut:
+            console.print(f"(cut at {one.max_new_tokens} tokens; raise --max-new-tokens)")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from align_ti.config import Data, Evaluation, Recipe, Scores, Teacher
 from align_ti.data.collator import Collator, EncodedConversations
-from align_ti.data.conversation import Conversation
+from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.data.sources import read_conversations
 from align_ti.errors import ConfigError, InterruptedRunError
+from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.adapters import merged, unwrapped, wrap_with_lora
@@ -35,6 +36,7 @@ from align_ti.models.loading import (
     trained_by_part,
 )
 from align_ti.models.placement import stay
+from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
@@ -155,6 +157,7 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     if recipe.training.torch_compile:
         for model in filter(None, (parts.student, parts.teacher)):
             compile_tokenwise(unwrapped(model))
+    parameters = parts.trained()
     recorder = RunRecorder(run, steps)
     trainer = AlignTITrainer(
         model=parts.student,
@@ -189,6 +192,10 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )
+        records = len(data) if isinstance(data, Sized) else None
+        steps_done = trainer.state.global_step
+        write_json(run.training, {"steps": steps_done, "records": records, "parameters": parameters})
+        write_card(run, draft)
         draft.rename(run.student)
     state.wait_for_everyone()
     return run
@@ -240,6 +247,21 @@ def evaluate_model(
     if other is not None:
         result["divergence"] = divergence(model, other, processor, conversations, settings)
     return result
+
+
+def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: int) -> list[Chat]:
+    """A chat with each of the models about the same pictures.
+
+    Raises:
+        DataError: a picture cannot be read.
+        ModelError: a model cannot be loaded.
+    """
+    for image in images:
+        open_picture(image, "the chat")
+    return [
+        Chat(load_model(path, "auto", best_device()), load_processor(path), tuple(images), max_new_tokens)
+        for path in models
+    ]
 
 
 def summarise(
@@ -317,4 +339,5 @@ def train_and_measure(
     write_json(
         run.summary, summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
     )
+    write_card(run, run.student)
     return run
