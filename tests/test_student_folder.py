@@ -124,6 +124,9 @@ def test_a_hub_s_base_model_is_named_and_nothing_leaves_its_place_in_the_card(tm
     assert "/secret" not in text and str(tmp_path) not in text
     assert "`` teacher`s ``" in text and "| `a\\|b` | 1 | 2 |" in text
     assert "Nothing: the recipe names no data" in text
+    shown = run.recipe.read_text()
+    run.recipe.write_text(shown.replace("eval: null", "eval: /secret/held-out.json"))
+    assert "Nothing yet: evaluation on `held-out.json`" in write_card(run, tmp_path).read_text()
     # The fence around the recipe is longer than any in it, and the name of the file stays on its line.
     assert "````yaml\n" in text and "\n# heading" not in text
     assert text.split("````yaml\n")[1].count("````") == 1

@@ -68,11 +68,12 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def move(model: PreTrainedModel, device: torch.device | str) -> None:
-    """Moves a model to a device, unless its weights are quantised or it has a place of its own.
+    """Moves a model to a device, unless it has a place of its own.
 
-    A model that accelerate spread over devices is made to take its inputs from anywhere instead.
+    One that cannot be moved, since it is quantised or accelerate spread it over devices, is made to take its inputs from there instead.
     """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if spread or (is_quantized(model) and model.device != torch.device(device)):
         stay(model)
     if not is_quantized(model) and not stays(model):
         nn.Module.to(model, torch.device(device))

@@ -134,6 +134,11 @@ class AlignTITrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
+        if isinstance(model, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "the student has adapters and training is sharded (FSDP or DeepSpeed), where checkpoints of both together are not "
+                "followed; launch without sharding, which adapters hardly need, or train without student.lora."
+            )
         self.scores = Scores() if scores is None else scores
         self.teacher_model = teacher_model
         if teacher_model is not None:
