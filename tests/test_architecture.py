@@ -24,9 +24,9 @@ ALLOWED = {
     "evaluation": {"config", "data", "losses", "models", "errors"},
     "training": {"config", "data", "interactions", "losses", "models", "runs", "errors"},
     "report": {"runs"},
-    "pipeline": {"config", "data", "evaluation", "interactions", "models", "runs", "training", "errors"},
+    "pipeline": {"config", "data", "evaluation", "interactions", "models", "report", "runs", "training", "errors"},
     "demo": {"config", "data", "digits", "models", "pipeline", "runs", "errors"},
-    "cli": {"checkpoints", "config", "data", "demo", "digits", "pipeline", "report", "runs", "errors"},
+    "cli": {"checkpoints", "config", "data", "demo", "digits", "evaluation", "pipeline", "report", "runs", "errors"},
 }
 """What each part may import of ours: the table of docs/architecture.md."""
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,9 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
-from align_ti.errors import AlignTIError, ConfigError, InterruptedRunError
+from align_ti.errors import AlignTIError, ConfigError, DataError, InterruptedRunError
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
@@ -196,6 +197,55 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    student: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about. May be repeated.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Also ask this model, for comparison.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Ask this and end; otherwise questions are read until Ctrl-D.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 256,
+) -> None:
+    """Ask a model about pictures, next to its teacher if one is named.
+
+    Each model remembers its own answers. The pictures go with the first question.
+    """
+    quiet()
+    from align_ti.pipeline import open_chats
+
+    models = {"student": student, **({} if teacher is None else {"teacher": teacher})}
+    chats = dict(zip(models, open_chats(list(models.values()), image or [], max_new_tokens), strict=True))
+    if question is not None:
+        ask_each(chats, question)
+        return
+    console.print("Ask; Ctrl-D ends.")
+    while True:
+        try:
+            text = console.input("\nyou: ").strip()
+        except EOFError:
+            console.print()
+            return
+        if text:
+            try:
+                ask_each(chats, text)
+            except DataError as error:
+                # One question that cannot be asked is no end of the conversation.
+                console.print(Text(str(error), style="red"))
+
+
+def ask_each(chats: Mapping[str, Any], question: str) -> None:
+    """Print each model's answer under its name, as plain text whatever is in it."""
+    from align_ti.evaluation.chat import visible
+
+    for name, one in chats.items():
+        with console.status(f"{name} answers"):
+            answer, cut = one.ask(question)
+        console.print(Text.assemble((f"{name}: ", "bold"), visible(answer) or "(an empty answer)"), soft_wrap=True)
+        if cut:
+            console.print(f"(cut at {one.max_new_tokens} tokens; raise --max-new-tokens)")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="The folder of a finished run or demo.")]) -> None:
     """Write report.html again from what lies in a run folder."""
     from align_ti.report.page import write_report
@@ -351,12 +401,15 @@ def dry(recipe: Recipe) -> None:
         conversation.check_files()
     parts = load_parts(recipe)
     sample = encode(conversations[0], parts.processor, recipe.data.max_length)
-    trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    trained = parts.trained()
     table = Table("what", "value", title="dry run: nothing is trained")
     table.add_row(
         "student",
-        f"{recipe.student.path}: {trained / 1e6:.2f} M of {parts.student.num_parameters() / 1e6:.2f} M trained",
+        f"{recipe.student.path}: {sum(count for count, _ in trained.values()) / 1e6:.2f} M of "
+        f"{sum(every for _, every in trained.values()) / 1e6:.2f} M trained",
     )
+    for part, (count, every) in trained.items():
+        table.add_row(f"  {part}", f"{count / 1e6:.2f} M of {every / 1e6:.2f} M trained" if count else "frozen")
     if parts.teacher is not None and recipe.teacher is not None:
         table.add_row("teacher", f"{recipe.teacher.path}: {parts.teacher.num_parameters() / 1e6:.2f} M, frozen")
     table.add_row("records", f"{len(conversations)} to learn from, {len(questions)} to be measured on")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_ti.errors import ConfigError
 
@@ -138,16 +138,55 @@ class Objective(Knobs):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+PARTS = ("vision_tower", "projector", "language_model")
+"""The parts of a model that `student.freeze` knows by name."""
+
+
+class Lora(Knobs):
+    """Low-rank adapters (LoRA, DoRA): a wrapped layer keeps its weights, and two small matrices beside it are trained.
+
+    A part with a wrapped layer is trained through its adapters alone; other parts are trained in full unless they are frozen. The
+    finished student has the adapters merged.
+
+    Source: Hu et al. (arXiv:2106.09685); DoRA: Liu et al. (arXiv:2402.09353).
+    """
+
+    where: ClassVar[str] = "student.lora"
+    rank: int = Field(default=16, ge=1)
+    """Rank of the two matrices."""
+    alpha: int = Field(default=32, ge=1)
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+    """Linear layers to wrap, by the end of their name (q_proj) or a pattern over it (language_model.layers.1*.q_proj); frozen layers
+    are left out. By default every linear layer of the language model that is not frozen."""
+    dora: bool = False
+    """Train the length of each weight vector beside its direction (DoRA)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps high ranks stable."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and isinstance(options.get("targets"), list):
+            return {**options, "targets": tuple(options["targets"])}
+        return options
+
+
 class Student(Knobs):
     """The model that is trained."""
 
     where: ClassVar[str] = "student"
     path: str = Field(min_length=1)
     """A folder or hub name of a vision-language model that transformers loads."""
-    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ("vision_tower",)
-    """Parts that keep their weights."""
+    freeze: tuple[str, ...] = ("vision_tower",)
+    """What keeps its weights: parts (vision_tower, projector, language_model), or patterns over parameter names, such as
+    language_model.layers.0.*."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights while they are trained."""
+    """Precision of the weights while they are trained. float16 is for frozen weights only (beside adapters)."""
+    lora: Lora | None = None
+    """Train adapters instead of the language model's own weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,6 +194,19 @@ class Student(Knobs):
         if isinstance(options, Mapping) and isinstance(options.get("freeze"), list):
             return {**options, "freeze": tuple(options["freeze"])}
         return options
+
+    @field_validator("freeze")
+    @classmethod
+    def _parts_or_patterns(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in PARTS and "." not in name and "*" not in name:
+                near = difflib.get_close_matches(name, PARTS, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"{name!r} is no part of a model; {hint}accepted: {', '.join(PARTS)}, or a pattern over parameter names such as "
+                    "language_model.layers.0.*"
+                )
+        return names
 
 
 class Teacher(Knobs):
@@ -165,6 +217,10 @@ class Teacher(Knobs):
     """A folder or hub name of a vision-language model with the student's tokenizer and image tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: as they were saved."""
+    quantization: dict[str, Any] | None = Field(default=None, min_length=1)
+    """Options of one of transformers' quantization methods, such as {load_in_4bit: true} or {quant_method: quanto, weights: int8}."""
+    device: str | None = Field(default=None, pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$")
+    """Where the teacher stays: cpu, cuda:1, ..., or auto: spread over all accelerators. By default the student's device."""
 
 
 class Data(Knobs):
@@ -211,6 +267,9 @@ class Training(Knobs):
     """Train under bfloat16 autocast."""
     fp16: bool = False
     """Train under float16 autocast."""
+    torch_compile: bool = False
+    """Compile what a language model does with each token by itself (MLPs and norms), student and teacher; the first steps wait for
+    the compiler."""
     dataloader_num_workers: int = Field(default=0, ge=0)
     """Processes that prepare records."""
     logging_steps: int = Field(default=10, ge=1)

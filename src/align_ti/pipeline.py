@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from align_ti.config import Data, Evaluation, Recipe, Scores
+from align_ti.config import Data, Evaluation, Recipe, Scores, Teacher
 from align_ti.data.collator import Collator, EncodedConversations
-from align_ti.data.conversation import Conversation
+from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.data.sources import read_conversations
-from align_ti.errors import InterruptedRunError
+from align_ti.errors import ConfigError, InterruptedRunError
+from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
-from align_ti.models.loading import best_device, check_processors, freeze, load_model, load_processor
+from align_ti.models.adapters import merged, unwrapped, wrap_with_lora
+from align_ti.models.compilation import compile_tokenwise
+from align_ti.models.loading import (
+    best_device,
+    check_precision,
+    check_processors,
+    freeze,
+    load_model,
+    load_processor,
+    trained_by_part,
+)
 from align_ti.models.pairing import check_pair
+from align_ti.models.placement import stay
+from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
@@ -35,9 +50,13 @@ Steps = Callable[[int, int], None]
 class Parts:
     """What a recipe names, loaded and checked against each other."""
 
-    student: PreTrainedModel
+    student: PreTrainedModel | PeftModel
     teacher: PreTrainedModel | None
     processor: ProcessorMixin
+
+    def trained(self) -> dict[str, tuple[int, int]]:
+        """Trained and all parameters of each part of the student, adapters included."""
+        return trained_by_part(self.student)
 
 
 def load_parts(recipe: Recipe) -> Parts:
@@ -52,9 +71,30 @@ def load_parts(recipe: Recipe) -> Parts:
     teacher = None
     if recipe.teacher is not None and recipe.objective.needs_teacher:
         check_processors(processor, load_processor(recipe.teacher.path))
-        teacher = load_model(recipe.teacher.path, recipe.teacher.dtype).requires_grad_(False)
+        teacher = load_teacher(recipe.teacher).requires_grad_(False)
         check_pair(student, teacher)
-    return Parts(student, teacher, processor)
+    lora = recipe.student.lora
+    wrapped = student if lora is None else wrap_with_lora(student, **lora.model_dump())
+    check_precision(wrapped, fp16=recipe.training.fp16)
+    return Parts(wrapped, teacher, processor)
+
+
+def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The teacher in the form and at the place that its settings say; by default on the given device.
+
+    Quantised weights cannot be moved, so they go to this process's accelerator at once.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if settings.device is not None:
+        device = settings.device
+    elif settings.quantization is not None:
+        device = PartialState().device
+    teacher = load_model(settings.path, settings.dtype, device, settings.quantization)
+    if settings.device is not None:
+        stay(teacher)
+    return teacher
 
 
 def read_data(data: Data, path: str) -> list[Conversation]:
@@ -63,11 +103,23 @@ def read_data(data: Data, path: str) -> list[Conversation]:
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's training section as transformers' arguments."""
+    """The recipe's training section as transformers' arguments.
+
+    Raises:
+        ConfigError: float16 autocast on a machine without an accelerator.
+    """
     options = recipe.training.model_dump()
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and recipe.training.fp16:
+        raise ConfigError(
+            "training.fp16 is true, but this machine has no accelerator, and gradient scaling needs one; accepted on a CPU: "
+            "training.bf16, or neither."
+        )
     if not options["gradient_checkpointing"]:
         # Newer releases call it activation_checkpointing and warn about the name that all of them know.
         del options["gradient_checkpointing"]
+    # Ours compiles parts of the models in place; theirs would wrap the student.
+    del options["torch_compile"]
     return TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
@@ -75,6 +127,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         logging_first_step=True,
         save_strategy="steps",
         disable_tqdm=True,
+        use_cpu=on_cpu,
         **options,
     )
 
@@ -101,6 +154,10 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     if data is None:
         conversations = read_data(recipe.data, recipe.data.train)
         data = EncodedConversations(conversations, parts.processor, recipe.data.max_length, cache=recipe.data.cache)
+    if recipe.training.torch_compile:
+        for model in filter(None, (parts.student, parts.teacher)):
+            compile_tokenwise(unwrapped(model))
+    parameters = parts.trained()
     recorder = RunRecorder(run, steps)
     trainer = AlignTITrainer(
         model=parts.student,
@@ -123,13 +180,22 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
             "command goes on from it."
         )
     draft = run.root / ".student"
-    trainer.save_model(str(draft))
+    if isinstance(parts.student, PeftModel):
+        if trainer.is_world_process_zero():
+            merged(parts.student).save_pretrained(draft)
+            parts.processor.save_pretrained(draft)
+    else:
+        trainer.save_model(str(draft))
     if trainer.is_world_process_zero():
         # A pickle, which nobody needs to use the student.
         (draft / "training_args.bin").unlink(missing_ok=True)
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )
+        records = len(data) if isinstance(data, Sized) else None
+        steps_done = trainer.state.global_step
+        write_json(run.training, {"steps": steps_done, "records": records, "parameters": parameters})
+        write_card(run, draft)
         draft.rename(run.student)
     state.wait_for_everyone()
     return run
@@ -153,30 +219,49 @@ def score_teacher(
 
 
 def evaluate_model(
-    path: str,
+    path: str | Teacher,
     conversations: Sequence[Conversation],
     settings: Evaluation,
     *,
-    teacher: str | None = None,
+    teacher: str | Teacher | None = None,
     dtype: str = "float32",
     teacher_dtype: str = "float32",
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, Any]:
     """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named.
 
+    A model given as `Teacher` is loaded as its settings say (precision, quantization, device), one given by name in the dtype given.
+
     Raises:
         ModelError: a model cannot be loaded, or the two cannot be compared.
     """
-    model, processor = load_model(path, dtype, best_device()), load_processor(path)
+    first = Teacher(path=path, dtype=dtype) if isinstance(path, str) else path  # type: ignore[arg-type]
+    model, processor = load_teacher(first, best_device()), load_processor(first.path)
     other = None
     if teacher is not None:
-        check_processors(processor, load_processor(teacher))
-        other = load_model(teacher, teacher_dtype, best_device())
+        second = Teacher(path=teacher, dtype=teacher_dtype) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
+        check_processors(processor, load_processor(second.path))
+        other = load_teacher(second, best_device())
         check_pair(model, other)
     result = evaluate(model, processor, conversations, settings, advance)
     if other is not None:
         result["divergence"] = divergence(model, other, processor, conversations, settings)
     return result
+
+
+def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: int) -> list[Chat]:
+    """A chat with each of the models about the same pictures.
+
+    Raises:
+        DataError: a picture cannot be read.
+        ModelError: a model cannot be loaded.
+    """
+    for image in images:
+        open_picture(image, "the chat")
+    return [
+        Chat(load_model(path, "auto", best_device()), load_processor(path), tuple(images), max_new_tokens)
+        for path in models
+    ]
 
 
 def summarise(
@@ -229,26 +314,23 @@ def train_and_measure(
     if recipe.data.eval is None or not PartialState().is_main_process:
         return run
     conversations = read_data(recipe.data, recipe.data.eval)
-    teacher = None if recipe.teacher is None else recipe.teacher.path
     labels = {"teacher": "teacher", "before": "student before", "student": "student"}
-    paths = {"teacher": teacher, "before": recipe.student.path, "student": str(run.student)}
+    models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
     results = {}
-    for name, path in paths.items():
-        if path is not None:
+    for name, model in models.items():
+        if model is not None:
             done = [0]
 
             def answered(count: int, name: str = name, done: list[int] = done) -> None:
                 done[0] += count
                 advance(labels[name], done[0], len(conversations))
 
-            theirs = "auto" if recipe.teacher is None else recipe.teacher.dtype
             result = evaluate_model(
-                path,
+                model,
                 conversations,
                 recipe.evaluation,
-                teacher=None if name == "teacher" else teacher,
-                dtype=theirs if name == "teacher" else recipe.student.dtype,
-                teacher_dtype=theirs,
+                teacher=None if name == "teacher" else recipe.teacher,
+                dtype=recipe.student.dtype,
                 advance=answered,
             )
             write_json(run.evaluation(name), result)
@@ -257,4 +339,5 @@ def train_and_measure(
     write_json(
         run.summary, summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
     )
+    write_card(run, run.student)
     return run

@@ -23,6 +23,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "peft",
     "safetensors",
     "tokenizers",
     "numpy",
@@ -84,6 +85,11 @@ class RunFolder:
     @property
     def cost(self) -> Path:
         return self.root / "cost.json"
+
+    @property
+    def training(self) -> Path:
+        """What was trained on how much: steps, records, and parameters by part."""
+        return self.root / "training.json"
 
     @property
     def summary(self) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,27 +13,58 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from align_ti.errors import ModelError
 from align_ti.models.families import backbone
+from align_ti.models.placement import check_device, quantization_config
 
 
-def load_model(path: str, dtype: str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    quantization: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """The vision-language model in a folder or of a hub name, in eval mode.
+
+    Args:
+        path: the folder or hub name.
+        dtype: precision of the weights; "auto": as they were saved.
+        device: where it goes; "auto": spread over all accelerators.
+        quantization: options of one of transformers' quantization methods, applied while loading.
 
     Raises:
         ModelError: it cannot be loaded.
     """
+    check_device(device)
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization)
+    if quantization is not None or str(device) == "auto":
+        # Quantised weights cannot be moved later.
+        options["device_map"] = "auto" if str(device) == "auto" else {"": str(device)}
+    load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        load: Any = AutoModelForImageTextToText.from_pretrained
-        model, info = load(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
-            "transformers, saved as safetensors, is accepted."
-        ) from error
+        model, info = load(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise not_loaded(path, error) from error
+    except (RuntimeError, TypeError, AssertionError) as error:
+        if quantization is None:
+            raise
+        raise not_loaded(f"{path}, quantised by {dict(quantization)}", error) from error
     check_loaded(path, info)
     loaded: PreTrainedModel = model
-    nn.Module.to(loaded, torch.device(device))
+    if not options:
+        nn.Module.to(loaded, torch.device(device))
     loaded.eval()
     return loaded
+
+
+def not_loaded(what: str, error: Exception) -> ModelError:
+    """The error for a model that transformers cannot load."""
+    return ModelError(
+        f"{what}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
+        "transformers, saved as safetensors, is accepted."
+    )
 
 
 def best_device() -> torch.device:
@@ -134,21 +167,99 @@ PARTS = {
 """The names that transformers' families give their parts."""
 
 
-def freeze(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
-    """Switches off the gradient of the named parts.
+def freeze(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """Switches off the gradient of the named parts, and of parameters whose names a pattern matches.
+
+    A pattern is matched against the whole name of a parameter, with or without `model.` in front.
 
     Raises:
-        ModelError: the model has no such part, or nothing is left to train.
+        ModelError: the model has no such part or parameter, or nothing is left to train.
     """
     inner = backbone(model)
-    for part in parts:
-        found = [getattr(inner, name) for name in PARTS[part] if hasattr(inner, name)]
+    for name in names:
+        if name not in PARTS:
+            freeze_matching(model, name)
+            continue
+        found = [getattr(inner, part) for part in PARTS[name] if hasattr(inner, part)]
         if not found:
             raise ModelError(
-                f"student.freeze names {part!r}, but {type(model).__name__} has no such part; leave it out; parts are: "
-                f"{', '.join(name for name, _ in inner.named_children())}."
+                f"student.freeze names {name!r}, but {type(model).__name__} has no such part; leave it out; parts are: "
+                f"{', '.join(part for part, _ in inner.named_children())}."
             )
         for module in found:
             module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"student.freeze ({', '.join(parts)}) leaves nothing to train; freeze fewer parts.")
+        raise ModelError(f"student.freeze ({', '.join(names)}) leaves nothing to train; freeze fewer parts.")
+
+
+def freeze_matching(model: PreTrainedModel, pattern: str) -> None:
+    """Switches off the gradient of every parameter whose name the pattern matches.
+
+    Raises:
+        ModelError: there is none; the nearest names are named.
+    """
+    # Tied weights have several names; either is meant.
+    parameters = {name.removeprefix("model."): value for name, value in model.named_parameters(remove_duplicate=False)}
+    matching = [
+        value
+        for name, value in parameters.items()
+        if fnmatchcase(name, pattern) or fnmatchcase(f"model.{name}", pattern)
+    ]
+    if not matching:
+        modules = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in parameters)
+        near = difflib.get_close_matches(pattern.removeprefix("model."), [*modules, *parameters], n=3, cutoff=0.3)
+        raise ModelError(
+            f"student.freeze names {pattern!r}, which matches no parameter of {type(model).__name__}; near it: {', '.join(near)}; a "
+            "pattern has to match the whole name, so a module needs .* behind it."
+        )
+    for value in matching:
+        value.requires_grad_(False)
+
+
+def trained_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Trained and all parameters of each part of a model, adapters included; parts with none trained are there with 0."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in ("base_model.model.", "model."):
+            name = name.removeprefix(wrapper)
+        part = name.partition(".")[0]
+        trained, total = counts.get(part, (0, 0))
+        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def check_precision(model: nn.Module, *, fp16: bool) -> None:
+    """Refuse trained weights that no optimizer step survives in the precision they have.
+
+    Args:
+        model: the student, frozen as it will be.
+        fp16: whether it is trained under float16 autocast with a gradient scaler.
+
+    Raises:
+        ModelError: float16 weights are trained (the scaler does not unscale them, and AdamW's epsilon is 0 in float16), or bfloat16
+            ones under float16 autocast.
+    """
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if torch.float16 in kinds:
+        raise ModelError(
+            "weights in float16 would be trained, which neither a gradient scaler nor AdamW can do; float16 is accepted for frozen "
+            "weights; set student.dtype to float32 (with training.fp16 for float16 autocast) or to bfloat16."
+        )
+    if fp16 and torch.bfloat16 in kinds:
+        raise ModelError(
+            "weights in bfloat16 would be trained under float16 autocast, whose gradient scaler is for float32 weights; set "
+            "student.dtype to float32, or training.bf16 in place of training.fp16."
+        )
+
+
+def check_teacher_precision(teacher: PreTrainedModel, device: torch.device, *, bf16: bool) -> None:
+    """Refuse a float16 teacher under bfloat16 autocast on a CPU, whose layer norm cannot read its weights.
+
+    Raises:
+        ModelError: it is so.
+    """
+    if bf16 and device.type == "cpu" and teacher.dtype == torch.float16:
+        raise ModelError(
+            "the teacher's weights are float16 and training.bf16 is true, which a CPU cannot compute; set teacher.dtype to bfloat16 or "
+            "float32."
+        )

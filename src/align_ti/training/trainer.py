@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
@@ -17,11 +18,13 @@ from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
-from align_ti.errors import ConfigError, ModelError
+from align_ti.errors import ConfigError
 from align_ti.interactions.layer_scores import score_layers
+from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import head, widest_float
-from align_ti.models.loading import check_loaded
+from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
 from align_ti.models.pairing import Pairing, pair_up, reads_the_same
+from align_ti.models.placement import move
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import (
     DistillationOutput,
@@ -68,8 +71,9 @@ class AlignTITrainer(Trainer):
     the number of processes. Draws depend on seed, step and process alone, so a resumed run repeats them.
 
     Args:
-        model: the student.
-        teacher_model: the teacher; it is put into eval mode, frozen, and moved to the student's device. None for sft alone.
+        model: the student, with or without adapters of peft.
+        teacher_model: the teacher; it is put into eval mode, frozen, and moved to the student's device, unless it is quantised or has a
+            place of its own (`align_ti.models.placement.stay`). None for sft alone.
         args: transformers' arguments. `remove_unused_columns` is switched off, since a batch carries roles.
         objective: terms and weights; `iva.layer="auto"` is resolved by scoring layers on a sample of the training data, once, and
             kept in `layer_scores.json` in the output folder.
@@ -85,7 +89,7 @@ class AlignTITrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         teacher_model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         objective: Objective | None = None,
@@ -112,6 +116,14 @@ class AlignTITrainer(Trainer):
         self.teacher_processor = own_processor(processing_class, teacher_processing_class)
         args = TrainingArguments(output_dir="align-ti-run") if args is None else args
         args.remove_unused_columns = False
+        if args.torch_compile:
+            raise ConfigError(
+                "torch_compile is true in the TrainingArguments, where it wraps the student's forward, which this loss does not call; "
+                "leave it out and call align_ti.models.compilation.compile_tokenwise(model) (in a recipe: training.torch_compile)."
+            )
+        check_precision(model, fp16=args.fp16)
+        if isinstance(model, PeftModel) and args.label_names is None:
+            args.label_names = ["labels"]
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process; it uses the first. `accelerate launch` uses all of them.",
@@ -127,14 +139,21 @@ class AlignTITrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
+        if isinstance(model, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "the student has adapters and training is sharded (FSDP or DeepSpeed), where checkpoints of both together are not "
+                "followed; launch without sharding, which adapters hardly need, or train without student.lora."
+            )
         self.scores = Scores() if scores is None else scores
         self.teacher_model = teacher_model
         if teacher_model is not None:
-            teacher_model.requires_grad_(False).eval().to(self.args.device)
+            teacher_model.requires_grad_(False).eval()
+            check_teacher_precision(teacher_model, self.args.device, bf16=self.args.bf16)
+            move(teacher_model, self.args.device)
         self.pairing = Pairing()
         if teacher_model is not None and self.objective.needs_teacher:
             student_processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
-            self.pairing = pair_up(model, teacher_model, student_processor, self.teacher_processor)
+            self.pairing = pair_up(unwrapped(model), teacher_model, student_processor, self.teacher_processor)
         # The loss is divided by the masses of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -223,7 +242,7 @@ class AlignTITrainer(Trainer):
         """The masses of one batch; its candidates are drawn and put into it if TPA has weight."""
         plan = None
         if "tpa" in objective.active:
-            student = self.accelerator.unwrap_model(self.model)
+            student = unwrapped(self.accelerator.unwrap_model(self.model))
             with self.accelerator.autocast():
                 if "candidates" not in batch:
                     batch["candidates"] = candidates_for(
@@ -275,9 +294,8 @@ class AlignTITrainer(Trainer):
     ) -> Any:
         """The objective of one batch, as its share of the whole optimizer step."""
         objective, training = self.resolve_layer(), model.training
-        student = self.accelerator.unwrap_model(model)
-        if not isinstance(student, PreTrainedModel):
-            raise ModelError(f"the student is {type(student).__name__}; a model of transformers is accepted.")
+        whole = self.accelerator.unwrap_model(model)
+        student = unwrapped(whole)
 
         def step_masses(masses: Masses) -> Masses:
             if not training:
@@ -298,7 +316,7 @@ class AlignTITrainer(Trainer):
                     self.pairing,
                 )
 
-        output = through_wrapper(model, student, loss)
+        output = through_wrapper(model, whole, loss)
         (self.train_sums if training else self.eval_sums).add(output)
         # Data parallelism averages gradients over processes; the sum over processes is meant.
         value = output.loss * self.args.world_size if training else output.loss
@@ -318,6 +336,12 @@ class AlignTITrainer(Trainer):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in transformers; with adapters also what is trained beside them, which peft does not save."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in transformers, and then truly: see `reload`."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -334,8 +358,11 @@ class AlignTITrainer(Trainer):
 
         transformers writes some families under older names than the model's own (LLaVA among them), and its Trainer then reads
         the file with `strict=False`: no name matches, nothing is loaded, and the run goes on from its start without a word
-        (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error.
+        (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error. With adapters
+        peft loads its own; weights that are trained beside them are loaded here.
         """
+        if isinstance(model, PeftModel):
+            load_trained(model, Path(checkpoint))
         if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load: Any = type(model).from_pretrained
             saved, info = load(checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True)

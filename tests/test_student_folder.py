@@ -1,0 +1,144 @@
+"""What a run leaves behind: a folder that plain transformers loads, and a card that tells the truth about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align_ti.config import Recipe
+from align_ti.errors import RunError
+from align_ti.evaluation.chat import Chat
+from align_ti.models.adapters import unwrapped
+from align_ti.pipeline import train_and_measure
+from align_ti.report.card import block, code, is_local, name_only, one_line, write_card
+from align_ti.runs import RunFolder, write_json
+from align_ti.training.trainer import AlignTITrainer
+from tests import small
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[RunFolder, Path, str]:
+    """A measured run with adapters, its picture, and what the student in memory answered at the end of training."""
+    folder = tmp_path_factory.mktemp("somewhere-private")
+    small.write_pair(folder)
+    small.write_records(folder)
+    small.write_records(folder, "held-out.json", pictures=2, seed=1)
+    recipe = small.recipe(
+        folder,
+        data={"train": str(folder / "train.json"), "eval": str(folder / "held-out.json")},
+        objective={"iva": {"layer": 1, "weight": 0.5}},
+        evaluation={"max_new_tokens": 4, "batch_size": 3},
+    )
+    recipe["student"] = {"path": str(folder / "student"), "lora": {"rank": 4}}
+    recipe["training"] = {**recipe["training"], "learning_rate": 3e-2}
+    picture, said = folder / "train-0.png", []
+    train = AlignTITrainer.train
+
+    def train_and_ask(self, *arguments, **options):
+        out = train(self, *arguments, **options)
+        model = unwrapped(self.model)
+        said.append(Chat(model, self.processing_class, (picture,), 128).ask(QUESTION)[0])
+        model.train()
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignTITrainer, "train", train_and_ask)
+        run = train_and_measure(Recipe.model_validate(recipe))
+    return run, picture, said[0]
+
+
+def card(run: RunFolder) -> str:
+    return (run.student / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_s_snippet_runs_alone_and_says_what_the_student_said_in_training(finished, tmp_path):
+    run, picture, said = finished
+    (snippet,) = re.findall(r"```python\n(.*?)```", card(run), re.DOTALL)
+    snippet = snippet.replace("path/to/this/folder", str(run.student)).replace("picture.png", str(picture))
+    assert QUESTION in snippet
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\nsys.modules['align_ti'] = sys.modules['peft'] = None\n" + snippet],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert said and done.stdout.strip() == said
+
+
+def test_the_folder_is_whole_and_names_no_place_of_the_machine(finished):
+    run, _, _ = finished
+    names = {path.name for path in run.student.iterdir()}
+    needed = {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "README.md"}
+    assert needed | {"chat_template.jinja", "tokenizer.json"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) or "adapter" in name for name in names)
+    for path in run.student.iterdir():
+        assert b"somewhere-private" not in path.read_bytes(), path.name
+
+
+def test_the_card_has_metadata_objective_data_versions_and_measurements(finished):
+    run, _, _ = finished
+    text = card(run)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "image-text-to-text"
+    assert front["align_ti"]["student"] == "student" and front["align_ti"]["teacher"] == "teacher"
+    assert "base_model" not in front
+    assert "| iva | 0.5 |" in text and "`train.json` (12 records)" in text and "8 questions of `held-out.json`" in text
+    trained = json.loads(run.training.read_text())["parameters"]["language_model"]
+    assert f"| `language_model` | {trained[0]:,} | {trained[1]:,} |" in text
+    summary = json.loads(run.summary.read_text())
+    header = next(line for line in text.splitlines() if "student before" in line)
+    assert header == "| | teacher | student before | student |"
+    row = next(line for line in text.splitlines() if line.startswith("| `overall` (8) |"))
+    assert [float(value) for value in re.findall(r"\| (\d+\.\d) \(", row)] == pytest.approx(
+        [summary["accuracy"][name]["overall"] for name in ("teacher", "before", "student")], abs=0.05
+    )
+    assert f"{summary['divergence_nats']['student']:.4f}" in text
+    assert f"transformers {json.loads(run.provenance.read_text())['versions']['transformers']}" in text
+    recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert recipe["student"]["path"] == "student" and recipe["data"]["eval"] == "held-out.json"
+
+
+def test_a_hub_s_base_model_is_named_and_nothing_leaves_its_place_in_the_card(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    evil = "evil ```\n---\n# heading | cell ` <script>"
+    recipe = small.recipe(tmp_path, out=str(run.root), data={"train": evil})
+    recipe["student"], recipe["teacher"] = {"path": "some-lab/small: model"}, {"path": "/secret/place/teacher`s"}
+    run.claim(Recipe.model_validate(recipe))
+    with pytest.raises(RunError, match="training"):
+        write_card(run, tmp_path)
+    write_json(run.training, {"steps": 1, "records": None, "parameters": {"a|b": [1, 2]}})
+    text = write_card(run, tmp_path).read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == "some-lab/small: model" and front["align_ti"]["teacher"] == "teacher`s"
+    assert "/secret" not in text and str(tmp_path) not in text
+    assert "`` teacher`s ``" in text and "| `a\\|b` | 1 | 2 |" in text
+    assert "Nothing: the recipe names no data" in text
+    shown = run.recipe.read_text()
+    run.recipe.write_text(shown.replace("eval: null", "eval: /secret/held-out.json"))
+    assert "Nothing yet: evaluation on `held-out.json`" in write_card(run, tmp_path).read_text()
+    # The fence around the recipe is longer than any in it, and the name of the file stays on its line.
+    assert "````yaml\n" in text and "\n# heading" not in text
+    assert text.split("````yaml\n")[1].count("````") == 1
+
+
+def test_names_are_told_from_paths():
+    assert is_local("/a/b") and is_local("C:\\models\\b") and is_local("~/b") and is_local("./b")
+    assert not is_local("lab/model") and not is_local("x" * 5000) and not is_local("nul\0")
+    assert name_only({"a": ["/x/y.json", "lab/model", 3], "b": "C:\\models\\b", "c": None}) == {
+        "a": ["y.json", "lab/model", 3],
+        "b": "b",
+        "c": None,
+    }
+    assert code("a") == "`a`" and code("a``b") == "``` a``b ```" and one_line("a\n# [b](c)") == r"a \# \[b\](c)"
+    assert block("x\n", "yaml") == "```yaml\nx\n```"
