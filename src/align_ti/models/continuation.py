@@ -239,7 +239,7 @@ def check_branching(model: PreTrainedModel) -> None:
     if found:
         kinds = ", ".join(sorted(set(found.values())))
         raise ModelError(
-            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, found))} ({kinds}) carry one state from "
-            "token to token, so neither a kept cache nor a mask can leave the gold token out; leave TPA out "
+            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, found))} ({kinds}) carry one state "
+            "from token to token, so neither a kept cache nor a mask can leave the gold token out for one candidate; leave TPA out "
             "(objective.tpa.weight: 0); sft, kd and iva work."
         )
