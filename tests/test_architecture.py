@@ -23,9 +23,10 @@ ALLOWED = {
     "evaluation": {"config", "data", "losses", "models", "errors"},
     "training": {"config", "data", "interactions", "losses", "models", "runs", "errors"},
     "report": {"runs"},
-    "pipeline": {"config", "data", "evaluation", "interactions", "models", "runs", "training", "errors"},
+    "preflight": {"config", "data", "losses", "models", "report", "runs", "training", "errors"},
+    "pipeline": {"config", "data", "evaluation", "interactions", "models", "preflight", "runs", "training", "errors"},
     "demo": {"config", "data", "digits", "models", "pipeline", "runs", "errors"},
-    "cli": {"config", "data", "demo", "digits", "pipeline", "report", "runs", "errors"},
+    "cli": {"config", "data", "demo", "digits", "pipeline", "preflight", "report", "runs", "errors"},
 }
 """What each part may import of ours: the table of docs/architecture.md."""
 

@@ -15,7 +15,7 @@ import yaml
 
 from tests import small
 
-VERBS = ["demo", "train", "score-layers", "evaluate", "report", "digits", "recipes"]
+VERBS = ["demo", "train", "check", "score-layers", "evaluate", "report", "digits", "recipes"]
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from align_ti.config import Data, Evaluation, Recipe, Scores
+from align_ti.config import Data, Evaluation, Objective, Recipe, Scores
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.data.sources import read_conversations
-from align_ti.errors import InterruptedRunError
+from align_ti.errors import CheckError, InterruptedRunError
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.families import check_pair
 from align_ti.models.loading import best_device, check_processors, freeze, load_model, load_processor
+from align_ti.preflight.checks import run_checks
+from align_ti.preflight.report import Report, report_on, write_report
+from align_ti.preflight.verdicts import failed
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import RunRecorder
+
+logger = logging.getLogger(__name__)
 
 Steps = Callable[[int, int], None]
 """Called with the steps done and all steps, for a progress bar."""
@@ -38,10 +46,11 @@ class Parts:
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     processor: ProcessorMixin
+    teacher_processor: ProcessorMixin | None = None
 
 
-def load_parts(recipe: Recipe) -> Parts:
-    """Models and processor of a recipe.
+def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
+    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other.
 
     Raises:
         ModelError: one cannot be loaded, or they do not fit each other.
@@ -49,12 +58,15 @@ def load_parts(recipe: Recipe) -> Parts:
     processor = load_processor(recipe.student.path)
     student = load_model(recipe.student.path, recipe.student.dtype)
     freeze(student, recipe.student.freeze)
-    teacher = None
+    teacher, teacher_processor = None, None
     if recipe.teacher is not None and recipe.objective.needs_teacher:
-        check_processors(processor, load_processor(recipe.teacher.path))
+        teacher_processor = load_processor(recipe.teacher.path)
+        if compare:
+            check_processors(processor, teacher_processor)
         teacher = load_model(recipe.teacher.path, recipe.teacher.dtype).requires_grad_(False)
-        check_pair(student, teacher)
-    return Parts(student, teacher, processor)
+        if compare:
+            check_pair(student, teacher)
+    return Parts(student, teacher, processor, teacher_processor)
 
 
 def read_data(data: Data, path: str) -> list[Conversation]:
@@ -79,15 +91,91 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Steps | None = None) -> RunFolder:
+Checked = Callable[[Report], None]
+"""Called with the report of the check before training."""
+
+
+def log_warnings(report: Report) -> None:
+    """Each warning of a check as a line of the log."""
+    for verdict in report.verdicts:
+        if verdict.state == "warn":
+            logger.warning("%s: %s", verdict.name, verdict.sentence)
+
+
+def check_recipe(recipe: Recipe) -> Report:
+    """The verdicts on a recipe's models and first records; `check.json` and `check.html` are written to the run folder.
+
+    Raises:
+        AlignTIError: recipe, data or models cannot be read at all.
+    """
+    parts, device = load_parts(recipe, compare=False), best_device()
+    conversations = read_data(recipe.data, recipe.data.train)
+    for model in (parts.student, parts.teacher):
+        if model is not None:
+            nn.Module.to(model, device)
+    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, conversations)
+
+
+def run_and_write(
+    run: RunFolder,
+    recipe: Recipe,
+    parts: Parts,
+    conversations: Sequence[Conversation],
+    objective: Objective | None = None,
+    processes: int = 1,
+) -> Report:
+    """Runs the checks and writes what they found to the run folder."""
+    verdicts = run_checks(
+        parts.student,
+        parts.teacher,
+        parts.processor,
+        conversations,
+        recipe,
+        objective=objective,
+        teacher_processor=parts.teacher_processor,
+        processes=processes,
+    )
+    report = report_on(verdicts, parts.processor, conversations)
+    write_report(run, report)
+    return report
+
+
+def check_before(
+    run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer, data: EncodedConversations, checked: Checked
+) -> None:
+    """The check on the main process; where it fails every process stops.
+
+    Raises:
+        CheckError: a verdict is a failure.
+    """
+    message: list[str | None] = [None]
+    if trainer.is_world_process_zero():
+        found = run_and_write(run, recipe, parts, data.conversations, trainer.objective, int(trainer.args.world_size))
+        checked(found)
+        message[0] = failed(found.verdicts, str(run.check))
+    (said,) = broadcast_object_list(message)
+    if said is not None:
+        raise CheckError(said)
+
+
+def distil(
+    recipe: Recipe,
+    data: EncodedConversations | None = None,
+    steps: Steps | None = None,
+    check: bool = True,
+    checked: Checked = log_warnings,
+) -> RunFolder:
     """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
 
     Args:
         recipe: the run.
         data: the encoded training data, if they are there already.
         steps: called after every step.
+        check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
+        checked: called with what the check found; by default its warnings are logged.
 
     Raises:
+        CheckError: a check failed; nothing was trained.
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
         AlignTIError: whatever is wrong with recipe, data or models.
     """
@@ -115,8 +203,11 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
+    checkpoint = last_checkpoint(run.root)
+    if check and recipe.check and checkpoint is None:
+        check_before(run, recipe, parts, trainer, data, checked)
     with peak_memory() as peak, recorder.interruptible():
-        trainer.train(resume_from_checkpoint=last_checkpoint(run.root))
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
@@ -223,9 +314,11 @@ def train_and_measure(
     recipe: Recipe,
     steps: Steps | None = None,
     advance: Callable[[str, int, int], None] = lambda name, done, total: None,
+    check: bool = True,
+    checked: Checked = log_warnings,
 ) -> RunFolder:
     """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
-    run = distil(recipe, steps=steps)
+    run = distil(recipe, steps=steps, check=check, checked=checked)
     if recipe.data.eval is None or not PartialState().is_main_process:
         return run
     conversations = read_data(recipe.data, recipe.data.eval)
