@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from align_ti.preflight.pixels import on_device
 from align_ti.preflight.samples import Sample
 from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict
-from align_ti.training.memory import peak_memory
+from align_ti.training.memory import Peak, peak_memory
 from align_ti.training.objective import distillation_loss
 
 BUDGET = 30.0
@@ -61,21 +61,20 @@ def cost_verdicts(
     batch = [longest[index % len(longest)] for index in range(wanted)]
     collate, device = Collator(pad_token), models["student"].device
 
-    def run(records: int) -> Measured:
+    def run(records: int, memory: AbstractContextManager[Peak]) -> Measured:
         tensors = on_device(collate([sample.tensors for sample in batch[:records]]), device)
-        return step(models, tensors, objective, precision, checkpointing=training.gradient_checkpointing)
+        return step(models, tensors, objective, precision, memory, checkpointing=training.gradient_checkpointing)
 
     try:
-        first = run(1)  # also what is allocated and compiled once
-        second = run(1)
-        share = min(1.0, BUDGET / max(second.seconds * wanted, 1e-9))
-        whole = run(max(1, int(wanted * share))) if wanted > 1 else second
+        run(1, nullcontext(Peak()))  # what is allocated and compiled once is not measured
+        share = min(1.0, BUDGET / max(run(1, nullcontext(Peak())).seconds * wanted, 1e-9))
+        measured = run(max(1, int(wanted * share)), peak_memory())
     except MISHAPS as error:
         return [does_not_run(first_line(error))]
     mean = sum(sample.length for sample in samples) / len(samples)
     return [
-        memory(models, first if whole.mib is None else whole, wanted, training, processes),
-        duration(whole, mean / longest[0].length, training, num_records, processes),
+        memory(models, measured, wanted, processes),
+        duration(measured, mean / longest[0].length, training, num_records, processes),
     ]
 
 
@@ -84,15 +83,14 @@ def step(
     batch: Mapping[str, Any],
     objective: Objective,
     precision: Callable[[], AbstractContextManager[Any]],
+    memory: AbstractContextManager[Peak],
     *,
     checkpointing: bool,
 ) -> Measured:
     """One forward and backward pass as in training, measured; the gradients are dropped."""
     student = models["student"]
     student.train()
-    if checkpointing and not any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
-        recompute(student)
-    with peak_memory() as peak:
+    with recomputing(student, checkpointing), memory as peak:
         started = time.perf_counter()
         with precision():
             out = distillation_loss(student, models.get("teacher"), batch, objective)
@@ -107,11 +105,23 @@ def step(
     return Measured(seconds, peak.mib, peak.of, records, records * length)
 
 
-def recompute(student: PreTrainedModel) -> None:
-    """Switches gradient checkpointing on, by the name that this release of transformers has for it."""
-    name = "activation_checkpointing_enable"
-    enable: Callable[[], None] = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
-    enable()
+@contextmanager
+def recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block if it is wanted and not on already, and off again after it."""
+    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+        yield
+        return
+    # Newer releases of transformers have this name for it and warn about the other.
+    name = (
+        "activation_checkpointing" if hasattr(student, "activation_checkpointing_enable") else "gradient_checkpointing"
+    )
+    getattr(student, f"{name}_enable")()
+    try:
+        yield
+    finally:
+        getattr(student, f"{name}_disable")()
+        # Switching it on makes the embeddings' output require a gradient; switching it off leaves that.
+        student.disable_input_require_grads()
 
 
 def does_not_run(error: str) -> Verdict:
@@ -125,7 +135,7 @@ def does_not_run(error: str) -> Verdict:
     )
 
 
-def memory(models: Models, measured: Measured, wanted: int, training: Training, processes: int) -> Verdict:
+def memory(models: Models, measured: Measured, wanted: int, processes: int) -> Verdict:
     """Weights + AdamW's two states + the measured peak of a pass, in which gradients are included."""
     student = models["student"]
     weights = sum(parameter_mib(model) for model in models.values())

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 def traceless(*models: PreTrainedModel) -> Iterator[None]:
     """Inside the block models may be run in any mode and take gradients; after it they and all random states are as before.
 
-    Kept and put back: each module's train or eval mode, gradients, buffers, gradient checkpointing, attention implementation, and the
-    random states of Python, numpy and torch. Weights are not copied: nothing in a check writes them.
+    Kept and put back: each module's train or eval mode, gradients, buffers, attention implementation, and the random states of
+    Python, numpy and torch. Weights are not copied: nothing in a check writes them.
     """
     kept = [_Kept(model) for model in models]
     python, array = random.getstate(), np.random.get_state()
@@ -40,11 +40,6 @@ class _Kept:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.modes = {module: module.training for module in model.modules()}
-        self.checkpointing = {
-            module: module.gradient_checkpointing
-            for module in model.modules()
-            if hasattr(module, "gradient_checkpointing")
-        }
         self.grads: dict[Tensor, Tensor | None] = {parameter: parameter.grad for parameter in model.parameters()}
         self.buffers = {buffer: buffer.clone() for buffer in model.buffers()}
         configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -55,8 +50,6 @@ class _Kept:
     def restore(self) -> None:
         for module, mode in self.modes.items():
             module.training = mode
-        for module, on in self.checkpointing.items():
-            module.gradient_checkpointing = on
         for parameter, gradient in self.grads.items():
             parameter.grad = gradient
         for buffer, before in self.buffers.items():
