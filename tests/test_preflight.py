@@ -33,6 +33,7 @@ from align_ti.preflight.verdicts import Verdict, as_json, failed, worst
 from align_ti.runs import RunFolder
 from align_ti.training import memory
 from align_ti.training import objective as loss
+from align_ti.training.trainer import AlignTITrainer
 from tests import small
 
 LAYER = {"iva": {"layer": 1}}
@@ -325,6 +326,11 @@ def test_different_vocabularies_are_named_and_nothing_is_run(setting):
     assert named(verdicts, "warn") == {"not_run"}
 
 
+def test_a_tokenizer_without_a_pad_token_is_named(setting):
+    setting.processor.tokenizer.pad_token = None
+    assert "pad token" in setting.check()["vocabularies"].measured
+
+
 def test_heads_of_different_size_are_named(setting):
     setting.teacher.resize_token_embeddings(512)
     assert named(setting.check()) == {"vocabularies"}
@@ -505,6 +511,13 @@ def test_a_failed_check_stops_the_run_and_another_recipe_may_follow(folder, tmp_
     assert yaml.safe_load(finished.recipe.read_text())["seed"] == 3
     with pytest.raises(RunError, match="seed"):
         distil(run_recipe(folder, tmp_path / "run", seed=4))
+
+
+def test_only_the_main_process_checks(folder, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr(AlignTITrainer, "is_world_process_zero", lambda _: False)
+    distil(run_recipe(folder, tmp_path / "run"), checked=reports.append)
+    assert not reports and not (tmp_path / "run" / "check.json").exists()
 
 
 def test_a_run_that_goes_on_is_not_checked_again(folder, tmp_path):

@@ -26,6 +26,9 @@ from align_ti.preflight.verdicts import Verdict, worst
 RECORDS = 64
 """Records that are read: the first ones, so that the check takes a minute and not an epoch."""
 
+FLOAT16_SCALE = 1024.0
+"""What a loss is multiplied by before it goes backward in float16, as a gradient scaler does."""
+
 PROBES = 2
 """Records that the probes run on."""
 
@@ -109,7 +112,9 @@ def probe(
     packed = for_equality(objective, recipe)
     verdicts += fused_verdicts(models, one, packed, pad_token)
     precision = partial(autocast, recipe, device)
-    verdicts += term_verdicts(models, batch, objective, precision, recipe.seed)
+    verdicts += term_verdicts(
+        models, batch, objective, precision, FLOAT16_SCALE if recipe.training.fp16 else 1.0, recipe.seed
+    )
     return verdicts + cost_verdicts(
         models,
         found.usable,

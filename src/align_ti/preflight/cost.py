@@ -198,7 +198,7 @@ def duration(measured: Measured, shorter: float, training: Training, num_records
         state="pass",
         measured=f"an optimizer step takes about {seconds:.3g} s, {steps} steps about {clock(seconds * steps)} (one pass of "
         f"{measured.records} record(s) with {measured.tokens} tokens took {measured.seconds:.3g} s; data and optimizer come on top)",
-        expected="your own patience",
+        expected="no limit, for planning",
         values={"seconds_per_step": seconds, "steps": steps, "measured_seconds": measured.seconds},
     )
 

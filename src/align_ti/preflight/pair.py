@@ -45,6 +45,8 @@ def vocabularies(models: Models, processor: ProcessorMixin, teacher_processor: P
     if teacher_processor is not None:
         problem = refusal(lambda: check_processors(processor, teacher_processor))
     small = [name for name, size in sizes.items() if size < tokens]
+    if problem is None and processor.tokenizer.pad_token_id is None:
+        problem = "the tokenizer has no pad token, so records of different lengths cannot share a batch"
     if problem is None and small:
         problem = f"the {small[0]}'s head has {sizes[small[0]]} rows for {tokens} tokens of the tokenizer"
     if problem is None and len(set(sizes.values())) > 1:
@@ -55,7 +57,7 @@ def vocabularies(models: Models, processor: ProcessorMixin, teacher_processor: P
         state="fail" if problem else "pass",
         measured=(problem or f"the tokenizer has {tokens} tokens").rstrip("."),
         expected=f"one tokenizer, and heads that agree (rows: {heads})",
-        way_out="choose a student and a teacher of one tokenizer family",
+        way_out="choose a student and a teacher of one tokenizer family, whose tokenizer has a pad token",
         values={"tokenizer": tokens, **{f"head_{name}": size for name, size in sizes.items()}},
     )
 

@@ -82,10 +82,17 @@ def term_verdicts(
     batch: Mapping[str, Any],
     objective: Objective,
     precision: Callable[[], AbstractContextManager[Any]],
+    scale: float,
     seed: int,
 ) -> list[Verdict]:
-    """For each term alone: finite, not zero, with gradient, and with a share of the gradient."""
-    lives = {name: live(models, batch, only(objective, name), name, precision, seed) for name in objective.active}
+    """For each term alone: finite, not zero, with gradient, and with a share of the gradient.
+
+    The loss is multiplied by `scale` for the backward pass, and norms are divided by it: float16 loses small gradients otherwise, as in
+    training without a scaler.
+    """
+    lives = {
+        name: live(models, batch, only(objective, name), name, precision, scale, seed) for name in objective.active
+    }
     whole = sum(life.gradient for life in lives.values())
     return [alive(name, life, life.gradient / whole if whole > 0 else 0.0) for name, life in lives.items()]
 
@@ -96,6 +103,7 @@ def live(
     objective: Objective,
     name: str,
     precision: Callable[[], AbstractContextManager[Any]],
+    scale: float,
     seed: int,
 ) -> Life:
     """The term on the batch, as in training, and the norm of its gradient."""
@@ -107,9 +115,9 @@ def live(
         with precision():
             out = distillation_loss(student, models.get("teacher"), batch, objective, generator=generator)
         if out.loss.requires_grad:
-            out.loss.backward()
+            (out.loss * scale).backward()
         norms = [parameter.grad.float().norm() for parameter in trained if parameter.grad is not None]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        norm = float(torch.stack(norms).norm()) / scale if norms else 0.0
         return Life(float(out.terms[name]), float(out.masses[name]), norm)
     except MISHAPS as error:
         return Life(error=first_line(error))
