@@ -22,6 +22,7 @@ from align_ti.errors import CheckError, RunError
 from align_ti.models import attention
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.pipeline import distil
+from align_ti.preflight import checks
 from align_ti.preflight import samples as preflight_samples
 from align_ti.preflight.checks import run_checks
 from align_ti.preflight.page import write_page
@@ -87,8 +88,16 @@ class Setting:
 
 
 @pytest.fixture
-def setting(folder, loaded) -> Setting:
+def costed(folder, loaded) -> Setting:
+    """A setting whose check measures a step too."""
     return Setting(folder, loaded)
+
+
+@pytest.fixture
+def setting(costed, monkeypatch) -> Setting:
+    """A setting whose check leaves the cost of a step out, which most breaks have no part in."""
+    monkeypatch.setattr(checks, "cost_verdicts", lambda *_, **__: [])
+    return costed
 
 
 def named(verdicts: dict[str, Verdict], state: str = "fail") -> set[str]:
@@ -98,8 +107,8 @@ def named(verdicts: dict[str, Verdict], state: str = "fail") -> set[str]:
 # --- a sound pair -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_pair_passes_every_check(setting):
-    verdicts = setting.check()
+def test_a_sound_pair_passes_every_check(costed):
+    verdicts = costed.check()
     assert not named(verdicts) and not named(verdicts, "warn"), failed(list(verdicts.values()), "")
     terms = {f"{kind}.{term}" for kind in ("fused", "term") for term in ("sft", "kd", "iva", "tpa")}
     models = {
@@ -115,10 +124,10 @@ def test_a_sound_pair_passes_every_check(setting):
         verdicts["roles"].values[role] for role in ("other", "visual", "instruction", "response")
     ) == pytest.approx(1)
     counts = verdicts["parts"].values["parts"]
-    assert sum(part["all"] for part in counts.values()) == setting.student.num_parameters()
+    assert sum(part["all"] for part in counts.values()) == costed.student.num_parameters()
     assert counts["vision_tower"]["trained"] == 0 < counts["language_model"]["trained"]
     cost = verdicts["memory"].values
-    trained = sum(p.numel() * 4 for p in setting.student.parameters() if p.requires_grad) / 2**20
+    trained = sum(p.numel() * 4 for p in costed.student.parameters() if p.requires_grad) / 2**20
     assert cost["optimizer_mib"] == pytest.approx(2 * trained)
     assert verdicts["time"].values["steps"] == 4
 
@@ -143,9 +152,9 @@ def test_a_sound_pair_passes_every_check(setting):
         ),
     ],
 )
-def test_sound_pairs_of_other_precisions_and_options_have_no_failure(setting, dtype, sections):
-    setting.student, setting.teacher = (model.to(dtype) for model in (setting.student, setting.teacher))
-    verdicts = setting.check(**sections)
+def test_sound_pairs_of_other_precisions_and_options_have_no_failure(costed, dtype, sections):
+    costed.student, costed.teacher = (model.to(dtype) for model in (costed.student, costed.teacher))
+    verdicts = costed.check(**sections)
     assert not named(verdicts), failed(list(verdicts.values()), "")
 
 
@@ -158,13 +167,13 @@ def test_sft_alone_needs_no_teacher(setting):
     assert not any("teacher" in name for name in verdicts)
 
 
-def test_the_check_leaves_no_trace(setting):
-    student, teacher = setting.student, setting.teacher
+def test_the_check_leaves_no_trace(costed):
+    student, teacher = costed.student, costed.teacher
     student.train()
     student.model.vision_tower.eval()
     teacher.eval()
     # transformers hangs hooks of its own on a model when it is first run.
-    setting.check()
+    costed.check()
     marked = next(p for p in student.parameters() if p.requires_grad)
     marked.grad = torch.full_like(marked, 7.0)
 
@@ -184,7 +193,7 @@ def test_the_check_leaves_no_trace(setting):
         return [models, modules, attention, wanted, grads, torch.get_rng_state(), np.random.get_state()[1].copy()]
 
     before = state()
-    setting.check(training={"max_steps": 1, "gradient_checkpointing": True, "per_device_train_batch_size": 2})
+    costed.check(training={"max_steps": 1, "gradient_checkpointing": True, "per_device_train_batch_size": 2})
     same(before, state())
 
 
@@ -273,9 +282,9 @@ def test_a_loss_that_shows_the_teacher_another_picture_is_named(setting, monkeyp
     assert named(setting.check()) == {"fused.kd", "fused.iva", "fused.tpa"}
 
 
-def test_attention_that_is_not_captured_is_named(setting, monkeypatch):
+def test_attention_that_is_not_captured_is_named(costed, monkeypatch):
     monkeypatch.setattr(attention.Watch, "look", lambda *_: None)
-    verdicts = setting.check()
+    verdicts = costed.check()
     assert named(verdicts) == {"fused.iva", "term.iva", "memory"}
     assert "was not captured" in verdicts["term.iva"].sentence
 
@@ -425,11 +434,11 @@ def test_records_without_pictures_are_warned_of(setting):
     assert not named(verdicts)
 
 
-def test_a_step_that_does_not_fit_is_named(setting, monkeypatch):
+def test_a_step_that_does_not_fit_is_named(costed, monkeypatch):
     from align_ti.preflight import cost
 
     monkeypatch.setattr(cost, "device_mib", lambda device: 1.0)
-    verdicts = setting.check()
+    verdicts = costed.check()
     assert named(verdicts) == {"memory"}
     assert "batch_size" in verdicts["memory"].sentence
 
