@@ -48,6 +48,7 @@ def recipe(folder: Path, **sections: object) -> dict[str, object]:
     """A recipe of a few steps over those files."""
     return {
         "out": str(folder / "run"),
+        "check": False,
         "student": {"path": str(folder / "student")},
         "teacher": {"path": str(folder / "teacher"), "dtype": "float32"},
         "data": {"train": str(folder / "train.json")},

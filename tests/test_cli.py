@@ -15,7 +15,19 @@ import yaml
 
 from tests import small
 
-VERBS = ["demo", "train", "score-layers", "evaluate", "chat", "report", "digits", "compose", "import", "recipes"]
+VERBS = [
+    "demo",
+    "train",
+    "check",
+    "score-layers",
+    "evaluate",
+    "chat",
+    "report",
+    "digits",
+    "compose",
+    "import",
+    "recipes",
+]
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

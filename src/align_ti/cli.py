@@ -27,10 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
-from align_ti.errors import AlignTIError, ConfigError, DataError, InterruptedRunError
+from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
+    from align_ti.preflight.report import Report
 
 app = typer.Typer(
     name="align-ti",
@@ -90,6 +91,9 @@ def train(
     recipe: RecipePath,
     changes: Changes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and models, train nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Check models and first records first, as `align-ti check` does.")
+    ] = True,
 ) -> None:
     """Distil as a recipe says; run again to go on after a stop.
 
@@ -111,6 +115,8 @@ def train(
             checked,
             steps=lambda done, total: advance("train", done, total),
             advance=lambda name, done, total: advance(f"measure: {name}", done, total),
+            check=check,
+            checked=show_check,
         )
     if not PartialState().is_main_process:
         return
@@ -118,6 +124,37 @@ def train(
     if run.summary.exists():
         show_summary(read_json(run.summary))
         console.print(f"report: {write_report(run.root)}")
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    changes: Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON instead of a table.")] = False,
+) -> None:
+    """Check a recipe's own models and first records in about a minute: plain verdicts before a long run.
+
+    Pictures reach both models, vocabularies and image tokens agree, every term is alive, the loss equals a plain re-computation,
+    no response is cut; with expected memory and time. check.json and check.html are written to the run folder.
+    """
+    checked = read_recipe(find_recipe(recipe), changes or [])
+    quiet()
+    import json
+
+    from align_ti.pipeline import check_recipe
+    from align_ti.preflight import verdicts
+    from align_ti.runs import RunFolder
+
+    with contextlib.nullcontext() if as_json else console.status("checking"):
+        found = check_recipe(checked)
+    run = RunFolder(Path(checked.out))
+    if as_json:
+        typer.echo(json.dumps(verdicts.as_json(found.verdicts), indent=2, ensure_ascii=False))
+    else:
+        show_check(found)
+        console.print(f"page: {run.check_page}")
+    if (message := verdicts.failed(found.verdicts, str(run.check))) is not None:
+        raise CheckError(message)
 
 
 @app.command("score-layers")
@@ -419,6 +456,16 @@ def dry(recipe: Recipe) -> None:
     table.add_row("objective", terms)
     table.add_row("run folder", recipe.out)
     console.print(table)
+
+
+def show_check(report: Report) -> None:
+    """The verdicts of a check as a table, and the first sample with its roles coloured."""
+    from align_ti.preflight.table import role_legend, sample_text, verdict_table
+
+    console.print(verdict_table(report.verdicts))
+    if report.renderings:
+        console.print(role_legend())
+        console.print(sample_text(report.renderings[0]))
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -339,6 +339,8 @@ class Recipe(Knobs):
     """The run folder."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Fixes order, initialisation and draws."""
+    check: bool = True
+    """Check models and first records before training; a failed verdict stops the run."""
     student: Student
     teacher: Teacher | None = None
     """May be left out when only the sft term has weight."""

@@ -141,7 +141,8 @@ def run_demo(
         def stepped(step: int, steps: int, name: str = name) -> None:
             advance(f"train: {LABELS[name]}", step, steps)
 
-        runs[name] = distil(recipe, data=train, steps=stepped)
+        # No check: the pair is shipped, and the tests prove on it what a check looks for.
+        runs[name] = distil(recipe, data=train, steps=stepped, check=False)
         measure(name, runs[name].student)
 
     summary = summarise("Align-TI on real handwriting", seed, results, LABELS, runs)

@@ -32,3 +32,7 @@ class RunError(AlignTIError, RuntimeError):
 
 class InterruptedRunError(RunError):
     """A run was stopped on request; a checkpoint is saved and the same call goes on from it."""
+
+
+class CheckError(AlignTIError, RuntimeError):
+    """A check before training failed; the message names every failed verdict with its way out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from align_ti.config import Data, Evaluation, Recipe, Scores, Teacher
+from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Teacher
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.data.sources import read_conversations
-from align_ti.errors import ConfigError, InterruptedRunError
+from align_ti.errors import CheckError, ConfigError, InterruptedRunError
 from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
@@ -28,19 +31,23 @@ from align_ti.models.compilation import compile_tokenwise
 from align_ti.models.loading import (
     best_device,
     check_precision,
-    check_processors,
     freeze,
     load_model,
     load_processor,
     trained_by_part,
 )
-from align_ti.models.pairing import check_pair
+from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.models.placement import stay
+from align_ti.preflight.checks import run_checks
+from align_ti.preflight.report import Report, report_on, write_report
+from align_ti.preflight.verdicts import failed
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import RunRecorder
+
+logger = logging.getLogger(__name__)
 
 Steps = Callable[[int, int], None]
 """Called with the steps done and all steps, for a progress bar."""
@@ -53,14 +60,20 @@ class Parts:
     student: PreTrainedModel | PeftModel
     teacher: PreTrainedModel | None
     processor: ProcessorMixin
+    teacher_processor: ProcessorMixin | None = None
+
+    @property
+    def own_processor(self) -> ProcessorMixin | None:
+        """The teacher's processor where it makes other inputs than the student's; None where both read the same."""
+        return own_processor(self.processor, self.teacher_processor)
 
     def trained(self) -> dict[str, tuple[int, int]]:
         """Trained and all parameters of each part of the student, adapters included."""
         return trained_by_part(self.student)
 
 
-def load_parts(recipe: Recipe) -> Parts:
-    """Models and processor of a recipe.
+def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
+    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other.
 
     Raises:
         ModelError: one cannot be loaded, or they do not fit each other.
@@ -68,15 +81,18 @@ def load_parts(recipe: Recipe) -> Parts:
     processor = load_processor(recipe.student.path)
     student = load_model(recipe.student.path, recipe.student.dtype)
     freeze(student, recipe.student.freeze)
-    teacher = None
+    teacher, teacher_processor = None, None
     if recipe.teacher is not None and recipe.objective.needs_teacher:
-        check_processors(processor, load_processor(recipe.teacher.path))
+        teacher_processor = load_processor(recipe.teacher.path)
         teacher = load_teacher(recipe.teacher).requires_grad_(False)
-        check_pair(student, teacher)
+        if compare:
+            own = own_processor(processor, teacher_processor)
+            shared_tokens(student, teacher, processor, own)
+            check_pair(student, teacher, shared_inputs=own is None)
     lora = recipe.student.lora
     wrapped = student if lora is None else wrap_with_lora(student, **lora.model_dump())
     check_precision(wrapped, fp16=recipe.training.fp16)
-    return Parts(wrapped, teacher, processor)
+    return Parts(wrapped, teacher, processor, teacher_processor)
 
 
 def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -132,15 +148,91 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Steps | None = None) -> RunFolder:
+Checked = Callable[[Report], None]
+"""Called with the report of the check before training."""
+
+
+def log_warnings(report: Report) -> None:
+    """Each warning of a check as a line of the log."""
+    for verdict in report.verdicts:
+        if verdict.state == "warn":
+            logger.warning("%s: %s", verdict.name, verdict.sentence)
+
+
+def check_recipe(recipe: Recipe) -> Report:
+    """The verdicts on a recipe's models and first records; `check.json` and `check.html` are written to the run folder.
+
+    Raises:
+        AlignTIError: recipe, data or models cannot be read at all.
+    """
+    parts, device = load_parts(recipe, compare=False), best_device()
+    conversations = read_data(recipe.data, recipe.data.train)
+    for model in (parts.student, parts.teacher):
+        if model is not None:
+            nn.Module.to(model, device)
+    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, conversations)
+
+
+def run_and_write(
+    run: RunFolder,
+    recipe: Recipe,
+    parts: Parts,
+    conversations: Sequence[Conversation],
+    objective: Objective | None = None,
+    processes: int = 1,
+) -> Report:
+    """Runs the checks and writes what they found to the run folder."""
+    verdicts = run_checks(
+        unwrapped(parts.student),
+        parts.teacher,
+        parts.processor,
+        conversations,
+        recipe,
+        objective=objective,
+        teacher_processor=parts.teacher_processor,
+        processes=processes,
+    )
+    report = report_on(verdicts, parts.processor, conversations)
+    write_report(run, report)
+    return report
+
+
+def check_before(
+    run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer, data: EncodedConversations, checked: Checked
+) -> None:
+    """The check on the main process; where it fails every process stops.
+
+    Raises:
+        CheckError: a verdict is a failure.
+    """
+    message: list[str | None] = [None]
+    if trainer.is_world_process_zero():
+        found = run_and_write(run, recipe, parts, data.conversations, trainer.objective, int(trainer.args.world_size))
+        checked(found)
+        message[0] = failed(found.verdicts, str(run.check))
+    (said,) = broadcast_object_list(message)
+    if said is not None:
+        raise CheckError(said)
+
+
+def distil(
+    recipe: Recipe,
+    data: EncodedConversations | None = None,
+    steps: Steps | None = None,
+    check: bool = True,
+    checked: Checked = log_warnings,
+) -> RunFolder:
     """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
 
     Args:
         recipe: the run.
         data: the encoded training data, if they are there already.
         steps: called after every step.
+        check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
+        checked: called with what the check found; by default its warnings are logged.
 
     Raises:
+        CheckError: a check failed; nothing was trained.
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
         AlignTIError: whatever is wrong with recipe, data or models.
     """
@@ -172,8 +264,11 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
+    checkpoint = last_checkpoint(run.root)
+    if check and recipe.check and checkpoint is None:
+        check_before(run, recipe, parts, trainer, data, checked)
     with peak_memory() as peak, recorder.interruptible():
-        trainer.train(resume_from_checkpoint=last_checkpoint(run.root))
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
@@ -237,15 +332,16 @@ def evaluate_model(
     """
     first = Teacher(path=path, dtype=dtype) if isinstance(path, str) else path  # type: ignore[arg-type]
     model, processor = load_teacher(first, best_device()), load_processor(first.path)
-    other = None
+    other, own = None, None
     if teacher is not None:
         second = Teacher(path=teacher, dtype=teacher_dtype) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
-        check_processors(processor, load_processor(second.path))
+        own = own_processor(processor, load_processor(second.path))
         other = load_teacher(second, best_device())
-        check_pair(model, other)
+        shared_tokens(model, other, processor, own)
+        check_pair(model, other, shared_inputs=own is None)
     result = evaluate(model, processor, conversations, settings, advance)
     if other is not None:
-        result["divergence"] = divergence(model, other, processor, conversations, settings)
+        result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
     return result
 
 
@@ -308,9 +404,11 @@ def train_and_measure(
     recipe: Recipe,
     steps: Steps | None = None,
     advance: Callable[[str, int, int], None] = lambda name, done, total: None,
+    check: bool = True,
+    checked: Checked = log_warnings,
 ) -> RunFolder:
     """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
-    run = distil(recipe, steps=steps)
+    run = distil(recipe, steps=steps, check=check, checked=checked)
     if recipe.data.eval is None or not PartialState().is_main_process:
         return run
     conversations = read_data(recipe.data, recipe.data.eval)

@@ -78,6 +78,15 @@ class RunFolder:
         return self.root / "layer_scores.json"
 
     @property
+    def check(self) -> Path:
+        """The verdicts of the check before training; the page beside it shows samples too."""
+        return self.root / "check.json"
+
+    @property
+    def check_page(self) -> Path:
+        return self.root / "check.html"
+
+    @property
     def student(self) -> Path:
         """The finished student, which plain transformers loads; there only when training has ended."""
         return self.root / "student"
@@ -106,20 +115,23 @@ class RunFolder:
     def claim(self, recipe: Recipe) -> bool:
         """Make the folder this recipe's own; True if it already was, so that the run goes on where it stopped.
 
+        A run that was only checked, and trained nothing yet, makes room for another recipe.
+
         Raises:
             RunError: the folder holds a run of another recipe, or files that are no run.
         """
         content = recipe.model_dump(mode="json")
         if self.recipe.exists():
             before = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-            if before != content:
+            if before != content and self.trained_something():
                 changed = sorted(differing(before, content))
                 raise RunError(
                     f"{self.root} holds a run with other settings ({', '.join(changed)}); a run goes on only with its own; "
                     "choose another folder (out), or remove this one."
                 )
-            return True
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            if before == content:
+                return True
+        elif self.root.exists() and (not self.root.is_dir() or self.foreign_files()):
             raise RunError(
                 f"{self.root} exists and is no run folder; an empty or new folder is accepted; choose another (out)."
             )
@@ -127,6 +139,14 @@ class RunFolder:
         write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
         write_json(self.provenance, provenance())
         return False
+
+    def trained_something(self) -> bool:
+        """Whether the folder holds a log, a checkpoint or a student, which another recipe must not touch."""
+        return self.metrics.exists() or self.student.exists() or any(self.root.glob("checkpoint-*"))
+
+    def foreign_files(self) -> list[Path]:
+        """What lies in the folder besides a check's own files."""
+        return [path for path in self.root.iterdir() if path not in {self.check, self.check_page}]
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to the metrics."""

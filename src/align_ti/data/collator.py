@@ -47,6 +47,8 @@ class Collator:
     """Pads samples into one batch: tokens to the longest, pictures one behind the other."""
 
     pad_token: int
+    teacher_pad_token: int | None = None
+    """The pad token of a teacher that reads inputs of its own (`teacher` in each sample)."""
     side: str = "right"
     """Where padding goes: "right" or "left". The loss is the same either way."""
 

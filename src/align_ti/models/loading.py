@@ -112,53 +112,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check_processors(student: ProcessorMixin, teacher: ProcessorMixin) -> None:
-    """Refuse two processors that would not make the same tokens.
-
-    Raises:
-        ModelError: a token has different ids in the two tokenizers; the first ones are named.
-    """
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    differing = [token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token)]
-    if differing:
-        named = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:5])
-        raise ModelError(
-            f"student and teacher have different tokenizers: {len(differing)} token(s) differ, first {named}; equal token ids are "
-            "accepted; choose models of one tokenizer."
-        )
-    mine, its = (picture_options(processor) for processor in (student, teacher))
-    changed = [f"{name} ({mine[name]} and {its[name]})" for name in mine if mine[name] != its[name]]
-    if changed:
-        raise ModelError(
-            f"student and teacher prepare pictures differently: {', '.join(changed)}; both read the same pixels, so equal options are "
-            "accepted; choose models of one image processor."
-        )
-
-
-PICTURE_OPTIONS = (
-    "size",
-    "crop_size",
-    "do_resize",
-    "do_center_crop",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "resample",
-    "do_pad",
-    "do_convert_rgb",
-)
-
-
-def picture_options(processor: ProcessorMixin) -> dict[str, Any]:
-    """The options of an image processor that change pixels."""
-    prepared = getattr(processor, "image_processor", None)
-    options = {} if prepared is None else prepared.to_dict()
-    # Lists and tuples of the same numbers are the same option.
-    return {name: tuple(value) if isinstance(value := options.get(name), list) else value for name in PICTURE_OPTIONS}
-
-
 PARTS = {
     "vision_tower": ("vision_tower", "visual", "vision_model"),
     "projector": ("multi_modal_projector", "connector"),

@@ -111,6 +111,13 @@ def reads_the_same(student: ProcessorMixin, teacher: ProcessorMixin) -> bool:
     )
 
 
+def own_processor(processor: Any, teacher_processor: ProcessorMixin | None) -> ProcessorMixin | None:
+    """The teacher's processor if it makes other inputs of a record than the student's, else None: both read the same."""
+    if teacher_processor is None or not isinstance(processor, ProcessorMixin):
+        return None
+    return None if reads_the_same(processor, teacher_processor) else teacher_processor
+
+
 def options_of(processor: ProcessorMixin) -> dict[str, Any]:
     """A processor's own options and those of its image processor, as they are saved; paths and versions left out."""
     prepared = getattr(processor, "image_processor", None)

@@ -109,12 +109,17 @@ def picture(path: str | None) -> str | None:
     """
     if path is None:
         return None
-    buffer = io.BytesIO()
     try:
         with Image.open(path) as opened:
-            small = opened.convert("RGB")
-            small.thumbnail((192, 192))
-            small.save(buffer, format="PNG")
+            return data_url(opened)
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
+
+
+def data_url(opened: Image.Image) -> str:
+    """The picture, small, as a data URL of its pixels alone."""
+    buffer = io.BytesIO()
+    small = opened.convert("RGB")
+    small.thumbnail((192, 192))
+    small.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -23,7 +23,7 @@ from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import head, widest_float
 from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
-from align_ti.models.pairing import Pairing, pair_up, reads_the_same
+from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import (
@@ -398,13 +398,6 @@ def encoded(data: Any, processor: ProcessorMixin | None) -> Any:
             raise ConfigError("conversations need a processor to become tokens; give processing_class.")
         return EncodedConversations(data, processor)
     return data
-
-
-def own_processor(processor: Any, teacher_processor: ProcessorMixin | None) -> ProcessorMixin | None:
-    """The teacher's processor if it makes other inputs of a record than the student's, else None: both read the same."""
-    if teacher_processor is None or not isinstance(processor, ProcessorMixin):
-        return None
-    return None if reads_the_same(processor, teacher_processor) else teacher_processor
 
 
 Result = TypeVar("Result")

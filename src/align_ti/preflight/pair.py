@@ -1,0 +1,191 @@
+"""Whether two models fit each other, the processor and the data: vocabularies, image tokens, layout, weights, parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from align_ti.data.roles import VISUAL, image_id, model_inputs
+from align_ti.errors import AlignTIError
+from align_ti.models import families
+from align_ti.models.loading import first_line
+from align_ti.models.pairing import shared_tokens
+from align_ti.models.standins import Projection
+from align_ti.preflight.verdicts import Verdict
+
+Models = Mapping[str, PreTrainedModel]
+"""The models by name: `student`, and `teacher` where there is one."""
+
+
+def read_by(name: str, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch as the named model reads it: a teacher with a processor of its own has its own."""
+    own: Mapping[str, Any] = batch.get("teacher", batch) if name == "teacher" else batch
+    return own
+
+
+def refusal(check: Callable[[], object]) -> str | None:
+    """The message of a check that refuses, or None."""
+    try:
+        check()
+    except AlignTIError as error:
+        return str(error)
+    return None
+
+
+def fit_verdicts(models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> list[Verdict]:
+    """What can be said of the models without running them."""
+    verdicts = [
+        vocabularies(models, processor, teacher_processor),
+        image_tokens(models, processor, teacher_processor),
+        layout(models),
+    ]
+    return [*verdicts, *(finite_weights(name, model) for name, model in models.items()), parts(models["student"])]
+
+
+def vocabularies(models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> Verdict:
+    """Whether both models and the tokenizer mean the same token by the same id."""
+    sizes = {name: Projection(model).out_features for name, model in models.items()}
+    tokens = len(processor.tokenizer)
+    problem = None
+    if "teacher" in models:
+        problem = refusal(lambda: shared_tokens(models["student"], models["teacher"], processor, teacher_processor))
+    small = [name for name, size in sizes.items() if size < tokens and (name == "student" or teacher_processor is None)]
+    if problem is None and processor.tokenizer.pad_token_id is None:
+        problem = "the tokenizer has no pad token, so records of different lengths cannot share a batch"
+    if problem is None and small:
+        problem = f"the {small[0]}'s head has {sizes[small[0]]} rows for {tokens} tokens of the tokenizer"
+    heads = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return Verdict(
+        name="vocabularies",
+        state="fail" if problem else "pass",
+        measured=(problem or f"the tokenizer has {tokens} tokens").rstrip("."),
+        expected=f"one id for each token that both know, and a row for each token (rows: {heads})",
+        way_out="choose a student and a teacher of one tokenizer family, whose tokenizer has a pad token",
+        values={"tokenizer": tokens, **{f"head_{name}": size for name, size in sizes.items()}},
+    )
+
+
+def image_tokens(models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None = None) -> Verdict:
+    """Whether each model and the processor that it is read by use one token id for a picture."""
+    ids = {"processor": image_id(processor)} | {name: families.image_token(model) for name, model in models.items()}
+    if teacher_processor is not None:
+        ids["teacher's processor"] = image_id(teacher_processor)
+        apart = ids["processor"] != ids["student"] or ids["teacher's processor"] != ids["teacher"]
+    else:
+        apart = len(set(ids.values())) > 1
+    return Verdict(
+        name="image_tokens",
+        state="fail" if apart else "pass",
+        measured="the image token is " + ", ".join(f"{found} in the {name}" for name, found in ids.items()),
+        expected="one id for a model and its processor",
+        way_out="use the processor that belongs to the models, or choose models of one processor",
+        values=ids,
+    )
+
+
+def layout(models: Models) -> Verdict:
+    """Whether masks, positions and logits of the models are followed exactly."""
+    found = [refusal(partial(families.check_layout, model)) for model in models.values()]
+    problem = next((message for message in found if message is not None), None)
+    return Verdict(
+        name="layout",
+        state="fail" if problem else "pass",
+        measured=problem.rstrip(".") if problem else "masks, positions and logits are of a kind that is followed",
+        expected="models whose own forward pass the loss repeats exactly",
+        way_out="choose other models",
+    )
+
+
+def finite_weights(name: str, model: PreTrainedModel) -> Verdict:
+    """Whether every weight is a number."""
+    bad = [key for key, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    return Verdict(
+        name=f"weights.{name}",
+        state="fail" if bad else "pass",
+        measured=f"{len(bad)} weight(s) of the {name} hold NaN or infinity" + (f", first {bad[0]}" if bad else ""),
+        expected="0",
+        way_out="load another checkpoint, or another dtype: float16 overflows where bfloat16 does not",
+        values={"tensors": len(bad)},
+    )
+
+
+def parts(student: PreTrainedModel) -> Verdict:
+    """What is trained, frozen and saved, in parameters of each part."""
+    counts = part_counts(student)
+    trained, all_of = (sum(count[which] for count in counts.values()) for which in ("trained", "all"))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    named = "; ".join(
+        f"{part} {millions(count['all'])} "
+        + ("trained" if count["trained"] == count["all"] else "frozen" if not count["trained"] else "partly trained")
+        for part, count in counts.items()
+    )
+    return Verdict(
+        name="parts",
+        state="pass" if trained else "fail",
+        measured=f"{named}; {millions(trained)} of {millions(all_of)} parameters are trained, all {size / 2**20:.4g} MiB are saved",
+        expected="something to train",
+        way_out="freeze fewer parts (student.freeze)",
+        values={"parts": counts, "trained": trained, "saved_bytes": size},
+    )
+
+
+def part_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Parameters and trained parameters of each part; a weight that two parts share is counted in the first."""
+    seen: set[nn.Parameter] = set()
+    counts = {}
+    for name, module in [*families.backbone(model).named_children(), ("head", families.head(model))]:
+        own = [parameter for parameter in module.parameters() if parameter not in seen]
+        seen.update(own)
+        if own:
+            counts[name] = {
+                "all": sum(parameter.numel() for parameter in own),
+                "trained": sum(parameter.numel() for parameter in own if parameter.requires_grad),
+            }
+    return counts
+
+
+def millions(count: int) -> str:
+    """A number of parameters for people."""
+    return f"{count / 1e6:.4g} M"
+
+
+# --- visual tokens, which need the towers to run ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def visual_tokens(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Verdict:
+    """Whether the model's tower gives as many vectors as the batch has visual tokens."""
+    batch = read_by(name, batch)
+    expected, error, given = int((batch["roles"] == VISUAL).sum()), None, None
+    try:
+        given = tower_vectors(model, batch)
+        model(**model_inputs(batch))
+    except (RuntimeError, ValueError, IndexError) as raised:
+        error = first_line(raised)
+    wrong = error is not None or given != expected
+    return Verdict(
+        name=f"visual_tokens.{name}",
+        state="fail" if wrong else "pass",
+        measured=f"the {name}'s tower gives {'no count' if given is None else given} vectors for {expected} visual tokens of the batch"
+        + (f", and its forward pass says: {error}" if error else ""),
+        expected="as many as visual tokens",
+        way_out="choose towers of one picture size, patch size and feature strategy, and the processor that belongs to them",
+        values={"tokens": expected, "vectors": given},
+    )
+
+
+def tower_vectors(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
+    """Vectors that the tower and projector give for the batch's pictures."""
+    read: Any = model.get_image_features
+    accepted = inspect.signature(read).parameters
+    inputs = {key: value for key, value in model_inputs(batch).items() if key in accepted and key != "input_ids"}
+    out = read(**inputs, return_dict=True)
+    features = getattr(out, "pooler_output", out)
+    tensors = [features] if isinstance(features, Tensor) else list(features)
+    return sum(tensor.shape[:-1].numel() for tensor in tensors)

@@ -1,0 +1,218 @@
+"""The first records as the student will read them: roles, responses that are cut, and a rendering that people can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from align_ti.data.conversation import Conversation
+from align_ti.data.roles import INSTRUCTION, RESPONSE, ROLE_NAMES, VISUAL, encode
+from align_ti.errors import DataError
+from align_ti.preflight.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record and its tensors; those of a teacher with a processor of its own are under `teacher`."""
+
+    record: Conversation
+    tensors: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the record, visual ones included."""
+        return len(self.tensors["roles"])
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether an instruction token stands behind a visual one, so that IVA has a weight to read."""
+        roles = self.tensors["roles"].tolist()
+        return VISUAL in roles and INSTRUCTION in roles[roles.index(VISUAL) :]
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRecords:
+    """What became of the first records: usable samples, and a sentence for each that is not."""
+
+    read: int
+    usable: list[Sample]
+    unreadable: list[str]
+    too_long: list[str]
+    cut: list[str]
+
+
+def read_first(
+    conversations: Sequence[Conversation],
+    processor: ProcessorMixin,
+    max_length: int | None,
+    count: int,
+    teacher_processor: ProcessorMixin | None = None,
+) -> FirstRecords:
+    """The first `count` records, encoded as for training; for the teacher too if it has a processor of its own."""
+    found = FirstRecords(min(count, len(conversations)), [], [], [], [])
+    for index in range(found.read):
+        record = conversations[index]
+        try:
+            tensors: dict[str, Any] = dict(encode(record, processor, max_length))
+            if teacher_processor is not None:
+                tensors["teacher"] = encode(record, teacher_processor)
+            sample = Sample(record, tensors)
+        except DataError as error:
+            (found.too_long if fits_without_limit(record, processor) else found.unreadable).append(str(error))
+            continue
+        found.usable.append(sample)
+        if missing := missing_answer(sample, processor):
+            found.cut.append(f"{record.place}: the response tokens do not hold {missing!r:.60}")
+    return found
+
+
+def fits_without_limit(record: Conversation, processor: ProcessorMixin) -> bool:
+    """Whether the record is refused for its length alone."""
+    try:
+        encode(record, processor)
+    except DataError:
+        return False
+    return True
+
+
+def missing_answer(sample: Sample, processor: ProcessorMixin) -> str | None:
+    """The first answer that the response tokens do not spell in full, whatever cut it; None if all are there."""
+    tensors = sample.tensors
+    spelled = plain_text(processor.tokenizer.decode(tensors["input_ids"][tensors["roles"] == RESPONSE]))
+    answers = (turn.text for turn in sample.record.turns if turn.speaker == "assistant")
+    return next((answer for answer in answers if plain_text(answer) not in spelled), None)
+
+
+def plain_text(text: str) -> str:
+    """The text without what tokenizers change: spaces, case, and forms of one character."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+# --- verdicts on the data ---------------------------------------------------------------------------------------------
+
+
+def data_verdicts(found: FirstRecords, needs_pictures: bool) -> list[Verdict]:
+    """Whether the first records can be read, keep their responses, and have tokens of the roles that the terms need."""
+    verdicts = [readable(found), whole_responses(found)]
+    return [*verdicts, role_shares(found, needs_pictures)] if found.usable else verdicts
+
+
+def readable(found: FirstRecords) -> Verdict:
+    """Whether every record becomes tokens with roles."""
+    bad = found.unreadable
+    return Verdict(
+        name="records",
+        state="fail" if bad else "pass",
+        measured=f"{len(bad)} of the first {found.read} records cannot be used" + (f", first: {bad[0]}" if bad else ""),
+        expected="0, since training stops at such a record",
+        way_out="mend or remove them",
+        values={"read": found.read, "unreadable": len(bad)},
+    )
+
+
+def whole_responses(found: FirstRecords) -> Verdict:
+    """Whether every response is there in full."""
+    bad = [*found.too_long, *found.cut]
+    return Verdict(
+        name="responses",
+        state="fail" if bad else "pass",
+        measured=f"of the first {found.read} records {len(found.too_long)} are too long and {len(found.cut)} lose words of a response"
+        + (f", first: {bad[0]}" if bad else ""),
+        expected="0 and 0: a student learns from a cut response to stop in the middle",
+        way_out="raise data.max_length, shorten these records, or switch the tokenizer's truncation off",
+        values={"read": found.read, "too_long": len(found.too_long), "cut": len(found.cut)},
+    )
+
+
+def role_shares(found: FirstRecords, needs_pictures: bool) -> Verdict:
+    """Which share of the tokens has which role."""
+    roles = torch.cat([sample.tensors["roles"] for sample in found.usable])
+    shares = {name: float((roles == number).float().mean()) for number, name in enumerate(ROLE_NAMES)}
+    looked_at = sum(sample.looked_at for sample in found.usable)
+    thin, blind = shares["response"] < 0.005, needs_pictures and looked_at == 0
+    length = len(roles) / len(found.usable)
+    return Verdict(
+        name="roles",
+        state="fail" if shares["response"] == 0 else "warn" if thin or blind else "pass",
+        measured=f"{length:.0f} tokens a record: "
+        + ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
+        + f"; {looked_at} of {len(found.usable)} records have an instruction behind a picture",
+        expected="0.5 % response tokens at least, and pictures that an instruction looks at where IVA has weight",
+        way_out="look at the renderings in check.html: the chat template or the data hide responses or pictures",
+        values={**shares, "tokens_per_record": length, "looked_at": looked_at},
+    )
+
+
+# --- other pictures ---------------------------------------------------------------------------------------------------
+
+
+def with_other_pictures(samples: Sequence[Sample], index: int) -> Conversation:
+    """A record with the pictures of the next records in place of its own, at its own sizes; noise where none differs."""
+    own = samples[index].record.pictures()
+    around = [*samples[index + 1 :], *samples[:index]]
+    others = _pictures(around)
+    replaced = []
+    for number, picture in enumerate(own):
+        same_size = (other.resize(picture.size) for other in others)
+        differing = (other for other in same_size if other.tobytes() != picture.tobytes())
+        replaced.append(next(differing, None) or noise(picture.size, number))
+    return dataclasses.replace(samples[index].record, images=tuple(replaced))
+
+
+def _pictures(samples: Sequence[Sample]) -> Iterator[Image.Image]:
+    for sample in samples:
+        yield from sample.record.pictures()
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    """A picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# --- renderings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Adjacent tokens of one role as text; a run of visual tokens is named by its length."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A sample as people read it."""
+
+    place: str
+    pieces: tuple[Piece, ...]
+    pictures: tuple[Image.Image, ...]
+
+
+def rendering(sample: Sample, processor: ProcessorMixin) -> Rendering:
+    """The sample's text in pieces of one role each."""
+    pairs = zip(sample.tensors["roles"].tolist(), sample.tensors["input_ids"].tolist(), strict=True)
+    pieces = []
+    for role, run in groupby(pairs, key=lambda pair: pair[0]):
+        ids = [token for _, token in run]
+        text = f"[{len(ids)} visual tokens]" if role == VISUAL else visible(processor.tokenizer.decode(ids))
+        pieces.append(Piece(ROLE_NAMES[role], text))
+    return Rendering(sample.record.place, tuple(pieces), tuple(sample.record.pictures()))
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey, such as escape codes, made visible."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)

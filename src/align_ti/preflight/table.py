@@ -1,0 +1,41 @@
+"""Verdicts and samples on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from align_ti.preflight.samples import Rendering
+from align_ti.preflight.verdicts import Verdict
+
+STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+ROLE_STYLES = {"other": "dim", "visual": "magenta", "instruction": "cyan", "response": "green"}
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """The verdicts, one a row."""
+    count = {state: sum(verdict.state == state for verdict in verdicts) for state in STYLES}
+    table = Table("", "check", "measured, expected, way out", title="check before training")
+    for verdict in verdicts:
+        # As text, so that brackets in it are no markup.
+        table.add_row(Text(verdict.state, style=STYLES[verdict.state]), Text(verdict.name), Text(verdict.sentence))
+    table.caption = ", ".join(f"{number} {state}" for state, number in count.items())
+    return table
+
+
+def sample_text(rendering: Rendering) -> Text:
+    """A sample with its roles coloured."""
+    text = Text(f"{rendering.place}\n", style="bold")
+    for piece in rendering.pieces:
+        text.append(piece.text, style=f"not bold {ROLE_STYLES[piece.role]}")
+    return text
+
+
+def role_legend() -> Text:
+    """What the colours mean."""
+    legend = Text("samples as the student reads them: ")
+    for role, style in ROLE_STYLES.items():
+        legend.append(role, style=style).append("  ")
+    return legend
