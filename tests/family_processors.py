@@ -215,7 +215,8 @@ def thinking(picture: str, opened: str = "") -> str:
     """
     return (
         PARTS % picture + "{%- set last = namespace(query=0) -%}"
-        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.query = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.query = loop.index0 -%}{%- endif -%}"
+        "{%- endfor -%}"
         "{%- for message in messages -%}"
         "{%- set content = parts(message['content']) | trim -%}"
         "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
