@@ -458,7 +458,7 @@ FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
 """A fresh processor of each family."""
 
 SPECIAL = {
-    "image": ("<image_soft_token>", "<IMG_CONTEXT>", "<|image_pad|>", "<image>"),
+    "image": ("<image_soft_token>", "<IMG_CONTEXT>", "<image>", "<|image_pad|>"),
     "image_start": ("<start_of_image>", "<img>", "<|vision_start|>", "<fake_token_around_image>"),
     "image_end": ("<end_of_image>", "</img>", "<|vision_end|>", "<fake_token_around_image>"),
     "video": ("<video>", "<|video_pad|>"),

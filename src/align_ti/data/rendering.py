@@ -74,7 +74,7 @@ def apply(chat: list[dict[str, Any]], processor: ProcessorMixin, place: str, *, 
     """The template's rendering. Thinking is switched off where the template has a switch: records hold answers, not thoughts.
 
     Raises:
-        DataError: there is no template, or it fails or takes words only as a string.
+        DataError: there is no template, or it fails.
     """
     template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
     switch: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
@@ -85,11 +85,6 @@ def apply(chat: list[dict[str, Any]], processor: ProcessorMixin, place: str, *, 
             f"{place}: the chat template cannot render the record ({error}); a template that takes such turns is accepted; change "
             "the record, or give the processor another chat_template."
         ) from error
-    if "{'type':" in text:
-        raise DataError(
-            f"{place}: the chat template prints a turn's list of parts as it is; a template for turns with pictures is accepted "
-            "(content as a list of parts); give the processor one."
-        )
     return text
 
 
@@ -105,7 +100,7 @@ def between(marked: str, markers: list[str], speakers: list[str], place: str) ->
     """What the template puts before, between and behind the markers.
 
     Raises:
-        DataError: a marker is shown more or less often than once, or out of order.
+        DataError: a marker is shown more or less often than once, or out of order; or the parts of a turn are printed as a list.
     """
     frame, position = [], 0
     for marker, speaker in zip(markers, speakers, strict=True):
@@ -117,7 +112,13 @@ def between(marked: str, markers: list[str], speakers: list[str], place: str) ->
             )
         frame.append(marked[position:at])
         position = at + len(marker)
-    return [*frame, marked[position:]]
+    frame.append(marked[position:])
+    if any("{'type':" in piece for piece in frame):
+        raise DataError(
+            f"{place}: the chat template prints a turn's list of parts as it is; a template for turns with pictures is accepted "
+            "(content as a list of parts); give the processor one."
+        )
+    return frame
 
 
 def kept_blanks(piece: str, padded: str) -> tuple[str, str]:

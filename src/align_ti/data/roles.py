@@ -252,13 +252,13 @@ def token_roles(
     ends = {one.stop for one in words if one.speaker == "assistant"}
     roles = []
     for piece in pieces:
-        role = max(shade[piece.start : piece.stop], default=OTHER)
+        held = shade[piece.start : piece.stop]
         if piece.token == image:
-            roles.append(VISUAL if role == VISUAL else OTHER)
+            roles.append(VISUAL if VISUAL in held else OTHER)
         elif is_special(piece, text, special):
             roles.append(RESPONSE if any(at in ends for at in range(piece.start, piece.stop)) else OTHER)
         else:
-            roles.append(OTHER if role == VISUAL else role)
+            roles.append(max((role for role in held if role != VISUAL), default=OTHER))
     return roles
 
 
@@ -326,8 +326,10 @@ def check_visual(
     Raises:
         DataError: there is such a picture or token.
     """
-    starts = {piece.start for piece, role in zip(pieces, roles, strict=True) if role == VISUAL}
-    empty = sum(starts.isdisjoint(area) for area in areas)
+    visual = [piece for piece, role in zip(pieces, roles, strict=True) if role == VISUAL]
+    # A special token may swallow blanks beside it, so one of its ends may lie outside.
+    reached = {piece.start for piece in visual} | {piece.stop - 1 for piece in visual}
+    empty = sum(reached.isdisjoint(area) for area in areas)
     image = image_id(processor)
     loose = sum(piece.token == image and role != VISUAL for piece, role in zip(pieces, roles, strict=True))
     if empty or loose:
