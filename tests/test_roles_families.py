@@ -347,8 +347,24 @@ def test_templates_that_leave_pictures_out_or_show_too_many_are_refused(family):
             + "{%- for message in messages -%}{{- parts(message['content']) + eos_token -}}{%- endfor -%}"
         )
         processor.chat_template = body.replace("{{- 'PICTURE' -}}", shown.replace("picture", f"'{placeholder}'"))
-        with pytest.raises(DataError, match=r"data\.json, record 3: the processor refuses"):
+        with pytest.raises(
+            DataError, match=r"data\.json, record 3: the (processor refuses|text of the chat template has)"
+        ):
             encode(conversation("<image>What?", "A river."), processor)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_pictures_that_the_text_does_not_show_are_refused_where_the_processor_passes_over_them(told):
+    # Some versions of transformers take pictures without a placeholder and leave them out of the text.
+    processor = FAMILIES["llava-llama3"]()
+    processor.chat_template = processor.chat_template.replace("'<image>'", "''")
+    processor.validate_inputs = lambda **_: None
+    if not told:
+        processor.get_text_with_replacements = lambda text, *_: (text, None)
+    with pytest.raises(
+        DataError, match=r"record 3: the text of the chat template has 0 placeholder\(s\) for 1 picture\(s\)"
+    ):
+        encode(conversation("<image>What?", "A river."), processor)
 
 
 def test_templates_that_fail_or_print_lists_are_refused():

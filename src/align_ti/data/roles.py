@@ -168,7 +168,7 @@ def expand(
     """The processor's inputs for the text, and what it put in place of each picture's placeholder.
 
     Raises:
-        DataError: the processor refuses the text.
+        DataError: the processor refuses the text, or there are more or fewer placeholders than pictures.
     """
     # Processors of transformers before 5.15 do not say what they put in.
     tells = bool(images) and hasattr(processor, "get_text_with_replacements")
@@ -191,8 +191,15 @@ def expand(
         ) from error
     told = inputs.pop("text_replacement_offsets", None)
     if told is not None:
-        return inputs, [Picture(one["span"][0], one["span"][1], one["replacement"]) for one in told[0]]
-    return inputs, repeated(cut(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
+        pictures = [Picture(one["span"][0], one["span"][1], one["replacement"]) for one in told[0]]
+    else:
+        pictures = repeated(cut(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
+    if len(pictures) != len(images):
+        raise DataError(
+            f"{place}: the text of the chat template has {len(pictures)} placeholder(s) for {len(images)} picture(s); one for each is "
+            "accepted; use the model's own template and processor."
+        )
+    return inputs, pictures
 
 
 def repeated(pieces: Sequence[Piece], expanded: Sequence[int], processor: ProcessorMixin) -> list[Picture]:
