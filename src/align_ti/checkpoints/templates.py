@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import LlavaConfig, ProcessorMixin
 
 from align_ti.data.conversation import Conversation, Turn
-from align_ti.data.roles import RESPONSE, VISUAL, encode, messages
+from align_ti.data.rendering import messages
+from align_ti.data.roles import RESPONSE, VISUAL, encode
 from align_ti.errors import DataError, ModelError
 
 PICTURES = """{#- Content in parts becomes text: <image> for a picture, and a line break between it and what follows. -#}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from align_ti.data.conversation import Conversation
-from align_ti.data.roles import NO_LABEL, OTHER, encode
+from align_ti.data.roles import NO_LABEL, OTHER, PER_TOKEN, encode
+from align_ti.errors import DataError
 
 
 class EncodedConversations(Dataset[dict[str, Tensor]]):
@@ -42,30 +44,85 @@ class EncodedConversations(Dataset[dict[str, Tensor]]):
         return sample
 
 
+Sample = Mapping[str, Any]
+"""A record as tensors by name; under `teacher` those of a teacher that reads inputs of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads samples into one batch: tokens to the longest, pictures one behind the other."""
+    """Pads samples into one batch: tokens to the longest, pictures one behind the other, as the model's processor batches them.
+
+    Tiles and pixels are filled with zeros where the processor does the same. Idefics3 and SmolVLM batch pictures by sample; a sample
+    with fewer of them, or none, has zeros in their place, which the model leaves out.
+    """
 
     pad_token: int
-    teacher_pad_token: int | None = None
-    """The pad token of a teacher that reads inputs of its own (`teacher` in each sample)."""
     side: str = "right"
     """Where padding goes: "right" or "left". The loss is the same either way."""
+    teacher_pad_token: int | None = None
+    """The pad token of a teacher that reads inputs of its own; by default the student's."""
 
-    def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        fill = {"input_ids": self.pad_token, "labels": NO_LABEL, "roles": OTHER, "attention_mask": 0}
-        length = max(len(sample["input_ids"]) for sample in samples)
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch; what the samples hold for a teacher alone (`teacher`) becomes a batch of its own in it.
+
+        Raises:
+            DataError: pictures of different size that the processor gives no way to fill up.
+        """
+        if "teacher" in samples[0]:
+            theirs = self.pad_token if self.teacher_pad_token is None else self.teacher_pad_token
+            teacher = replace(self, pad_token=theirs)([sample["teacher"] for sample in samples])
+            own = [{name: value for name, value in sample.items() if name != "teacher"} for sample in samples]
+            return {**self(own), "teacher": teacher}
         names = dict.fromkeys(name for sample in samples for name in sample)
-        batch = {}
+        by_sample = pictures_by_sample(samples)
+        batch: dict[str, Any] = {}
         for name in names:
+            if name in PER_TOKEN:
+                batch[name] = self.tokens(name, samples)
+                continue
             values = [sample[name] for sample in samples if name in sample]
-            if name in fill or values[0].dim() == 1:
-                batch[name] = torch.stack([self.padded(value, length, fill.get(name, 0)) for value in values])
-            else:
-                batch[name] = torch.cat(values)
+            if name in by_sample:
+                none = values[0].new_zeros((1, 0, *values[0].shape[2:]))
+                values = [sample.get(name, none) for sample in samples]
+            elif not FILLED.intersection(names) and len({value.shape[1:] for value in values}) > 1:
+                shapes = ", ".join(str(list(value.shape)) for value in values)
+                raise DataError(
+                    f"{name} of the samples of a batch has shapes {shapes}; equal sizes are accepted where the processor gives neither "
+                    "image_sizes nor a pixel mask; let it crop or resize pictures to one size, or take a batch of 1."
+                )
+            batch[name] = joined(values)
         return batch
+
+    def tokens(self, name: str, samples: Sequence[Sample]) -> Tensor:
+        """The field, one entry a token, padded to the longest sample; 0 (a token of text) for a sample that has no such field."""
+        fill = {"input_ids": self.pad_token, "labels": NO_LABEL, "roles": OTHER}.get(name, 0)
+        length = max(len(sample["input_ids"]) for sample in samples)
+        rows = [sample.get(name, torch.zeros_like(sample["input_ids"])) for sample in samples]
+        return torch.stack([self.padded(row, length, fill) for row in rows])
 
     def padded(self, value: Tensor, length: int, fill: int) -> Tensor:
         """The vector grown to the length on the collator's side."""
         room = (0, length - len(value)) if self.side == "right" else (length - len(value), 0)
         return torch.nn.functional.pad(value, room, value=fill)
+
+
+FILLED = frozenset({"image_sizes", "pixel_attention_mask"})
+"""Fields that tell a model which tiles and pixels are real; without one of them no zeros may be put beside pictures."""
+
+
+def pictures_by_sample(samples: Sequence[Sample]) -> frozenset[str]:
+    """The fields of [1, pictures, ...] a sample: Idefics3's and SmolVLM's, known by a mask over the pixels of such pictures."""
+    fields = frozenset({"pixel_values", "pixel_attention_mask"})
+    has = any(fields <= sample.keys() and sample["pixel_values"].dim() == 5 for sample in samples)
+    return fields if has else frozenset()
+
+
+def joined(values: Sequence[Tensor]) -> Tensor:
+    """The values one behind the other, every axis but the first filled with zeros at its end to the largest."""
+    sizes = [max(lengths) for lengths in zip(*(value.shape[1:] for value in values), strict=True)]
+    grown = []
+    for value in values:
+        room = [(0, size - length) for size, length in zip(sizes, value.shape[1:], strict=True)]
+        # Padding counts axes from the last.
+        grown.append(torch.nn.functional.pad(value, [side for pair in reversed(room) for side in pair]))
+    return torch.cat(grown)

@@ -1,30 +1,54 @@
-"""Every token has one role, decided here from the model's own chat template; masks derive from it.
+"""Every token has one role, decided here from the model's own processor and chat template; masks derive from it.
 
-The template is rendered twice: once with the real words and once with a marker in place of each. The marked rendering shows what
-the template puts around the words; if those pieces and the words do not give the real rendering back, the template changes words
-and roles would be guessed, so the record is refused.
+Roles are found by characters. `rendering` says where the words are in the text of the template; the processor says what it put in
+place of each picture; the text so expanded must tokenize to the processor's own ids. Where one of these does not hold, roles would
+be guessed, so the record is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from align_ti.data.conversation import IMAGE_TAG, Conversation
+from align_ti.data.conversation import Conversation
+from align_ti.data.rendering import Words, render, with_openings
 from align_ti.errors import DataError
 
 OTHER, VISUAL, INSTRUCTION, RESPONSE = 0, 1, 2, 3
 ROLE_NAMES = ("other", "visual", "instruction", "response")
+ROLE_OF_WORDS = {"system": OTHER, "user": INSTRUCTION, "assistant": RESPONSE}
 
 NO_LABEL = -100
 """The label of a token that no loss reads; transformers' own convention."""
 
-NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "candidates", "teacher"})
+NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "candidates"})
+
+PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "roles", "labels"})
+"""Fields with one entry a token: what tokenizers return, the two names for "which modality", and ours. All else is of pictures."""
+
+
+class Picture(NamedTuple):
+    """A picture's placeholder in the rendered text, by character, and what the processor puts in its place."""
+
+    start: int
+    stop: int
+    text: str
+
+
+class Piece(NamedTuple):
+    """One token of a text and the characters it stands for; none for a token that the tokenizer adds of itself."""
+
+    token: int
+    start: int
+    stop: int
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,188 +56,306 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Words in the rendered text, by character, and the role of their tokens."""
-
-    start: int
-    stop: int
-    role: int
-
-
 def encode(
-    conversation: Conversation, processor: ProcessorMixin, max_length: int | None = None, *, train: bool = True
+    conversation: Conversation,
+    processor: ProcessorMixin,
+    max_length: int | None = None,
+    *,
+    train: bool = True,
+    ask: bool = False,
 ) -> dict[str, Tensor]:
-    """One record as tensors: the processor's inputs, `roles` and `labels`, each [seq], pictures in front of their own axes.
+    """One record as tensors: the processor's inputs, `roles` and `labels`. Fields of `PER_TOKEN` are [seq], others as they come.
 
-    Every assistant turn's words and the special token that ends it are response; every user turn's words are instruction; image
-    tokens are visual; what the template adds is other.
+    Every assistant turn's words and the special token that ends it are response; every user turn's words are instruction; tokens
+    whose embedding is replaced by a picture's feature are visual; all else is other, what the processor puts around visual tokens
+    included. A token that holds words and something beside them (a blank of the template, say) has the words' role.
 
     Args:
         conversation: the record.
         processor: the model's own processor with its chat template.
         max_length: tokens at most.
         train: refuse a record without a response.
+        ask: end with the template's prompt for an answer.
 
     Raises:
-        DataError: the record is too long, has no response, or the template does not let roles be told apart.
+        DataError: the record is too long, has no response, or has special tokens among its words; or template or processor do not
+            let roles be told apart.
     """
     place = conversation.place
     if train and conversation.turns[-1].speaker != "assistant":
         raise DataError(
             f"{place}: the last turn is by the user; a response to learn is needed; add it or remove the record."
         )
-    text, spans = render(conversation, processor)
-    tokenizer = processor.tokenizer
-    # As transformers does when it renders and tokenizes in one go: special tokens are added unless the template put them there.
-    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    plain = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    roles = token_roles(plain, spans, frozenset(tokenizer.all_special_ids))
+    text, words = render(conversation, processor, ask=ask)
+    check_words(text, words, processor, place)
     if train:
-        check_ends(plain, roles, spans, place)
-    pictures = conversation.pictures()
-    inputs = processor(
-        text=[text], images=[pictures] if pictures else None, add_special_tokens=special, return_tensors="pt"
-    )
-    ids = inputs["input_ids"][0]
-    inputs["roles"] = spread(torch.tensor(plain["input_ids"]), torch.tensor(roles), ids, image_id(processor), place)[
-        None
-    ]
+        words = with_openings(conversation, text, words, processor)
+    inputs, pictures = expand(text, conversation.pictures(), processor, place)
+    text, words, areas = put_in(text, words, pictures, place)
+    pieces = cut(text, processor)
+    check_same(pieces, inputs["input_ids"][0], place)
+    roles = token_roles(text, pieces, words, areas, processor)
+    check_visual(pieces, roles, areas, processor, place)
+    if train:
+        check_ends(pieces, roles, words, place)
+    inputs["roles"] = torch.tensor([roles])
     inputs["labels"] = torch.where(inputs["roles"] == RESPONSE, inputs["input_ids"], NO_LABEL)
-    if max_length is not None and len(ids) > max_length:
+    if max_length is not None and len(pieces) > max_length:
         raise DataError(
-            f"{place}: {len(ids)} tokens, but max_length is {max_length}: a response would be cut off; raise data.max_length, "
+            f"{place}: {len(pieces)} tokens, but max_length is {max_length}: a response would be cut off; raise data.max_length, "
             "shorten the record, or remove it."
         )
-    per_token = {"input_ids", "attention_mask", "roles", "labels", "token_type_ids", "mm_token_type_ids"}
-    return {name: value[0] if name in per_token else value for name, value in inputs.items()}
+    return {name: value[0] if name in PER_TOKEN else value for name, value in inputs.items()}
 
 
-def messages(conversation: Conversation, words: list[str] | None = None) -> list[dict[str, Any]]:
-    """The conversation in transformers' chat form; the n-th non-empty piece of text is `words[n]` if words are given."""
-    replacement = iter(words) if words is not None else None
-    result = []
-    for turn in conversation.turns:
-        content: list[dict[str, str]] = []
-        for index, piece in enumerate(turn.text.split(IMAGE_TAG) if turn.speaker == "user" else [turn.text]):
-            if index:
-                content.append({"type": "image"})
-            if piece:
-                content.append({"type": "text", "text": piece if replacement is None else next(replacement)})
-        result.append({"role": turn.speaker, "content": content})
-    return result
+# --- text to tokens ---------------------------------------------------------------------------------------------------
 
 
-def render(conversation: Conversation, processor: ProcessorMixin) -> tuple[str, list[Span]]:
-    """The text that the template makes of the record, and where each turn's words are in it.
+@lru_cache(maxsize=4)
+def exact_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer's own rules, with blanks kept in the offsets.
+
+    Byte-level tokenizers may leave blanks out of them (Llama 3, SmolLM2): a token of blanks alone would then stand for no
+    character and lose its role.
 
     Raises:
-        DataError: the template leaves words out, repeats or changes them.
+        DataError: the tokenizer has no such rules (it is not of the `tokenizers` library).
     """
-    real = messages(conversation)
-    parts = [
-        (message["role"], part["text"]) for message in real for part in message["content"] if part["type"] == "text"
-    ]
-    taken = "".join(words for _, words in parts)
-    markers = [f"\u27e6{number}\u27e7" for number in range(len(parts))]
-    if any(marker in taken for marker in markers):
-        markers = [f"\u27e6\u27e6{number}\u27e7\u27e7" for number in range(len(parts))]
-    text: str = processor.apply_chat_template(real, tokenize=False)
-    marked: str = processor.apply_chat_template(messages(conversation, markers), tokenize=False)
-    prompt = generation_prompt(real, processor)
-    rebuilt, spans, position = "", [], 0
-    for marker, (speaker, words) in zip(markers, parts, strict=True):
-        at = marked.find(marker, position)
-        if at < 0 or marked.count(marker) != 1:
-            raise DataError(
-                f"{conversation.place}: the chat template shows the words of a {speaker} turn {marked.count(marker)} times or "
-                "out of order; roles can be told apart only where it shows them once, in order; use another template."
-            )
-        rebuilt += marked[position:at]
-        position = at + len(marker)
-        # Some templates take a line break behind a picture for their own, some strip all words.
-        forms = (words, words.removeprefix("\n"), words.strip())
-        shown = next((form for form in forms if text.startswith(form, len(rebuilt))), forms[-1])
-        role = {"user": INSTRUCTION, "assistant": RESPONSE}.get(speaker, OTHER)
-        start = len(rebuilt)
-        if role == RESPONSE and rebuilt.rstrip().endswith(prompt):
-            # The model is asked to go on from the prompt, so the blank behind it is the model's to say.
-            start = len(rebuilt.rstrip())
-        spans.append(Span(start, len(rebuilt) + len(shown), role))
-        rebuilt += shown
-    rebuilt += marked[position:]
-    if rebuilt != text:
-        first = next(
-            (i for i, (a, b) in enumerate(zip(rebuilt, text, strict=False)) if a != b), min(len(rebuilt), len(text))
-        )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise DataError(
-            f"{conversation.place}: the chat template changes the words it is given (near {text[max(0, first - 20) : first + 20]!r}), "
-            "so roles would be guessed; use a template that shows words as they are."
+            f"{type(tokenizer).__name__} does not say which characters a token stands for; a tokenizer with a tokenizer.json is "
+            "accepted; convert it to one."
         )
-    return text, spans
+    state = json.loads(backend.to_str())
+    last = state["post_processor"] or {}
+    for step in [last, *last.get("processors", [])]:
+        if "trim_offsets" in step:
+            step["trim_offsets"] = False
+    exact = Tokenizer.from_str(json.dumps(state))
+    exact.no_truncation()
+    exact.no_padding()
+    return exact
 
 
-def generation_prompt(conversation: list[dict[str, Any]], processor: ProcessorMixin) -> str:
-    """What the template adds to a user's turn when an answer is asked for."""
-    asked = conversation[: next(i for i, message in enumerate(conversation) if message["role"] == "user") + 1]
-    without: str = processor.apply_chat_template(asked, tokenize=False)
-    with_prompt: str = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    # A template without a prompt has nothing that a blank could follow; no text ends with a null character.
-    return with_prompt.removeprefix(without) or "\0"
+def adds_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether special tokens are added to the text: unless the template put them there, as transformers has it."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def token_roles(encoded: Mapping[str, Any], spans: list[Span], special: frozenset[int]) -> list[int]:
-    """The role of each token of the rendered text: that of the words it overlaps.
+def cut(text: str, processor: ProcessorMixin) -> list[Piece]:
+    """The tokens of the text."""
+    tokenizer = processor.tokenizer
+    encoded = exact_tokenizer(tokenizer).encode(text, add_special_tokens=adds_special_tokens(text, tokenizer))
+    return [Piece(token, *span) for token, span in zip(encoded.ids, encoded.offsets, strict=True)]
 
-    The token right behind a response is response too if it is special: it ends the turn, and a student that never learns it
-    never stops.
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Every token that means something else than its letters, by id; the unknown token is none where it stands for letters."""
+    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    named = tokenizer.all_special_ids
+    return special | dict(zip(named, tokenizer.convert_ids_to_tokens(named), strict=True))
+
+
+def is_special(piece: Piece, text: str, special: Mapping[int, str]) -> bool:
+    """Whether the token is a special one that stands in the text as such."""
+    return special.get(piece.token) == text[piece.start : piece.stop].strip()
+
+
+def expand(
+    text: str, images: list[Image.Image], processor: ProcessorMixin, place: str
+) -> tuple[dict[str, Tensor], list[Picture]]:
+    """The processor's inputs for the text, and what it put in place of each picture's placeholder.
+
+    Raises:
+        DataError: the processor refuses the text, or there are more or fewer placeholders than pictures.
     """
+    # Processors of transformers before 5.15 do not say what they put in.
+    tells = bool(images) and hasattr(processor, "get_text_with_replacements")
+    special = adds_special_tokens(text, processor.tokenizer)
+    options: dict[str, Any] = {"return_text_replacement_offsets": True} if tells else {}
+    try:
+        inputs = dict(
+            processor(
+                text=[text],
+                images=[images] if images else None,
+                add_special_tokens=special,
+                return_tensors="pt",
+                **options,
+            )
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{place}: the processor refuses the text of the chat template ({error}); one placeholder for each picture is accepted; "
+            "use the model's own template and processor."
+        ) from error
+    told = inputs.pop("text_replacement_offsets", None)
+    if told is not None:
+        pictures = [Picture(one["span"][0], one["span"][1], one["replacement"]) for one in told[0]]
+    else:
+        pictures = repeated(cut(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
+    if len(pictures) != len(images):
+        raise DataError(
+            f"{place}: the text of the chat template has {len(pictures)} placeholder(s) for {len(images)} picture(s); one for each is "
+            "accepted; use the model's own template and processor."
+        )
+    return inputs, pictures
+
+
+def repeated(pieces: Sequence[Piece], expanded: Sequence[int], processor: ProcessorMixin) -> list[Picture]:
+    """What a processor put in that does not say so, taken that it repeats the placeholder; `check_same` proves or refutes it."""
+    image, placeholder = image_id(processor), str(getattr(processor, "image_token", ""))
+    pictures, at = [], 0
+    for index, piece in enumerate(pieces):
+        if piece.token != image:
+            at += 1
+            continue
+        followed = index + 1 < len(pieces) and pieces[index + 1].token == image
+        start = at
+        while at < len(expanded) and expanded[at] == image and not (followed and at > start):
+            at += 1
+        pictures.append(Picture(piece.start, piece.stop, placeholder * (at - start)))
+    return pictures
+
+
+def put_in(
+    text: str, words: Sequence[Words], pictures: Sequence[Picture], place: str
+) -> tuple[str, list[Words], list[range]]:
+    """The text with every picture in its place, where the words are now, and where the pictures are.
+
+    Raises:
+        DataError: a placeholder is made of words.
+    """
+    expanded, areas, starts, position = "", [], [0] * len(words), 0
+    for picture in pictures:
+        for index, one in enumerate(words):
+            if max(one.start, picture.start) < min(one.stop, picture.stop):
+                raise special_words(text[picture.start : picture.stop], one.speaker, place)
+            if one.start >= picture.stop:
+                starts[index] += len(picture.text) - (picture.stop - picture.start)
+        expanded += text[position : picture.start]
+        areas.append(range(len(expanded), len(expanded) + len(picture.text)))
+        expanded, position = expanded + picture.text, picture.stop
+    moved = [Words(one.start + by, one.stop + by, one.speaker) for one, by in zip(words, starts, strict=True)]
+    return expanded + text[position:], moved, areas
+
+
+# --- tokens to roles --------------------------------------------------------------------------------------------------
+
+
+def token_roles(
+    text: str, pieces: Sequence[Piece], words: Sequence[Words], areas: Sequence[range], processor: ProcessorMixin
+) -> list[int]:
+    """The role of each token of the expanded text.
+
+    The special token right behind a response is response too: it ends the turn, and a student that never learns it never stops.
+    """
+    special, image = special_tokens(processor.tokenizer), image_id(processor)
+    shade = bytearray(len(text))
+    for area in areas:
+        shade[area.start : area.stop] = bytes([VISUAL]) * len(area)
+    for one in words:
+        shade[one.start : one.stop] = bytes([ROLE_OF_WORDS[one.speaker]]) * (one.stop - one.start)
+    ends = {one.stop for one in words if one.speaker == "assistant"}
     roles = []
-    ends = {span.stop for span in spans if span.role == RESPONSE}
-    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        inside = [span.role for span in spans if start < span.stop and stop > span.start]
-        if inside:
-            roles.append(max(inside))
+    for piece in pieces:
+        held = shade[piece.start : piece.stop]
+        if piece.token == image:
+            roles.append(VISUAL if VISUAL in held else OTHER)
+        elif is_special(piece, text, special):
+            roles.append(RESPONSE if any(at in ends for at in range(piece.start, piece.stop)) else OTHER)
         else:
-            roles.append(RESPONSE if token in special and start in ends and stop > start else OTHER)
+            roles.append(max((role for role in held if role != VISUAL), default=OTHER))
     return roles
 
 
-def check_ends(encoded: Mapping[str, Any], roles: list[int], spans: list[Span], place: str) -> None:
+def image_id(processor: ProcessorMixin) -> int | None:
+    """The token id whose embedding is replaced by a picture's feature, as the tokenizer names it, else the processor.
+
+    Gemma's processor names the placeholder instead, which stands beside the visual tokens.
+    """
+    found = getattr(processor.tokenizer, "image_token_id", None)
+    if found is None:
+        found = getattr(processor, "image_token_id", None)
+    return None if found is None else int(found)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def special_words(token: str, speaker: str, place: str) -> DataError:
+    """The error for words that the tokenizer would read as a special token."""
+    return DataError(
+        f"{place}: the words of a {speaker} turn hold {token!r}, which this tokenizer or processor reads as a special token and not as "
+        "letters; words without it are accepted; spell it differently or remove the record."
+    )
+
+
+def check_words(text: str, words: Sequence[Words], processor: ProcessorMixin, place: str) -> None:
+    """Refuse words that would be read as special tokens or placeholders.
+
+    Raises:
+        DataError: such a token stands among the words, or is made of words and what the template puts beside them.
+    """
+    special = special_tokens(processor.tokenizer)
+    named = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+    placeholders = [token for token in named if isinstance(token, str)]
+    pieces = [piece for piece in cut(text, processor) if is_special(piece, text, special)]
+    for one in words:
+        for token in placeholders:
+            if token in text[one.start : one.stop]:
+                raise special_words(token, one.speaker, place)
+        for piece in pieces:
+            # A special token may swallow blanks beside it.
+            if text[max(piece.start, one.start) : min(piece.stop, one.stop)].strip():
+                raise special_words(special[piece.token], one.speaker, place)
+
+
+def check_same(pieces: Sequence[Piece], ids: Tensor, place: str) -> None:
+    """Refuse a processor whose tokens are not those of the text with every picture in its place.
+
+    Raises:
+        DataError: they differ.
+    """
+    if [piece.token for piece in pieces] != ids.tolist():
+        raise DataError(
+            f"{place}: the processor gives {len(ids)} tokens that are not those of its text with every picture in its place "
+            f"({len(pieces)}), so roles would be guessed; this processor, or this version of transformers (5.15 or later says what it "
+            "puts in), is not supported yet."
+        )
+
+
+def check_visual(
+    pieces: Sequence[Piece], roles: Sequence[int], areas: Sequence[range], processor: ProcessorMixin, place: str
+) -> None:
+    """Refuse a picture without visual tokens, and an image token that belongs to no picture.
+
+    Raises:
+        DataError: there is such a picture or token.
+    """
+    visual = [piece for piece, role in zip(pieces, roles, strict=True) if role == VISUAL]
+    # A special token may swallow blanks beside it, so one of its ends may lie outside.
+    reached = {piece.start for piece in visual} | {piece.stop - 1 for piece in visual}
+    empty = sum(reached.isdisjoint(area) for area in areas)
+    image = image_id(processor)
+    loose = sum(piece.token == image and role != VISUAL for piece, role in zip(pieces, roles, strict=True))
+    if empty or loose:
+        raise DataError(
+            f"{place}: {empty} picture(s) without visual tokens and {loose} image token(s) without a picture; each picture needs "
+            "tokens of its own; use the model's own processor and template."
+        )
+
+
+def check_ends(pieces: Sequence[Piece], roles: Sequence[int], words: Sequence[Words], place: str) -> None:
     """Refuse a template that puts no special token right behind a response: the student would never learn to stop.
 
     Raises:
         DataError: a response has no end-of-turn token.
     """
-    ended = {
-        start
-        for (start, stop), role in zip(encoded["offset_mapping"], roles, strict=True)
-        if role == RESPONSE and stop > start
-    }
-    for span in spans:
-        if span.role == RESPONSE and span.stop not in ended:
+    response = [piece for piece, role in zip(pieces, roles, strict=True) if role == RESPONSE]
+    for one in words:
+        if one.speaker == "assistant" and not any(piece.start <= one.stop < piece.stop for piece in response):
             raise DataError(
                 f"{place}: the chat template puts no special token right behind the response, so the student would never learn to "
                 "stop; let the template end each answer with the tokenizer's end-of-turn token (such as eos_token)."
             )
-
-
-def spread(plain: Tensor, roles: Tensor, expanded: Tensor, image: int | None, place: str) -> Tensor:
-    """The roles of the text's tokens carried over to the processor's tokens, where each image token has become many."""
-    if image is None:
-        image = -1
-    text_only, text_in_expanded = plain[plain != image], expanded[expanded != image]
-    if not torch.equal(text_only, text_in_expanded):
-        raise DataError(
-            f"{place}: the processor changes more than image tokens ({len(text_only)} other tokens before, "
-            f"{len(text_in_expanded)} after), so roles would be guessed; this processor is not supported yet."
-        )
-    result = torch.full_like(expanded, VISUAL)
-    result[expanded != image] = roles[plain != image]
-    return result
-
-
-def image_id(processor: ProcessorMixin) -> int | None:
-    """The token id that the processor repeats for a picture."""
-    found = getattr(processor, "image_token_id", None)
-    return None if found is None else int(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from align_ti.config import Evaluation
 from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation
-from align_ti.data.roles import NO_LABEL, encode, messages, model_inputs
+from align_ti.data.roles import NO_LABEL, encode, model_inputs
 from align_ti.evaluation.scoring import by_kind, is_right
 from align_ti.evaluation.tasks import Question, question
 from align_ti.losses.divergence import forward_kl
@@ -40,6 +40,12 @@ def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
+def placed(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The inputs on the model's device, pictures in its precision."""
+    dtypes = {name: model.dtype if value.is_floating_point() else value.dtype for name, value in inputs.items()}
+    return {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
+
+
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
@@ -51,34 +57,22 @@ def answer(
     """The model's greedy answer to each question, and whether it was cut at the token limit.
 
     Questions of one kind are asked together: their answers are of similar length, so a batch does not wait for one long reading.
+    Each is prepared by itself, since processors differ in whether one call may mix questions with and without pictures.
     """
     order = sorted(range(len(questions)), key=lambda index: questions[index].kind)
     answers: dict[int, tuple[str, bool]] = {}
-    tokenizer = processor.tokenizer
+    collate = Collator(processor.tokenizer.pad_token_id, side="left")
     model.eval()
     for indices in chunks(order, settings.batch_size):
         part = [questions[index] for index in indices]
-        texts = [
-            processor.apply_chat_template(messages(one.conversation), tokenize=False, add_generation_prompt=True)
-            for one in part
-        ]
-        pictures = [one.conversation.pictures() for one in part]
-        inputs = processor(
-            text=texts,
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
-            return_tensors="pt",
-        ).to(model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        samples = [encode(one.conversation, processor, train=False, ask=True) for one in part]
+        inputs = placed(model_inputs(collate(samples)), model)
         generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
         made = generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
         made = made[:, inputs["input_ids"].shape[1] :]
         ends = torch.tensor(sorted(end_tokens(model)), device=made.device)
         cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= settings.max_new_tokens)
-        words = tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        words = processor.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers |= {index: (text.strip(), bool(short)) for index, text, short in zip(indices, words, cut, strict=True)}
         advance(len(part))
     return [answers[index] for index in range(len(questions))]
