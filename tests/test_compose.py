@@ -249,8 +249,8 @@ def test_a_language_model_that_scales_its_logits_is_refused(parts, tmp_path):
     [
         ("{{ messages[0]['content'] }}", "shows the words of a assistant turn 0 times"),
         (towers.CHATML.replace("'<|im_end|>\\n'", "'\\n'"), "no special token right behind the response"),
-        ("{{ raise_exception('no pictures') }}", "fails on a conversation with pictures"),
-        ("{{ no", "fails on a conversation with pictures"),
+        ("{{ raise_exception('no pictures') }}", "cannot render the record"),
+        ("{{ no", "cannot render the record"),
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_refused(parts, tmp_path, template, message):

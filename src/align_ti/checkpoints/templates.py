@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import LlavaConfig, ProcessorMixin
 
@@ -72,10 +71,6 @@ def check_template(processor: ProcessorMixin, config: LlavaConfig, name: str) ->
         samples = [encode(single, processor), encode(double, processor)]
     except DataError as error:
         raise ModelError(f"{error} (--chat-template names another one: a file, or vicuna).") from error
-    except TemplateError as error:
-        raise ModelError(
-            f"{name}: the chat template fails on a conversation with pictures ({error}); name another one (--chat-template)."
-        ) from error
     for count, sample in enumerate(samples, start=1):
         visual = int((sample["roles"] == VISUAL).sum())
         if visual != count * config.image_seq_length:
