@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from align_ti.config import Data, Evaluation, Recipe, Scores
+from align_ti.config import Data, Evaluation, Recipe, Scores, Source
+from align_ti.data.cache import SampleCache
+from align_ti.data.checking import Checked, Cut, check_records, digest, refuse_too_many
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
+from align_ti.data.mixing import Mixture, read_mixture
 from align_ti.data.roles import encode
-from align_ti.data.sources import read_conversations
-from align_ti.errors import InterruptedRunError
+from align_ti.data.sources import Refused, image_root, read_source
+from align_ti.data.streaming import StreamedConversations
+from align_ti.errors import DataError, InterruptedRunError, RunError
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.families import check_pair
 from align_ti.models.loading import best_device, check_processors, freeze, load_model, load_processor
-from align_ti.runs import RunFolder, read_json, write_json
+from align_ti.runs import RunFolder, read_json, write_json, write_text
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import RunRecorder
@@ -57,9 +64,104 @@ def load_parts(recipe: Recipe) -> Parts:
     return Parts(student, teacher, processor)
 
 
-def read_data(data: Data, path: str) -> list[Conversation]:
-    """The records of one of a recipe's data files."""
-    return read_conversations(Path(path), None if data.images is None else Path(data.images))
+def read_questions(data: Data) -> list[Conversation]:
+    """The records that a recipe evaluates on; none if it names none."""
+    if data.eval is None:
+        return []
+    source = Source(path=data.eval, split=data.eval_split)
+    return read_source(source, image_root(source, data.images))
+
+
+TrainingData = EncodedConversations | StreamedConversations
+
+
+def training_data(
+    recipe: Recipe,
+    processor: ProcessorMixin,
+    run: RunFolder | None = None,
+    advance: Steps | None = None,
+    mixture: Mixture | None = None,
+) -> tuple[TrainingData, dict[str, Any]]:
+    """The recipe's training data, checked where the recipe asks for it, and what became of them.
+
+    Args:
+        recipe: the run.
+        processor: the student's processor.
+        run: where skipped and cut records are listed, and the findings of the check kept; None writes nothing.
+        advance: progress of the check.
+        mixture: the records, if they are read already.
+
+    Raises:
+        DataError: a source or record cannot be used, or more records than data.max_skipped allows.
+        RunError: the data have changed since the run began.
+    """
+    settings = recipe.data
+    if settings.stream:
+        return StreamedConversations(settings, processor, recipe.seed), {"stream": settings.sources[0].path}
+    mixture = read_mixture(settings, recipe.seed) if mixture is None else mixture
+    records = len(mixture.conversations) + len(mixture.refused)
+    refuse_too_many(mixture.refused, records, settings.max_skipped)
+    disk = None if settings.cache_dir is None else SampleCache(Path(settings.cache_dir), processor)
+    data = EncodedConversations(
+        mixture.conversations,
+        processor,
+        settings.max_length,
+        cache=settings.cache == "memory",
+        disk=disk,
+        too_long=settings.too_long,
+    )
+    story: dict[str, Any] = {"sources": [asdict(source) for source in mixture.sources], "records": records}
+    refused, cut = list(mixture.refused), []
+    if needs_check(recipe):
+        found = checked(data, recipe, run, advance)
+        refused, cut = refused + found.refused, found.cut
+        refuse_too_many(refused, records, settings.max_skipped)
+        if not found.usable:
+            raise DataError("every training record was skipped; at least one is needed; see their reasons above.")
+        data.keep_only(found.usable, found.lengths)
+    story |= {"skipped": len(refused), "truncated": len(cut), "used": len(data)}
+    story["first_reasons"] = [one.reason for one in refused[:5]]
+    if run is not None and PartialState().is_main_process:
+        write_lines(run.skipped, refused)
+        write_lines(run.truncated, cut)
+        write_json(run.data, story)
+    return data, story
+
+
+def needs_check(recipe: Recipe) -> bool:
+    """Whether every record is processed before training: to skip or cut some, or to fill a memory that workers share."""
+    data = recipe.data
+    shared = data.cache == "memory" and recipe.training.dataloader_num_workers > 0
+    return data.on_bad_record == "skip" or data.too_long == "truncate" or shared
+
+
+def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, advance: Steps | None) -> Checked:
+    """The findings of the pass over the records; those that the run folder keeps are used again.
+
+    Raises:
+        DataError: a record cannot be used and bad ones are not skipped.
+        RunError: the kept findings are of other records.
+    """
+    if run is not None and run.checked.exists() and data.kept is None:
+        kept = TypeAdapter(Checked).validate_python(read_json(run.checked))
+        if kept.of != digest(data.conversations):
+            raise RunError(
+                f"{run.root}: the training data have changed since this run began, so its order cannot be gone on with; restore them, "
+                "or choose another folder (out)."
+            )
+        return kept
+    found = check_records(data, recipe.training.dataloader_num_workers, advance)
+    if recipe.data.on_bad_record == "error" and found.refused:
+        raise DataError(found.refused[0].reason)
+    if run is not None and PartialState().is_main_process:
+        write_json(run.checked, asdict(found))
+    return found
+
+
+def write_lines(path: Path, entries: Sequence[Refused | Cut]) -> None:
+    """One JSON object a line, or no file if there is nothing to list."""
+    if entries:
+        write_text(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -68,6 +170,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if not options["gradient_checkpointing"]:
         # Newer releases call it activation_checkpointing and warn about the name that all of them know.
         del options["gradient_checkpointing"]
+    if options.pop("group_by_length"):
+        # Releases before 5.1 or so know the option under its older name.
+        newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
+        options |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
     return TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
@@ -79,13 +185,19 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Steps | None = None) -> RunFolder:
+def distil(
+    recipe: Recipe,
+    data: EncodedConversations | None = None,
+    steps: Steps | None = None,
+    checks: Steps | None = None,
+) -> RunFolder:
     """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
 
     Args:
         recipe: the run.
         data: the encoded training data, if they are there already.
         steps: called after every step.
+        checks: called after every record of the pass over the data, if the recipe asks for one.
 
     Raises:
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
@@ -98,16 +210,20 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
         return run
     set_seed(recipe.seed)
     parts = load_parts(recipe)
-    if data is None:
-        conversations = read_data(recipe.data, recipe.data.train)
-        data = EncodedConversations(conversations, parts.processor, recipe.data.max_length, cache=recipe.data.cache)
+    train: TrainingData
+    if data is not None:
+        train = data
+    else:
+        # The first process checks; the others read what it found.
+        with state.main_process_first():
+            train, _ = training_data(recipe, parts.processor, run, checks)
     recorder = RunRecorder(run, steps)
     trainer = AlignTITrainer(
         model=parts.student,
         teacher_model=parts.teacher,
         args=training_arguments(recipe),
         objective=recipe.objective,
-        train_dataset=data,
+        train_dataset=train,
         processing_class=parts.processor,
         scores=recipe.layer_scores,
         callbacks=[recorder],
@@ -115,7 +231,7 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
-    with peak_memory() as peak, recorder.interruptible():
+    with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
         trainer.train(resume_from_checkpoint=last_checkpoint(run.root))
     if trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
@@ -133,6 +249,18 @@ def distil(recipe: Recipe, data: EncodedConversations | None = None, steps: Step
         draft.rename(run.student)
     state.wait_for_everyone()
     return run
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Inside the block, a bad record found in a worker gives the message it gives elsewhere, not the worker's traceback."""
+    try:
+        yield
+    except DataError as error:
+        _, marker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+        if not marker:
+            raise
+        raise DataError(message.strip()) from error
 
 
 def last_checkpoint(root: Path) -> str | None:
@@ -225,10 +353,10 @@ def train_and_measure(
     advance: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> RunFolder:
     """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
-    run = distil(recipe, steps=steps)
+    run = distil(recipe, steps=steps, checks=lambda done, total: advance("check the records", done, total))
     if recipe.data.eval is None or not PartialState().is_main_process:
         return run
-    conversations = read_data(recipe.data, recipe.data.eval)
+    conversations = read_questions(recipe.data)
     teacher = None if recipe.teacher is None else recipe.teacher.path
     labels = {"teacher": "teacher", "before": "student before", "student": "student"}
     paths = {"teacher": teacher, "before": recipe.student.path, "student": str(run.student)}

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.config import Iva, Objective, Scores
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
+from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import encode
 from align_ti.errors import ConfigError, ModelError
 from align_ti.interactions.layer_scores import score_layers
@@ -107,6 +108,10 @@ class AlignTITrainer(Trainer):
             data_collator = Collator(processing_class.tokenizer.pad_token_id)
         args = TrainingArguments(output_dir="align-ti-run") if args is None else args
         args.remove_unused_columns = False
+        loader: Any = args.accelerator_config
+        if isinstance(train_dataset, IterableDataset) and loader.dispatch_batches is None:
+            # A batch dealt out by its first axis would lose pictures of records that have several.
+            loader.dispatch_batches = False
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process; it uses the first. `accelerate launch` uses all of them.",
@@ -188,6 +193,22 @@ class AlignTITrainer(Trainer):
             self._prepare_inputs(collate([encode(one, processor, train=False) for one in group])) for group in groups
         )
         return score_layers(self.teacher_model, batches)
+
+    # --- the order of records -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """As in transformers; where records are grouped by length, their lengths are known or estimated, not found by decoding all."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        # The option's name before and since transformers 5.1 or so.
+        grouped = getattr(self.args, "group_by_length", False) or (
+            getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
+        )
+        if grouped and isinstance(data, EncodedConversations):
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return LengthGrouped(data.lengths(), batch, int(seed))
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        return sampler
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
