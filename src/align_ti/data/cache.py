@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -97,7 +98,8 @@ class SampleCache:
             save_file(whole, draft, metadata={"checksum": checksum(whole)})
             draft.replace(path)
         except (OSError, SafetensorError) as error:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
             raise DataError(
                 f"data.cache_dir: {path} cannot be written ({error}); room on a disk that can be written is needed; free some, choose "
                 "another folder, or set data.cache: none."
