@@ -380,7 +380,7 @@ def test_a_bad_record_found_in_a_worker_gives_the_plain_message(pair, tmp_path):
     with pytest.raises(DataError) as caught:
         distil(wanted)
     assert str(caught.value).startswith(str(pair / "late.json")) and "cut.png cannot be read" in str(caught.value)
-    with pytest.raises(DataError, match="^plain$"), errors_of_workers():
+    with pytest.raises(DataError, match=r"^plain$"), errors_of_workers():
         raise DataError("plain")
 
 
