@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from align_ti.config import Data, Recipe, Source
+from align_ti.cli import shipped
+from align_ti.config import Data, Recipe, Source, read_recipe
 from align_ti.data.cache import SampleCache, checksum
 from align_ti.data.checking import check_records, digest, limit_reached
 from align_ti.data.collator import EncodedConversations
@@ -117,6 +118,24 @@ def test_a_count_beyond_the_source_and_a_weight_of_nothing_are_refused(tmp_path)
         read_mixture(Data(train=[{"path": path, "count": 4}]))
     with pytest.raises(DataError, match=r"a\.json: weight 0\.001 leaves none of its 3 records"):
         read_mixture(Data(train=[{"path": path, "weight": 0.001}, {"path": large, "weight": 1.0}]))
+
+
+def test_the_shipped_mix_is_changed_by_number(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(shipped()["mobilevlm"])
+    changed = read_recipe(
+        path, ["data.train.0.images=elsewhere", "data.train.0.count=5", "data.cache=disk", "data.cache_dir=c"]
+    )
+    (source,) = changed.data.sources
+    assert (source.images, source.count, changed.data.cache_dir) == ("elsewhere", 5, "c")
+    for change, message in (
+        ("data.train.1.path=x", "'1' is no entry of a list of 1"),
+        ("data.train.first.path=x", "'first' is no entry"),
+        ("data.train.0.path.deep=x", "path is no section"),
+        ("data.train.0.cuont=5", "did you mean 'count'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_recipe(path, [change])
 
 
 # --- cutting ----------------------------------------------------------------------------------------------------------
