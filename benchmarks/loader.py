@@ -1,9 +1,10 @@
-"""How many pictures a second the data loader gives, by number of workers and kind of cache, against what the demo's training step takes.
+"""Pictures a second that the data loader gives, by number of workers and kind of cache, against what the demo's training takes.
 
-    python benchmarks/loader.py --folder runs/loader --out results/loader.json
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --folder runs/loader --out results/loader.json
 
-The demo's training data (one picture a record), processor, batch size and collator. Each setting is read for several epochs after a first
-one, which fills the cache where there is one; the median epoch counts, the start of the workers included.
+The demo's training data (one picture a record), processor, batch size and collator. Caches are filled first; then each setting is
+read for several epochs, of which the median counts, the start of the workers included. Other work on the machine slows the pictures a
+second, but hardly the processor time of a picture, which is measured in the loader's own process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from align_ti.cli import quiet
@@ -44,13 +46,13 @@ def prepared(cache: str, folder: Path) -> tuple[EncodedConversations, float]:
     return data, time.perf_counter() - started
 
 
-def seconds_of_an_epoch(data: EncodedConversations, workers: int) -> float:
-    """The time in which all batches arrive."""
+def seconds_of_an_epoch(data: EncodedConversations, workers: int) -> tuple[float, float]:
+    """The time in which all batches arrive, and the processor time of this process in it."""
     collate = Collator(data.processor.tokenizer.pad_token_id)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     seen = sum(len(batch["input_ids"]) for batch in DataLoader(data, BATCH, num_workers=workers, collate_fn=collate))
     assert seen == len(data)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - busy
 
 
 def taken_by_training(results: Path) -> dict[str, float]:
@@ -72,6 +74,7 @@ def main() -> None:
         write_benchmark(chosen.folder / "data")
     table: dict[str, dict[str, float]] = {}
     filling: dict[str, float] = {}
+    processor: dict[str, float] = {}
     records = 0
     for cache in CACHES:
         data, seconds = prepared(cache, chosen.folder)
@@ -81,15 +84,19 @@ def main() -> None:
         table[cache] = {}
         for workers in WORKERS:
             epochs = [seconds_of_an_epoch(data, workers) for _ in range(chosen.epochs)]
-            table[cache][str(workers)] = round(records / statistics.median(epochs), 1)
+            table[cache][str(workers)] = round(records / statistics.median(seconds for seconds, _ in epochs), 1)
+            if workers == 0:
+                processor[cache] = round(1000 * statistics.median(busy for _, busy in epochs) / records, 2)
             print(cache, workers, table[cache][str(workers)], flush=True)
     content = {
         "images_per_second": table,
         "images_per_second_while_filling": filling,
+        "processor_milliseconds_per_image": processor,
         "records_per_second_taken_by_training": taken_by_training(chosen.demo),
         "records": records,
         "batch": BATCH,
         "epochs": chosen.epochs,
+        "threads": torch.get_num_threads(),
         "load_average_at_start": [round(value, 2) for value in load],
     }
     write_json(chosen.out, {**content, "provenance": provenance()})

@@ -360,7 +360,7 @@ def test_what_was_checked_is_used_again_unless_the_data_changed(pair, tmp_path, 
     processor, run = load_processor(str(pair / "student")), RunFolder(tmp_path / "run")
     wanted = recipe(pair, run.root, with_bad_records(pair), {"on_bad_record": "skip", "max_skipped": 5})
     first, _ = training_data(wanted, processor, run)
-    monkeypatch.setattr("align_ti.pipeline.check_records", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("align_ti.pipeline.check_records", lambda *_, **__: pytest.fail("checked again"))
     again, story = training_data(wanted, processor, run)
     assert digest(again.conversations) == digest(first.conversations) and story["skipped"] == 5
     assert again.lengths() == first.lengths()
@@ -459,3 +459,16 @@ def test_the_pass_finds_what_single_records_say(tmp_path):
     found = check_records(EncodedConversations(conversations, PROCESSOR))
     assert found.usable == [0, 1, 2, 3] and len(found.refused) == 1
     assert found.lengths == [len(encode(one, PROCESSOR)["input_ids"]) for one in conversations[:4]]
+
+
+def test_the_numbers_of_the_documentation_are_those_of_the_kept_run():
+    root = Path(__file__).parent.parent
+    kept, text = json.loads((root / "results" / "loader.json").read_text()), (root / "docs" / "data.md").read_text()
+    for cache, speeds in kept["images_per_second"].items():
+        speed = " | ".join(f"{speeds[workers]:.0f}" for workers in "012")
+        assert f"| {cache} | {speed} | {kept['processor_milliseconds_per_image'][cache]:.2f} |" in text
+    taken = kept["records_per_second_taken_by_training"]
+    assert (
+        f"takes {taken['sft']:.0f} records a second with SFT, {taken['kd']:.0f} with SFT + KD and {taken['align_ti']:.0f}"
+        in text
+    )

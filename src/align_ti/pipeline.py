@@ -99,33 +99,44 @@ def training_data(
     if settings.stream:
         return StreamedConversations(settings, processor, recipe.seed), {"stream": settings.sources[0].path}
     mixture = read_mixture(settings, recipe.seed) if mixture is None else mixture
-    records = len(mixture.conversations) + len(mixture.refused)
+    records = sum(source.records for source in mixture.sources)
     refuse_too_many(mixture.refused, records, settings.max_skipped)
-    disk = None if settings.cache_dir is None else SampleCache(Path(settings.cache_dir), processor)
-    data = EncodedConversations(
-        mixture.conversations,
-        processor,
-        settings.max_length,
-        cache=settings.cache == "memory",
-        disk=disk,
-        too_long=settings.too_long,
-    )
-    story: dict[str, Any] = {"sources": [asdict(source) for source in mixture.sources], "records": records}
+    data = encoded_mixture(mixture, settings, processor)
     refused, cut = list(mixture.refused), []
     if needs_check(recipe):
         found = checked(data, recipe, run, advance)
         refused, cut = refused + found.refused, found.cut
         refuse_too_many(refused, records, settings.max_skipped)
         if not found.usable:
-            raise DataError("every training record was skipped; at least one is needed; see their reasons above.")
+            raise DataError(
+                f"every training record was skipped; at least one is needed; the first: {refused[0].reason}"
+            )
         data.keep_only(found.usable, found.lengths)
-    story |= {"skipped": len(refused), "truncated": len(cut), "used": len(data)}
-    story["first_reasons"] = [one.reason for one in refused[:5]]
+    story = {
+        "sources": [asdict(source) for source in mixture.sources],
+        "records": records,
+        "used": len(data),
+        "skipped": len(refused),
+        "truncated": len(cut),
+        "first_reasons": [one.reason for one in refused[:5]],
+    }
     if run is not None and PartialState().is_main_process:
         write_lines(run.skipped, refused)
         write_lines(run.truncated, cut)
         write_json(run.data, story)
     return data, story
+
+
+def encoded_mixture(mixture: Mixture, settings: Data, processor: ProcessorMixin) -> EncodedConversations:
+    """The records as samples, cached as the recipe says."""
+    return EncodedConversations(
+        mixture.conversations,
+        processor,
+        settings.max_length,
+        cache=settings.cache == "memory",
+        disk=None if settings.cache_dir is None else SampleCache(Path(settings.cache_dir), processor),
+        too_long=settings.too_long,
+    )
 
 
 def needs_check(recipe: Recipe) -> bool:
@@ -150,9 +161,8 @@ def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, a
                 "or choose another folder (out)."
             )
         return kept
-    found = check_records(data, recipe.training.dataloader_num_workers, advance)
-    if recipe.data.on_bad_record == "error" and found.refused:
-        raise DataError(found.refused[0].reason)
+    skip = recipe.data.on_bad_record == "skip"
+    found = check_records(data, recipe.training.dataloader_num_workers, advance, skip=skip)
     if run is not None and PartialState().is_main_process:
         write_json(run.checked, asdict(found))
     return found

@@ -48,17 +48,25 @@ class Checked:
     cut: list[Cut] = field(default_factory=list)
 
 
-def check_records(data: EncodedConversations, workers: int = 0, advance: Steps | None = None) -> Checked:
+def check_records(
+    data: EncodedConversations, workers: int = 0, advance: Steps | None = None, *, skip: bool = True
+) -> Checked:
     """Processes every record once.
 
     Args:
         data: the records.
         workers: processes that share the work; samples kept in memory are made in this process whatever the number.
         advance: progress.
+        skip: go on after a record that cannot be used.
+
+    Raises:
+        DataError: a record cannot be used, and bad ones are not skipped.
     """
     found = Checked(digest(data.conversations))
     for done, (index, tokens, kept, reason) in enumerate(findings(data, workers), start=1):
         place = data.conversations[index].place
+        if reason and not skip:
+            raise DataError(reason)
         if reason:
             found.refused.append(Refused(place, reason))
         else:
