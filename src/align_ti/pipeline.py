@@ -181,7 +181,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # Newer releases call it activation_checkpointing and warn about the name that all of them know.
         del options["gradient_checkpointing"]
     if options.pop("group_by_length"):
-        # Releases before 5.1 or so know the option under its older name.
+        # transformers 5.0 knows the option under its older name.
         newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
         options |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
     return TrainingArguments(

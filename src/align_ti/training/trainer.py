@@ -199,7 +199,7 @@ class AlignTITrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         """As in transformers; where records are grouped by length, their lengths are known or estimated, not found by decoding all."""
         data = self.train_dataset if train_dataset is None else train_dataset
-        # The option's name before and since transformers 5.1 or so.
+        # Its name in transformers 5.0, and its name since.
         grouped = getattr(self.args, "group_by_length", False) or (
             getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
         )
