@@ -16,7 +16,7 @@ ALLOWED = {
     "losses": set(),
     "config": {"errors"},
     "runs": {"config", "errors"},
-    "data": {"errors"},
+    "data": {"config", "errors"},
     "models": {"errors"},
     "digits": {"models", "runs", "errors"},
     "checkpoints": {"config", "data", "models", "runs", "errors"},

@@ -165,3 +165,25 @@ def test_the_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
     assert done.returncode == 2 and "holds no demo" in done.stderr
     wrong = run("demo", "--out", tmp_path / "x", "--split", "train")
     assert wrong.returncode == 2 and "--split is 'train'" in wrong.stderr
+
+
+def test_a_dry_run_that_skips_says_what_and_why(folder, tmp_path):
+    records = json.loads((folder / "train.json").read_text())
+    (folder / "mixed.json").write_text(json.dumps([*records, {**records[0], "image": "gone.png"}]))
+    changes = [
+        f"out={tmp_path / 'dry'}",
+        f"data.train={folder / 'mixed.json'}",
+        "data.on_bad_record=skip",
+        "data.max_skipped=1",
+    ]
+    done = run(
+        "train", folder / "recipe.yaml", "--dry-run", *[part for change in changes for part in ("--set", change)]
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 to learn from" in done.stdout and "1 skipped" in done.stdout and "gone.png" in done.stdout
+    assert not (tmp_path / "dry").exists()
+    changes[-1] = "data.max_skipped=0"
+    done = run(
+        "train", folder / "recipe.yaml", "--dry-run", *[part for change in changes for part in ("--set", change)]
+    )
+    assert done.returncode == 2 and "1 of 13 records cannot be used" in done.stderr

@@ -222,7 +222,7 @@ def turns(*pairs: tuple[str, str]) -> dict[str, object]:
 
 BAD = {
     "not an object": (3, "an object is accepted"),
-    "no conversations": ({"id": 1}, "'conversations' is NoneType"),
+    "no conversations": ({"id": 1}, "keys 'id' tell no known format"),
     "conversations is text": ({"conversations": "hi"}, "'conversations' is str"),
     "no turns": ({"conversations": []}, "no turns"),
     "turn is text": ({"conversations": ["hi"]}, "turn 1"),

@@ -116,7 +116,7 @@ def train(
             steps=lambda done, total: advance("train", done, total),
             advance=lambda name, done, total: advance(f"measure: {name}", done, total),
             check=check,
-            checked=show_check,
+            seen=show_check,
         )
     if not PartialState().is_main_process:
         return
@@ -429,15 +429,26 @@ def find_recipe(path: Path) -> Path:
 
 def dry(recipe: Recipe) -> None:
     """Load and check everything that a run needs, and say what it would do."""
-    from align_ti.data.roles import ROLE_NAMES, encode
-    from align_ti.pipeline import load_parts, read_data
+    from align_ti.data.mixing import read_mixture
+    from align_ti.data.roles import ROLE_NAMES
+    from align_ti.pipeline import load_parts, read_questions, training_data
 
-    conversations = read_data(recipe.data, recipe.data.train)
-    questions = [] if recipe.data.eval is None else read_data(recipe.data, recipe.data.eval)
-    for conversation in [*conversations, *questions]:
+    mixture = None if recipe.data.stream else read_mixture(recipe.data, recipe.seed)
+    questions = read_questions(recipe.data)
+    for conversation in questions:
         conversation.check_files()
     parts = load_parts(recipe)
-    sample = encode(conversations[0], parts.processor, recipe.data.max_length)
+    with bars() as advance:
+        data, story = training_data(
+            recipe,
+            parts.processor,
+            advance=lambda done, total: advance("check the records", done, total),
+            mixture=mixture,
+            teacher_processor=parts.own_processor,
+        )
+    for conversation in [] if mixture is None or story["skipped"] else mixture.conversations:
+        conversation.check_files()
+    sample = next(iter(data))
     trained = parts.trained()
     table = Table("what", "value", title="dry run: nothing is trained")
     table.add_row(
@@ -449,7 +460,7 @@ def dry(recipe: Recipe) -> None:
         table.add_row(f"  {part}", f"{count / 1e6:.2f} M of {every / 1e6:.2f} M trained" if count else "frozen")
     if parts.teacher is not None and recipe.teacher is not None:
         table.add_row("teacher", f"{recipe.teacher.path}: {parts.teacher.num_parameters() / 1e6:.2f} M, frozen")
-    table.add_row("records", f"{len(conversations)} to learn from, {len(questions)} to be measured on")
+    add_data(table, story, len(questions))
     roles = ", ".join(f"{int((sample['roles'] == number).sum())} {name}" for number, name in enumerate(ROLE_NAMES))
     table.add_row("first record", f"{len(sample['input_ids'])} tokens: {roles}")
     terms = ", ".join(f"{name} x {getattr(recipe.objective, name).weight:g}" for name in recipe.objective.active)
@@ -466,6 +477,22 @@ def show_check(report: Report) -> None:
     if report.renderings:
         console.print(role_legend())
         console.print(sample_text(report.renderings[0]))
+
+
+def add_data(table: Table, story: dict[str, Any], questions: int) -> None:
+    """The rows about data: each source, then all records, then why the first of them are skipped."""
+    for source in story.get("sources", []):
+        renamed = f", {source['other_extension']} pictures under another extension" if source["other_extension"] else ""
+        table.add_row(f"source {source['path']}", f"{source['taken']} taken of {source['records']}{renamed}")
+    if "stream" in story:
+        table.add_row("records", f"a stream of {story['stream']}, {questions} to be measured on")
+        return
+    table.add_row(
+        "records",
+        f"{story['used']} to learn from, {questions} to be measured on; {story['skipped']} skipped, {story['truncated']} truncated",
+    )
+    for reason in story["first_reasons"]:
+        table.add_row("skipped", reason)
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -536,6 +563,7 @@ def quiet() -> None:
     """Leave the terminal to the progress bars: libraries speak only when something is wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from align_ti.errors import ConfigError
 
@@ -223,20 +223,136 @@ class Teacher(Knobs):
     """Where the teacher stays: cpu, cuda:1, ..., or auto: spread over all accelerators. By default the student's device."""
 
 
+def path_or_sources(value: Any) -> str:
+    """Which of its two forms `data.train` has; the names are dropped from messages."""
+    return "path-of-one" if isinstance(value, str) else "list-of-sources"
+
+
+class Source(Knobs):
+    """One of several sources of training data."""
+
+    where: ClassVar[str] = "data.train"
+    path: str = Field(min_length=1)
+    """A file (.json, .jsonl, .parquet), a folder (of `save_to_disk`, or of parquet files), or a hub name (owner/name)."""
+    images: str | None = None
+    """The folder that picture names start from; by default data.images, then the data file's own folder."""
+    format: Literal["auto", "llava", "messages", "prompt_completion", "plain"] = "auto"
+    """What a record looks like. auto: by its keys (conversations, messages, prompt and completion). plain: a LLaVA record of two turns
+    whose question is reduced to its picture, as in LLaVA's pretraining on captions."""
+    split: str | None = None
+    """The split to take, where the source has several."""
+    subset: str | None = None
+    """The configuration of a hub dataset, where it has several."""
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """This source's share of the mix, relative to the other weights. The mix is as large as it can be without taking a record twice."""
+    count: int | None = Field(default=None, ge=1)
+    """Records taken, drawn with the seed and without replacement; by default all of them."""
+    find_extension: bool = False
+    """Look for a picture that is missing under its name with another extension (.jpg, .jpeg, .png, .gif, .webp, .bmp). Exactly one
+    has to be there; how many were found so is reported."""
+
+
+Train = Annotated[
+    Annotated[str, Field(min_length=1), Tag("path-of-one")] | Annotated[tuple[Source, ...], Tag("list-of-sources")],
+    Discriminator(path_or_sources),
+]
+
+
 class Data(Knobs):
     """What the student learns from and is measured on."""
 
     where: ClassVar[str] = "data"
-    train: str = Field(min_length=1)
-    """A LLaVA-format file (.json or .jsonl) of conversations to learn from."""
+    train: Train
+    """A file, folder or hub dataset of conversations to learn from, or a list of such sources."""
     eval: str | None = None
-    """A file of the same format to evaluate on."""
+    """A file, folder or hub dataset to evaluate on."""
+    eval_split: str | None = None
+    """The split of `eval` to take, where it has several."""
     images: str | None = None
     """The folder that picture names start from; by default the data file's own."""
     max_length: int = Field(default=2048, ge=2)
-    """Tokens of one record, picture included. A longer record is an error, since cutting it would cut a response."""
-    cache: bool = False
-    """Keep processed records in memory: worth it when the data are small and seen often."""
+    """Tokens of one record, picture included."""
+    too_long: Literal["error", "truncate"] = "error"
+    """What happens to a record longer than max_length. error: it is a bad record. truncate: the end of its last response is cut, and
+    the end of the turn with it; a record of which no response token would be left is still bad."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What happens to a record that cannot be used. error: the run stops. skip: every record is checked before training, and those
+    that are left out are listed with their reasons in `skipped.jsonl` in the run folder."""
+    max_skipped: int | float = 0.01
+    """Records that may be skipped before the run stops: a number of records, or below 1 a share of all that were read."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Where processed records are kept: worth it when they are seen more than once. true means memory, false none."""
+    cache_dir: str | None = None
+    """The folder of the disk cache; several runs may share it."""
+    stream: bool = False
+    """Read one source as it is needed instead of as a whole: for data that do not fit. Needs training.max_steps."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Records that a stream is shuffled among; 1 keeps its order."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The training data as a list of sources."""
+        return (Source(path=self.train),) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_spellings(cls, options: Any) -> Any:
+        if not isinstance(options, Mapping):
+            return options
+        changed = dict(options)
+        train = options.get("train", "")
+        if not isinstance(train, str | list | tuple) or train in ([], ()):
+            raise ValueError(f"train is {train!r}; accepted: a path, or a list of sources each with a path; give one")
+        if isinstance(train, list):
+            changed["train"] = tuple(train)
+        if isinstance(options.get("cache"), bool):
+            changed["cache"] = "memory" if options["cache"] else "none"
+        return changed
+
+    @model_validator(mode="after")
+    def _limit_is_a_count_or_a_share(self) -> Data:
+        if not (self.max_skipped >= 0 and (isinstance(self.max_skipped, int) or self.max_skipped < 1)):
+            raise ValueError(
+                f"max_skipped is {self.max_skipped}; accepted: a number of records (0, 1, ...) or a share of them below 1 (0.01)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_of_mixing(self) -> Data:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and any(source.count is not None for source in self.sources):
+            raise ValueError("train has both weight and count; one way of mixing is accepted; give weights or counts")
+        if any(weighted) and not all(weighted):
+            missing = self.sources[weighted.index(False)].path
+            raise ValueError(
+                f"train has a weight for some sources but none for {missing!r}; every source needs one, or none has"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_has_its_folder(self) -> Data:
+        if self.cache == "disk" and self.cache_dir is None:
+            raise ValueError(
+                "cache is 'disk' but cache_dir is missing; name a folder that processed records are kept in"
+            )
+        if self.cache != "disk" and self.cache_dir is not None:
+            raise ValueError(f"cache_dir is given but cache is {self.cache!r}; set cache: disk, or leave cache_dir out")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_stream_can(self) -> Data:
+        if self.stream:
+            if len(self.sources) > 1 or self.sources[0].weight is not None or self.sources[0].count is not None:
+                raise ValueError(
+                    "stream reads one whole source; a mix is not accepted; set stream: false, or give one path"
+                )
+            for name, accepted in (("on_bad_record", "error"), ("too_long", "error"), ("cache", "none")):
+                if getattr(self, name) != accepted:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, which needs all records before training, and stream is true; set "
+                        f"{name}: {accepted}, or stream: false"
+                    )
+        return self
 
 
 class Training(Knobs):
@@ -272,6 +388,9 @@ class Training(Knobs):
     the compiler."""
     dataloader_num_workers: int = Field(default=0, ge=0)
     """Processes that prepare records."""
+    group_by_length: bool = False
+    """Put records of similar length into a batch: less padding, a little less randomness. Lengths are estimated from the text and the
+    number of pictures, or exact where the records were checked before training."""
     logging_steps: int = Field(default=10, ge=1)
     """Steps between two lines of the log."""
     save_steps: int = Field(default=500, ge=1)
@@ -351,6 +470,24 @@ class Recipe(Knobs):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
+    def _what_a_stream_needs(self) -> Recipe:
+        if self.data.stream:
+            if self.training.max_steps == -1:
+                raise ValueError(
+                    "training.max_steps is -1, but data.stream is true and the length of a stream is unknown; give a number of steps"
+                )
+            if "iva" in self.objective.active and self.objective.iva.layer == "auto":
+                raise ValueError(
+                    "objective.iva.layer is 'auto', but data.stream is true and a stream cannot be sampled; give a number (`align-ti "
+                    "score-layers` finds it)"
+                )
+            if self.training.group_by_length:
+                raise ValueError(
+                    "training.group_by_length is true, but data.stream is true and lengths to come are unknown; set one to false"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_where_needed(self) -> Recipe:
         if self.teacher is None and self.objective.needs_teacher:
             raise ValueError(
@@ -413,20 +550,33 @@ def lay_over(content: dict[str, Any], change: str) -> None:
     if not equals or not name.strip():
         raise ConfigError(f"--set {change!r} is not of the form section.key=value, such as objective.tpa.candidates=2.")
     *sections, key = name.strip().split(".")
+    place: Any = content
     for section in sections:
-        inner = content.setdefault(section, {})
-        if not isinstance(inner, dict):
+        entry = list_entry(place, section, change)
+        inner = place[entry] if isinstance(place, list) else place.setdefault(entry, {})
+        if not isinstance(inner, dict | list):
             raise ConfigError(
                 f"--set {change!r}: {section} is no section but {inner!r}; give the name of a key in a section."
             )
-        content = inner
+        place = inner
     try:
-        content[key] = yaml.load(value, Loader)
+        place[list_entry(place, key, change)] = yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change!r}: the value is not valid YAML: {error}") from error
 
 
-UNION_MEMBER = re.compile(r"^(int|constrained-int|literal\[.*\])$")
+def list_entry(place: dict[str, Any] | list[Any], key: str, change: str) -> Any:
+    """The key as it is in a section, and as a number in a list, such as the 0 of data.train.0.path."""
+    if isinstance(place, dict):
+        return key
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(
+            f"--set {change!r}: {key!r} is no entry of a list of {len(place)}; accepted: 0 to {len(place) - 1}."
+        )
+    return int(key)
+
+
+UNION_MEMBER = re.compile(r"^(int|float|constrained-int|constrained-float|literal\[.*\]|path-of-one|list-of-sources)$")
 """What pydantic adds to an option's path to say which member of a union it tried."""
 
 
@@ -454,16 +604,24 @@ def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str],
         message = message.removeprefix("Value error, ")
         return f"{name}: {message}" if name else message
     advice = f", or {name.rsplit('.', 1)[0]}.weight: 0 to leave the term out" if ".tpa." in f".{name}" else ""
-    accepted = message.removeprefix("Input should be ").replace("a valid", "a")
+    accepted = message.removeprefix("Input should be ").replace("a valid integer", "an integer").replace("a valid", "a")
+    if kind == "model_type":
+        accepted = f"a section of options, such as {known_keys(knobs, parts)[0]}: ..."
     return f"{name} is {found!r}; accepted: {accepted}{advice}."
 
 
 def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
     """The keys of the section that the path leads to."""
     for part in parts:
-        annotation = knobs.model_fields[part].annotation
-        inner = [
-            kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Knobs)
-        ]
-        knobs = inner[0]
+        # The number of a list's entry leads to no other section.
+        if not part.isdigit():
+            knobs = next(section_in(knobs.model_fields[part].annotation))
     return list(knobs.model_fields)
+
+
+def section_in(annotation: Any) -> Iterator[type[Knobs]]:
+    """The sections that an option's annotation holds, however deep in unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, Knobs):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from section_in(inner)

@@ -132,7 +132,7 @@ def run_demo(
             seed=seed,
             student=Student(path=str(data / "student")),
             teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
-            data=Data(train=str(data / "train.json"), cache=True),
+            data=Data(train=str(data / "train.json"), cache="memory"),
             objective=objective,
             training=training,
             evaluation=EVALUATION,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,22 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Teacher
+from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Source, Teacher
+from align_ti.data.cache import SampleCache
+from align_ti.data.checking import Checked, Cut, check_records, digest, refuse_too_many
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
+from align_ti.data.mixing import Mixture, read_mixture
 from align_ti.data.roles import encode
-from align_ti.data.sources import read_conversations
-from align_ti.errors import CheckError, ConfigError, InterruptedRunError
+from align_ti.data.sources import Refused, image_root, read_source
+from align_ti.data.streaming import StreamedConversations
+from align_ti.errors import CheckError, ConfigError, DataError, InterruptedRunError, RunError
 from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
@@ -38,11 +46,11 @@ from align_ti.models.loading import (
 )
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.models.placement import stay
-from align_ti.preflight.checks import run_checks
+from align_ti.preflight.checks import RECORDS, run_checks
 from align_ti.preflight.report import Report, report_on, write_report
 from align_ti.preflight.verdicts import failed
 from align_ti.report.card import write_card
-from align_ti.runs import RunFolder, read_json, write_json
+from align_ti.runs import RunFolder, read_json, write_json, write_text
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import RunRecorder
@@ -113,9 +121,119 @@ def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTr
     return teacher
 
 
-def read_data(data: Data, path: str) -> list[Conversation]:
-    """The records of one of a recipe's data files."""
-    return read_conversations(Path(path), None if data.images is None else Path(data.images))
+def read_questions(data: Data) -> list[Conversation]:
+    """The records that a recipe evaluates on; none if it names none."""
+    if data.eval is None:
+        return []
+    source = Source(path=data.eval, split=data.eval_split)
+    return read_source(source, image_root(source, data.images))
+
+
+TrainingData = EncodedConversations | StreamedConversations
+
+
+def training_data(
+    recipe: Recipe,
+    processor: ProcessorMixin,
+    run: RunFolder | None = None,
+    advance: Steps | None = None,
+    mixture: Mixture | None = None,
+    teacher_processor: ProcessorMixin | None = None,
+) -> tuple[TrainingData, dict[str, Any]]:
+    """The recipe's training data, checked where the recipe asks for it, and what became of them.
+
+    Args:
+        recipe: the run.
+        processor: the student's processor.
+        run: where skipped and cut records are listed, and the findings of the check kept; None writes nothing.
+        advance: progress of the check.
+        mixture: the records, if they are read already.
+        teacher_processor: the teacher's processor, where it makes other inputs than the student's.
+
+    Raises:
+        DataError: a source or record cannot be used, or more records than data.max_skipped allows.
+        RunError: the data have changed since the run began.
+    """
+    settings = recipe.data
+    if settings.stream:
+        stream = StreamedConversations(settings, processor, recipe.seed, teacher_processor)
+        return stream, {"stream": settings.sources[0].path}
+    mixture = read_mixture(settings, recipe.seed) if mixture is None else mixture
+    records = sum(source.records for source in mixture.sources)
+    refuse_too_many(mixture.refused, records, settings.max_skipped)
+    data = encoded_mixture(mixture, settings, processor)
+    if teacher_processor is not None:
+        data.teacher = encoded_mixture(mixture, settings, teacher_processor)
+    refused, cut = list(mixture.refused), []
+    if needs_check(recipe):
+        found = checked(data, recipe, run, advance)
+        refused, cut = refused + found.refused, found.cut
+        refuse_too_many(refused, records, settings.max_skipped)
+        if not found.usable:
+            raise DataError(
+                f"every training record was skipped; at least one is needed; the first: {refused[0].reason}"
+            )
+        data.keep_only(found.usable, found.lengths)
+    story = {
+        "sources": [asdict(source) for source in mixture.sources],
+        "records": records,
+        "used": len(data),
+        "skipped": len(refused),
+        "truncated": len(cut),
+        "first_reasons": [one.reason for one in refused[:5]],
+    }
+    if run is not None and PartialState().is_main_process:
+        write_lines(run.skipped, refused)
+        write_lines(run.truncated, cut)
+        write_json(run.data, story)
+    return data, story
+
+
+def encoded_mixture(mixture: Mixture, settings: Data, processor: ProcessorMixin) -> EncodedConversations:
+    """The records as samples, cached as the recipe says."""
+    return EncodedConversations(
+        mixture.conversations,
+        processor,
+        settings.max_length,
+        cache=settings.cache == "memory",
+        disk=None if settings.cache_dir is None else SampleCache(Path(settings.cache_dir), processor),
+        too_long=settings.too_long,
+    )
+
+
+def needs_check(recipe: Recipe) -> bool:
+    """Whether every record is processed before training: to skip or cut some, or to fill a memory that workers share."""
+    data = recipe.data
+    shared = data.cache == "memory" and recipe.training.dataloader_num_workers > 0
+    return data.on_bad_record == "skip" or data.too_long == "truncate" or shared
+
+
+def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, advance: Steps | None) -> Checked:
+    """The findings of the pass over the records; those that the run folder keeps are used again.
+
+    Raises:
+        DataError: a record cannot be used and bad ones are not skipped.
+        RunError: the kept findings are of other records.
+    """
+    if run is not None and run.checked.exists() and data.kept is None:
+        kept = TypeAdapter(Checked).validate_python(read_json(run.checked))
+        if kept.of != digest(data.conversations):
+            raise RunError(
+                f"{run.root}: the training data have changed since this run began, so its order cannot be gone on with; restore them, "
+                "or choose another folder (out)."
+            )
+        return kept
+    skip = recipe.data.on_bad_record == "skip"
+    found = check_records(data, recipe.training.dataloader_num_workers, advance, skip=skip)
+    if run is not None and PartialState().is_main_process:
+        write_json(run.checked, asdict(found))
+    return found
+
+
+def write_lines(path: Path, entries: Sequence[Refused | Cut]) -> None:
+    """One JSON object a line, or no file if there is nothing to list."""
+    if entries:
+        write_text(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -136,6 +254,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         del options["gradient_checkpointing"]
     # Ours compiles parts of the models in place; theirs would wrap the student.
     del options["torch_compile"]
+    if options.pop("group_by_length"):
+        # transformers 5.0 knows the option under its older name.
+        newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
+        options |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
     return TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
@@ -148,7 +270,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-Checked = Callable[[Report], None]
+Seen = Callable[[Report], None]
 """Called with the report of the check before training."""
 
 
@@ -166,11 +288,16 @@ def check_recipe(recipe: Recipe) -> Report:
         AlignTIError: recipe, data or models cannot be read at all.
     """
     parts, device = load_parts(recipe, compare=False), best_device()
-    conversations = read_data(recipe.data, recipe.data.train)
+    data, _ = training_data(recipe, parts.processor, teacher_processor=parts.own_processor)
     for model in (parts.student, parts.teacher):
         if model is not None:
             nn.Module.to(model, device)
-    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, conversations)
+    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, first_records(data))
+
+
+def first_records(data: TrainingData) -> Sequence[Conversation]:
+    """The records that are checked: all, of which the first are read, or the first of a stream."""
+    return data.conversations if isinstance(data, EncodedConversations) else data.first(RECORDS)
 
 
 def run_and_write(
@@ -198,7 +325,7 @@ def run_and_write(
 
 
 def check_before(
-    run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer, data: EncodedConversations, checked: Checked
+    run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer, data: TrainingData, seen: Seen
 ) -> None:
     """The check on the main process; where it fails every process stops.
 
@@ -207,8 +334,8 @@ def check_before(
     """
     message: list[str | None] = [None]
     if trainer.is_world_process_zero():
-        found = run_and_write(run, recipe, parts, data.conversations, trainer.objective, int(trainer.args.world_size))
-        checked(found)
+        found = run_and_write(run, recipe, parts, first_records(data), trainer.objective, int(trainer.args.world_size))
+        seen(found)
         message[0] = failed(found.verdicts, str(run.check))
     (said,) = broadcast_object_list(message)
     if said is not None:
@@ -219,8 +346,9 @@ def distil(
     recipe: Recipe,
     data: EncodedConversations | None = None,
     steps: Steps | None = None,
+    checks: Steps | None = None,
     check: bool = True,
-    checked: Checked = log_warnings,
+    seen: Seen = log_warnings,
 ) -> RunFolder:
     """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
 
@@ -228,8 +356,9 @@ def distil(
         recipe: the run.
         data: the encoded training data, if they are there already.
         steps: called after every step.
+        checks: called after every record of the pass over the data, if the recipe asks for one.
         check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
-        checked: called with what the check found; by default its warnings are logged.
+        seen: called with what that check found; by default its warnings are logged.
 
     Raises:
         CheckError: a check failed; nothing was trained.
@@ -243,9 +372,13 @@ def distil(
         return run
     set_seed(recipe.seed)
     parts = load_parts(recipe)
-    if data is None:
-        conversations = read_data(recipe.data, recipe.data.train)
-        data = EncodedConversations(conversations, parts.processor, recipe.data.max_length, cache=recipe.data.cache)
+    train: TrainingData
+    if data is not None:
+        train = data
+    else:
+        # The first process checks; the others read what it found.
+        with state.main_process_first():
+            train, _ = training_data(recipe, parts.processor, run, checks, teacher_processor=parts.own_processor)
     if recipe.training.torch_compile:
         for model in filter(None, (parts.student, parts.teacher)):
             compile_tokenwise(unwrapped(model))
@@ -256,8 +389,9 @@ def distil(
         teacher_model=parts.teacher,
         args=training_arguments(recipe),
         objective=recipe.objective,
-        train_dataset=data,
+        train_dataset=train,
         processing_class=parts.processor,
+        teacher_processing_class=parts.teacher_processor,
         scores=recipe.layer_scores,
         callbacks=[recorder],
     )
@@ -266,8 +400,8 @@ def distil(
     trainer.resolve_layer()
     checkpoint = last_checkpoint(run.root)
     if check and recipe.check and checkpoint is None:
-        check_before(run, recipe, parts, trainer, data, checked)
-    with peak_memory() as peak, recorder.interruptible():
+        check_before(run, recipe, parts, trainer, train, seen)
+    with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         raise InterruptedRunError(
@@ -287,13 +421,25 @@ def distil(
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )
-        records = len(data) if isinstance(data, Sized) else None
+        records = len(train) if isinstance(train, Sized) else None
         steps_done = trainer.state.global_step
         write_json(run.training, {"steps": steps_done, "records": records, "parameters": parameters})
         write_card(run, draft)
         draft.rename(run.student)
     state.wait_for_everyone()
     return run
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Inside the block, a bad record found in a worker gives the message it gives elsewhere, not the worker's traceback."""
+    try:
+        yield
+    except DataError as error:
+        _, marker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+        if not marker:
+            raise
+        raise DataError(message.strip()) from error
 
 
 def last_checkpoint(root: Path) -> str | None:
@@ -405,13 +551,14 @@ def train_and_measure(
     steps: Steps | None = None,
     advance: Callable[[str, int, int], None] = lambda name, done, total: None,
     check: bool = True,
-    checked: Checked = log_warnings,
+    seen: Seen = log_warnings,
 ) -> RunFolder:
     """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
-    run = distil(recipe, steps=steps, check=check, checked=checked)
+    checks = partial(advance, "check the records")
+    run = distil(recipe, steps=steps, checks=checks, check=check, seen=seen)
     if recipe.data.eval is None or not PartialState().is_main_process:
         return run
-    conversations = read_data(recipe.data, recipe.data.eval)
+    conversations = read_questions(recipe.data)
     labels = {"teacher": "teacher", "before": "student before", "student": "student"}
     models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
     results = {}

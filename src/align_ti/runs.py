@@ -74,6 +74,26 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def data(self) -> Path:
+        """What became of the training data: records of each source, skipped, cut."""
+        return self.root / "data.json"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object a line for every record that was left out: its place and the reason."""
+        return self.root / "skipped.jsonl"
+
+    @property
+    def truncated(self) -> Path:
+        """One JSON object a line for every record whose last response was cut: its place, tokens before and after."""
+        return self.root / "truncated.jsonl"
+
+    @property
+    def checked(self) -> Path:
+        """What the pass over the training data found, for other processes and for a resumed run."""
+        return self.root / "checked.json"
+
+    @property
     def layer_scores(self) -> Path:
         return self.root / "layer_scores.json"
 

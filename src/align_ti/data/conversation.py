@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,15 +27,29 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A picture that lies as the bytes of a file inside a table, read when it is asked for."""
+
+    name: str
+    """Where it lies, for error messages."""
+    read: Callable[[], bytes] = field(repr=False)
+    """Gives the bytes. A module's function or a partial of one, so that it can be sent to a worker."""
+
+
+Picture = Path | Image.Image | StoredPicture
+"""A file, a picture in memory, or one inside a table."""
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One training or test record.
 
-    `images` are paths, or pictures that are in memory already, in the order of their tags. `place` says where the
-    record came from (`file, record N, id X`), for error messages.
+    `images` are paths, pictures inside tables, or pictures that are in memory already, in the order of their tags. `place`
+    says where the record came from (`file, record N, id X`), for error messages.
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[Path | Image.Image, ...] = ()
+    images: tuple[Picture, ...] = ()
     place: str = "a conversation made in memory"
     kind: str = ""
     """A label for scoring by group (`category` or `kind` in the file); empty if there is none."""
@@ -105,21 +121,22 @@ def missing_picture(image: Path, place: str) -> DataError:
     )
 
 
-def open_picture(image: Path | Image.Image, place: str) -> Image.Image:
-    """The picture as RGB, fully decoded.
+def open_picture(image: Picture, place: str) -> Image.Image:
+    """The picture as RGB, fully decoded; of an animation the first frame.
 
     Raises:
         DataError: the file is missing, no picture, or cut off. Nothing is put in its place.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    name = image.name if isinstance(image, StoredPicture) else str(image)
     try:
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image.read()) if isinstance(image, StoredPicture) else image) as opened:
             return opened.convert("RGB")
     except FileNotFoundError:
-        raise missing_picture(image, place) from None
+        raise missing_picture(Path(name), place) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
-            f"{place}: picture {image} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
+            f"{place}: picture {name} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
             "is accepted; restore the file or remove the record."
         ) from error

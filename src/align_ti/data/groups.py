@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
+from align_ti.data.conversation import IMAGE_TAG, Conversation, Picture, StoredPicture, Turn
 from align_ti.errors import DataError
 
 
@@ -25,9 +26,7 @@ def same_image_groups(
     for conversation in conversations:
         if len(conversation.images) != 1:
             continue
-        picture = conversation.images[0]
-        # Pictures in memory are the same only if they are the same object.
-        group = asked.setdefault(picture if isinstance(picture, Path) else id(picture), {})
+        group = asked.setdefault(identity(conversation.images[0]), {})
         for turn in conversation.turns:
             text = turn.text.replace(IMAGE_TAG, "")
             if turn.speaker == "user" and turn.text.rpartition(IMAGE_TAG)[2].strip():
@@ -44,3 +43,10 @@ def same_image_groups(
     chooser = random.Random(seed)
     chosen = chooser.sample(groups, min(images, len(groups)))
     return [chooser.sample(group, min(instructions, len(group))) for group in chosen]
+
+
+def identity(picture: Picture) -> object:
+    """What two records share if they show the same picture: its path, the bytes inside a table, or the object in memory."""
+    if isinstance(picture, Path):
+        return picture
+    return hashlib.sha256(picture.read()).digest() if isinstance(picture, StoredPicture) else id(picture)

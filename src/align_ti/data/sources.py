@@ -1,61 +1,158 @@
-"""Reads data files into conversations: LLaVA-format JSON and JSONL."""
+"""Reads sources of any kind into conversations: LLaVA JSON and JSONL, parquet, saved datasets, hub datasets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_ti.data.conversation import IMAGE_TAG, Conversation, Speaker, Turn
+from align_ti.config import Source
+from align_ti.data.conversation import Conversation
+from align_ti.data.records import ImageRoot, read_record
 from align_ti.errors import DataError
 
-SPEAKERS: Mapping[str, Speaker] = {"human": "user", "gpt": "assistant", "system": "system"}
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A record that cannot be used, and why."""
+
+    place: str
+    reason: str
 
 
-def read_conversations(path: Path, images: Path | None = None) -> list[Conversation]:
-    """All records of a LLaVA-format file (`.json`: one list; `.jsonl`: one object a line), in file order.
+def stop(refused: Refused) -> None:
+    """The way a refused record is taken by default: as an error."""
+    raise DataError(refused.reason)
+
+
+def read_conversations(path: Path | str, images: Path | str | None = None) -> list[Conversation]:
+    """All records of a source, in order; formats are told by content.
 
     Args:
-        path: the data file.
+        path: a file (.json, .jsonl, .parquet), a folder of datasets, or a hub name.
         images: the folder that picture names are relative to; the data file's own folder if it is not given.
 
     Raises:
-        DataError: the file or one of its records cannot be used; the message names the record.
+        DataError: the source or one of its records cannot be used; the message names the record.
     """
-    path = Path(path)
-    root = Path(images) if images is not None else path.parent
-    if not root.is_dir():
-        raise DataError(
-            f"{path}: the image root {root} is not a folder; give the folder that picture names start from."
-        )
-    conversations = [read_record(record, place, root) for place, record in records(path)]
+    source = Source(path=str(path), images=None if images is None else str(images))
+    return read_source(source, image_root(source))
+
+
+def read_source(source: Source, root: ImageRoot, refuse: Callable[[Refused], None] = stop) -> list[Conversation]:
+    """All records of a source, in order.
+
+    Args:
+        source: what to read and how.
+        root: where its pictures lie; it counts those found under another extension.
+        refuse: called with each record that cannot be used; by default an error.
+
+    Raises:
+        DataError: the source cannot be used, or holds no usable record.
+    """
+    conversations = list(iterate(source, root, refuse))
     if not conversations:
-        raise DataError(f"{path}: no records found; at least one is needed; check that this is the right file.")
+        raise DataError(f"{source.path}: no records found; at least one is needed; check that this is the right file.")
     return conversations
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each raw record of the file with its place."""
-    if path.suffix not in {".json", ".jsonl"}:
+def iterate(
+    source: Source, root: ImageRoot, refuse: Callable[[Refused], None] = stop, *, stream: bool = False
+) -> Iterator[Conversation]:
+    """The source's records one by one."""
+    for place, raw in rows(source, stream):
+        try:
+            if isinstance(raw, DataError):
+                raise raw
+            conversation = read_record(raw, place, root, source.format)
+        except DataError as error:
+            refuse(Refused(place, str(error)))
+        else:
+            yield conversation
+
+
+def image_root(source: Source, otherwise: str | None = None) -> ImageRoot:
+    """The source's image root: its own, the one given for all, or where the data file lies.
+
+    Raises:
+        DataError: it is no folder.
+    """
+    path, named = Path(source.path), source.images or otherwise
+    if named is not None:
+        folder = Path(named)
+    elif path.suffix in {".json", ".jsonl", ".parquet"}:
+        folder = path.parent
+    elif path.is_dir():
+        folder = path
+    else:
+        return ImageRoot(None, source.find_extension)
+    if not folder.is_dir():
         raise DataError(
-            f"{path}: unknown kind of data file {path.suffix!r}; .json and .jsonl are accepted; convert it."
+            f"{path}: the image root {folder} is not a folder; give the folder that picture names start from."
         )
+    return ImageRoot(folder, source.find_extension)
+
+
+def rows(source: Source, stream: bool = False) -> Iterator[tuple[str, Any]]:
+    """Each raw record of the source with its place; an error in place of a line that is no JSON."""
+    path = Path(source.path)
+    if path.suffix in {".json", ".jsonl"}:
+        if source.split is not None or source.subset is not None:
+            raise DataError(
+                f"{path}: split and subset are accepted for datasets only; a {path.suffix} file has neither."
+            )
+        yield from json_rows(path)
+        return
+    # Imported where it is needed: it takes longer than everything else here.
+    from align_ti.data.tables import on_hub, streamed_rows, table_rows
+
+    if not path.exists() and not on_hub(source.path):
+        if path.suffix and path.suffix != ".parquet":
+            raise unknown_kind(path)
+        raise DataError(f"{path}: the data file does not exist; check data.train and data.eval.")
+    if path.is_file() and path.suffix != ".parquet":
+        raise unknown_kind(path)
+    yield from streamed_rows(source) if stream else table_rows(source)
+
+
+def unknown_kind(path: Path) -> DataError:
+    """The error for a file of another kind."""
+    return DataError(
+        f"{path}: unknown kind of data file {path.suffix!r}; accepted: .json, .jsonl, .parquet, folders of datasets, and hub names "
+        "(owner/name); convert it."
+    )
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record of a JSON or JSONL file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        yield from json_lines(path) if path.suffix == ".jsonl" else json_list(path)
     except FileNotFoundError:
         raise DataError(f"{path}: the data file does not exist; check data.train and data.eval.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save the file as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); a readable file is accepted.") from error
-    if path.suffix == ".jsonl":
-        # Not `splitlines`: JSON strings may hold U+2028 and the like, which are no line ends in JSONL.
-        for number, line in enumerate(text.split("\n"), start=1):
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """One record a line."""
+    # Only "\n" ends a line: JSON strings may hold U+2028 and the like, which are no line ends in JSONL.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
             if line.strip():
-                yield f"{path}, line {number}", parse(line, f"{path}, line {number}")
-        return
-    content = parse(text, str(path))
+                try:
+                    yield place, parse(line, place)
+                except DataError as error:
+                    yield place, error
+
+
+def json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """The entries of the one list in the file."""
+    content = parse(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(content, list):
         raise DataError(
             f"{path}: the top level is {type(content).__name__}; a list of records is accepted in .json (one object a "
@@ -70,64 +167,9 @@ def parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        hint = "; one object a line: name the file .jsonl" if error.msg == "Extra data" else ""
         raise DataError(
-            f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend or remove it."
+            f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend or remove it{hint}."
         ) from error
-
-
-def read_record(record: Any, place: str, root: Path) -> Conversation:
-    """One LLaVA record (`image`, `conversations`) as a conversation.
-
-    An `image` of null or "" is a text-only record, as such files have them. A record whose text holds no `<image>` tag
-    but which names exactly one picture is refused like every other mismatch: the picture's place is not guessed.
-    """
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: a record is {type(record).__name__}; an object is accepted.")
-    if "id" in record:
-        place = f"{place}, id {record['id']!r}"
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        raise DataError(
-            f"{place}: 'conversations' is {type(turns).__name__}; a list of {{'from', 'value'}} objects is accepted."
-        )
-    return Conversation(
-        turns=tuple(read_turn(turn, place, number) for number, turn in enumerate(turns, start=1)),
-        images=tuple(image_path(name, place, root) for name in image_names(record.get("image"), place)),
-        place=place,
-        kind=str(record.get("kind") or record.get("category") or ""),
-    )
-
-
-def read_turn(turn: Any, place: str, number: int) -> Turn:
-    """One `{"from", "value"}` object as a turn; line ends beside an image tag go with it, as in LLaVA's own reader."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(
-            f"{place}: turn {number} is {turn!r:.80}; an object with 'from' and a text 'value' is accepted."
-        )
-    if turn.get("from") not in SPEAKERS:
-        raise DataError(
-            f"{place}: turn {number} is from unknown role {turn.get('from')!r}; accepted: {', '.join(SPEAKERS)}; "
-            "rename the role."
-        )
-    text = turn["value"].replace(f"{IMAGE_TAG}\n", IMAGE_TAG).replace(f"\n{IMAGE_TAG}", IMAGE_TAG)
-    return Turn(SPEAKERS[turn["from"]], text)
-
-
-def image_names(value: Any, place: str) -> list[str]:
-    """The record's picture names: none, one, or a list."""
-    names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise DataError(f"{place}: 'image' is {value!r:.80}; a file name or a list of file names is accepted.")
-    return names
-
-
-def image_path(name: str, place: str, root: Path) -> Path:
-    """The picture's path, which must lie inside the image root."""
-    path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"{place}: picture {name!r} lies outside the image root {root}; only pictures inside it are read; move the "
-            "picture or choose a higher root."
-        )
-    return path
+    except RecursionError:
+        raise DataError(f"{place}: not usable JSON: nested too deeply; a list of flat records is accepted.") from None

@@ -66,8 +66,8 @@ def run_checks(
     objective = with_layer(recipe.objective if objective is None else objective, teacher)
     verdicts = fit_verdicts(models, processor, teacher_processor)
     own = own_processor(processor, teacher_processor)
-    found = read_first(data, processor, recipe.data.max_length, records, own)
-    verdicts += data_verdicts(found, "iva" in objective.active)
+    found = read_first(data, processor, records, recipe.data.max_length, recipe.data.too_long, own)
+    verdicts += data_verdicts(found, "iva" in objective.active, may_cut=recipe.data.too_long == "truncate")
     if worst(verdicts) == "fail":
         return [*verdicts, not_run()]
     with traceless(*models.values()):

@@ -27,9 +27,7 @@ class Report:
 
 def report_on(verdicts: list[Verdict], processor: ProcessorMixin, data: Sequence[Conversation]) -> Report:
     """The verdicts with the first records that can be rendered."""
-    return Report(
-        verdicts, [rendering(sample, processor) for sample in read_first(data, processor, None, SHOWN).usable]
-    )
+    return Report(verdicts, [rendering(sample, processor) for sample in read_first(data, processor, SHOWN).usable])
 
 
 def write_report(run: RunFolder, report: Report) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from align_ti.data.conversation import Conversation
+from align_ti.data.lengths import TooLong, fit, paired
 from align_ti.data.roles import INSTRUCTION, RESPONSE, ROLE_NAMES, VISUAL, encode
 from align_ti.errors import DataError
 from align_ti.preflight.verdicts import Verdict
@@ -56,8 +57,9 @@ class FirstRecords:
 def read_first(
     conversations: Sequence[Conversation],
     processor: ProcessorMixin,
-    max_length: int | None,
     count: int,
+    max_length: int | None = None,
+    too_long: TooLong = "error",
     teacher_processor: ProcessorMixin | None = None,
 ) -> FirstRecords:
     """The first `count` records, encoded as for training; for the teacher too if it has a processor of its own."""
@@ -65,9 +67,9 @@ def read_first(
     for index in range(found.read):
         record = conversations[index]
         try:
-            tensors: dict[str, Any] = dict(encode(record, processor, max_length))
+            tensors = fit(encode(record, processor), max_length, too_long, record.place)
             if teacher_processor is not None:
-                tensors["teacher"] = encode(record, teacher_processor)
+                tensors = paired(tensors, encode(record, teacher_processor))
             sample = Sample(record, tensors)
         except DataError as error:
             (found.too_long if fits_without_limit(record, processor) else found.unreadable).append(str(error))
@@ -103,9 +105,9 @@ def plain_text(text: str) -> str:
 # --- verdicts on the data ---------------------------------------------------------------------------------------------
 
 
-def data_verdicts(found: FirstRecords, needs_pictures: bool) -> list[Verdict]:
+def data_verdicts(found: FirstRecords, needs_pictures: bool, may_cut: bool = False) -> list[Verdict]:
     """Whether the first records can be read, keep their responses, and have tokens of the roles that the terms need."""
-    verdicts = [readable(found), whole_responses(found)]
+    verdicts = [readable(found), whole_responses(found, may_cut)]
     return [*verdicts, role_shares(found, needs_pictures)] if found.usable else verdicts
 
 
@@ -122,12 +124,12 @@ def readable(found: FirstRecords) -> Verdict:
     )
 
 
-def whole_responses(found: FirstRecords) -> Verdict:
-    """Whether every response is there in full."""
+def whole_responses(found: FirstRecords, may_cut: bool) -> Verdict:
+    """Whether every response is there in full; a recipe that cuts long ones (data.too_long: truncate) is only told how many."""
     bad = [*found.too_long, *found.cut]
     return Verdict(
         name="responses",
-        state="fail" if bad else "pass",
+        state="fail" if found.too_long or (bad and not may_cut) else "warn" if bad else "pass",
         measured=f"of the first {found.read} records {len(found.too_long)} are too long and {len(found.cut)} lose words of a response"
         + (f", first: {bad[0]}" if bad else ""),
         expected="0 and 0: a student learns from a cut response to stop in the middle",

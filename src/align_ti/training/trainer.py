@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.config import Iva, Objective, Scores
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
+from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import encode
 from align_ti.errors import ConfigError
 from align_ti.interactions.layer_scores import score_layers
@@ -112,7 +113,8 @@ class AlignTITrainer(Trainer):
                 raise ConfigError(
                     "processing_class is missing; give the student's processor, or a data_collator of your own."
                 )
-            data_collator = Collator(processing_class.tokenizer.pad_token_id)
+            theirs = None if teacher_processing_class is None else teacher_processing_class.tokenizer.pad_token_id
+            data_collator = Collator(processing_class.tokenizer.pad_token_id, teacher_pad_token=theirs)
         self.teacher_processor = own_processor(processing_class, teacher_processing_class)
         args = TrainingArguments(output_dir="align-ti-run") if args is None else args
         args.remove_unused_columns = False
@@ -124,6 +126,10 @@ class AlignTITrainer(Trainer):
         check_precision(model, fp16=args.fp16)
         if isinstance(model, PeftModel) and args.label_names is None:
             args.label_names = ["labels"]
+        loader: Any = args.accelerator_config
+        if isinstance(train_dataset, IterableDataset) and loader.dispatch_batches is None:
+            # A batch dealt out by its first axis would lose pictures of records that have several.
+            loader.dispatch_batches = False
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process; it uses the first. `accelerate launch` uses all of them.",
@@ -134,8 +140,8 @@ class AlignTITrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=encoded(train_dataset, processing_class),
-            eval_dataset=encoded(eval_dataset, processing_class),
+            train_dataset=encoded(train_dataset, processing_class, self.teacher_processor),
+            eval_dataset=encoded(eval_dataset, processing_class, self.teacher_processor),
             processing_class=processing_class,
             **trainer_options,
         )
@@ -201,7 +207,7 @@ class AlignTITrainer(Trainer):
     def score_teacher(self) -> dict[int, float]:
         """The instruction-relevance score of the teacher's layers on a sample of the training data."""
         assert self.teacher_model is not None
-        data, processor = self.train_dataset, self.processing_class
+        data, processor = self.train_dataset, self.teacher_processor or self.processing_class
         if not isinstance(data, EncodedConversations) or not isinstance(processor, ProcessorMixin):
             raise ConfigError(
                 "objective.iva.layer is 'auto', but the training data are no conversations, so layers cannot be scored; give a "
@@ -216,6 +222,22 @@ class AlignTITrainer(Trainer):
             self._prepare_inputs(collate([encode(one, processor, train=False) for one in group])) for group in groups
         )
         return score_layers(self.teacher_model, batches)
+
+    # --- the order of records -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """As in transformers; where records are grouped by length, their lengths are known or estimated, not found by decoding all."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        # Its name in transformers 5.0, and its name since.
+        grouped = getattr(self.args, "group_by_length", False) or (
+            getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
+        )
+        if grouped and isinstance(data, EncodedConversations):
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return LengthGrouped(data.lengths(), batch, int(seed))
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        return sampler
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -391,12 +413,13 @@ class AlignTITrainer(Trainer):
         super().log(logs, start_time)
 
 
-def encoded(data: Any, processor: ProcessorMixin | None) -> Any:
-    """Conversations as an encoded dataset; anything else as it is."""
+def encoded(data: Any, processor: ProcessorMixin | None, teacher_processor: ProcessorMixin | None = None) -> Any:
+    """Conversations as an encoded dataset, for a teacher with a processor of its own too; anything else as it is."""
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], Conversation):
         if processor is None:
             raise ConfigError("conversations need a processor to become tokens; give processing_class.")
-        return EncodedConversations(data, processor)
+        theirs = None if teacher_processor is None else EncodedConversations(data, teacher_processor)
+        return EncodedConversations(data, processor, teacher=theirs)
     return data
 
 

@@ -1,0 +1,90 @@
+"""Training data read as they are needed: records of one source in a shuffled stream."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import ProcessorMixin
+
+from align_ti.config import Data
+from align_ti.data.conversation import Conversation
+from align_ti.data.lengths import fit, paired
+from align_ti.data.roles import encode
+from align_ti.data.sources import image_root, iterate
+from align_ti.errors import DataError
+
+
+class StreamedConversations(IterableDataset[dict[str, Any]]):
+    """The samples of one source in an order fixed by seed and epoch, each read when its turn comes.
+
+    Every worker reads the whole source and processes its share of the records. The trainer needs `max_steps`, since a stream has no
+    length, and each process must fetch its own batches (`dispatch_batches=False`), since pictures are not counted by records.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        processor: ProcessorMixin,
+        seed: int = 0,
+        teacher_processor: ProcessorMixin | None = None,
+    ) -> None:
+        self.teacher_processor = teacher_processor
+        (self.source,) = data.sources
+        self.root = image_root(self.source, data.images)
+        self.data, self.processor, self.seed, self.epoch = data, processor, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def conversations(self) -> Iterator[Conversation]:
+        """The records of this epoch, in their shuffled order.
+
+        Raises:
+            DataError: the source cannot be read, is empty, or one of its records cannot be used.
+        """
+        return shuffled(
+            iterate(self.source, self.root, stream=True), self.data.shuffle_buffer, f"{self.seed}/{self.epoch}"
+        )
+
+    def first(self, count: int) -> list[Conversation]:
+        """The first records of this epoch."""
+        return list(islice(self.conversations(), count))
+
+    def sample(self, conversation: Conversation) -> dict[str, Any]:
+        """The record as tensors, for a teacher with a processor of its own too."""
+        sample = fit(encode(conversation, self.processor), self.data.max_length, self.data.too_long, conversation.place)
+        return (
+            sample if self.teacher_processor is None else paired(sample, encode(conversation, self.teacher_processor))
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        number = -1
+        for number, conversation in enumerate(self.conversations()):
+            if number % parts == part:
+                yield self.sample(conversation)
+        if number < 0:
+            raise DataError(
+                f"{self.source.path}: no records found; at least one is needed; check that this is the right source."
+            )
+
+
+def shuffled(records: Iterator[Conversation], buffer: int, seed: str) -> Iterator[Conversation]:
+    """The records in a random order: each is drawn among as many as the buffer holds."""
+    chooser = random.Random(seed)
+    held: list[Conversation] = []
+    for record in records:
+        if len(held) < buffer:
+            held.append(record)
+        else:
+            index = chooser.randrange(buffer)
+            yield held[index]
+            held[index] = record
+    chooser.shuffle(held)
+    yield from held
