@@ -20,24 +20,41 @@ __all__ = ["COMPOSITIONS", "FAMILIES", "candidates"]
 
 WORDS, VISION_START, VISION_END, END, PAD, IMAGE, VIDEO, VOCABULARY = 30, 40, 41, 38, 37, 39, 42, 48
 
+
+@dataclass(frozen=True)
+class Ids:
+    """What a model's config has to know of its tokenizer."""
+
+    image: int = IMAGE
+    start: int = VISION_START
+    stop: int = VISION_END
+    video: int = VIDEO
+    eos: int = END
+    pad: int = PAD
+    vocabulary: int = VOCABULARY
+
+
+IDS = Ids()
+
+
 COMPOSITIONS: dict[str, Composition] = {**tiny.COMPOSITIONS, "alone": ((Turn(1, 3, 4), Turn(1, 2, 3)),)}
 
 Picture = tuple[list[int], dict[str, Tensor]]
 """The tokens of one picture, and what the model reads for it."""
 
 
-def text_sizes(hidden: int, layers: int, **more: object) -> dict[str, object]:
+def text_sizes(hidden: int, layers: int, ids: Ids, **more: object) -> dict[str, object]:
     """What every language model's config takes."""
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": ids.vocabulary,
         "hidden_size": hidden,
         "intermediate_size": 32,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 8,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "eos_token_id": END,
-        "pad_token_id": PAD,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
         "bos_token_id": None,
         **more,
     }
@@ -54,14 +71,14 @@ def clip() -> hf.CLIPVisionConfig:
     )
 
 
-def finished(model: hf.PreTrainedModel, attention: str) -> hf.PreTrainedModel:
+def finished(model: hf.PreTrainedModel, attention: str, ids: Ids) -> hf.PreTrainedModel:
     """In float64 and eval mode, with weights large enough that distributions differ clearly from uniform.
 
     Gemma multiplies embeddings by the root of the hidden size, so that large ones would only name the last token again.
     """
     spread = 0.1 if "gemma" in model.get_decoder().config.model_type else 0.6
     model = model.double().eval()
-    model.generation_config = hf.GenerationConfig(eos_token_id=END, pad_token_id=PAD)
+    model.generation_config = hf.GenerationConfig(eos_token_id=ids.eos, pad_token_id=ids.pad)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "image_newline" in name:
@@ -86,7 +103,7 @@ def fixed_picture(tokens: int, size: int = 8, around: tuple[list[int], list[int]
     return draw
 
 
-def grid_picture(patch: int = 4, merge: int = 2, around: tuple[list[int], list[int]] = ([VISION_START], [VISION_END])):
+def grid_picture(patch: int = 2, merge: int = 2, around: tuple[list[int], list[int]] = ([VISION_START], [VISION_END])):
     """A picture of any size as flat patches, as the Qwen VL models read it: here 2 to 6 tokens."""
 
     def draw(random: torch.Generator) -> Picture:
@@ -164,7 +181,7 @@ def joined_by_sample(pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tenso
 class Family:
     """How to build a tiny model of a family, and what a picture is to it."""
 
-    build: Callable[[int, int], hf.PreTrainedModel]
+    build: Callable[[int, int, Ids], hf.PreTrainedModel]
     picture: Callable[[torch.Generator], Picture]
     join: Callable[[list[list[dict[str, Tensor]]]], dict[str, Tensor]] = joined_pictures
     token_types: str = ""
@@ -178,9 +195,9 @@ class Family:
     attention: str = "sdpa"
     """What the family runs on in these tests: Gemma 2 caps its attention, which SDPA does not know."""
 
-    def model(self, seed: int, hidden: int = 32, layers: int = 2) -> hf.PreTrainedModel:
+    def model(self, seed: int, hidden: int = 32, layers: int = 2, ids: Ids = IDS) -> hf.PreTrainedModel:
         torch.manual_seed(seed)
-        return finished(self.build(hidden, layers), self.attention)
+        return finished(self.build(hidden, layers, ids), self.attention, ids)
 
     def visual_tokens(self, picture: dict[str, Tensor]) -> int:
         """Visual tokens of one picture."""
@@ -241,13 +258,13 @@ class Family:
 # --- families -----------------------------------------------------------------------------------------------------
 
 
-def llava(vision: Callable, text: type, tied: bool, **more: object) -> Callable[[int, int], hf.PreTrainedModel]:
-    def build(hidden: int, layers: int) -> hf.PreTrainedModel:
-        sizes = text_sizes(hidden, layers, tie_word_embeddings=tied, **more)
+def llava(vision: Callable, text: type, tied: bool, **more: object) -> Callable[[int, int, Ids], hf.PreTrainedModel]:
+    def build(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
+        sizes = text_sizes(hidden, layers, ids, tie_word_embeddings=tied, **more)
         config = hf.LlavaConfig(
             vision_config=vision(),
             text_config=text(**sizes),
-            image_token_index=IMAGE,
+            image_token_index=ids.image,
             vision_feature_select_strategy="default" if vision is clip else "full",
             vision_feature_layer=-2,
             image_seq_length=4,
@@ -258,13 +275,13 @@ def llava(vision: Callable, text: type, tied: bool, **more: object) -> Callable[
     return build
 
 
-def llava_onevision(hidden: int, layers: int) -> hf.PreTrainedModel:
+def llava_onevision(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     return hf.LlavaOnevisionForConditionalGeneration(
         hf.LlavaOnevisionConfig(
             vision_config=siglip(vision_use_head=False),
-            text_config=hf.Qwen2Config(**text_sizes(hidden, layers)),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
+            text_config=hf.Qwen2Config(**text_sizes(hidden, layers, ids)),
+            image_token_index=ids.image,
+            video_token_index=ids.video,
             image_grid_pinpoints=[[8, 8], [8, 16], [16, 8], [16, 16]],
             vision_feature_layer=-1,
             image_seq_length=4,
@@ -276,50 +293,56 @@ def grid_tokens(picture: dict[str, Tensor]) -> int:
     return int(picture["image_grid_thw"].prod()) // 4
 
 
-QWEN_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
-}
+def qwen_tokens(ids: Ids) -> dict[str, int]:
+    return {
+        "image_token_id": ids.image,
+        "video_token_id": ids.video,
+        "vision_start_token_id": ids.start,
+        "vision_end_token_id": ids.stop,
+    }
+
+
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
-def qwen2_vl(hidden: int, layers: int) -> hf.PreTrainedModel:
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": hidden, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
-    sizes = text_sizes(hidden, layers, rope_parameters=MROPE, tie_word_embeddings=True)
-    config = hf.Qwen2VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=True, **QWEN_TOKENS)
+def qwen2_vl(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": hidden, "num_heads": 2, "patch_size": 2, "mlp_ratio": 2}
+    sizes = text_sizes(hidden, layers, ids, rope_parameters=MROPE, tie_word_embeddings=True)
+    config = hf.Qwen2VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=True, **qwen_tokens(ids))
     return hf.Qwen2VLForConditionalGeneration(config)
 
 
-def qwen2_5_vl(hidden: int, layers: int) -> hf.PreTrainedModel:
+def qwen2_5_vl(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     vision = {
-        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 4,
-        "window_size": 16, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 2,
+        "window_size": 8, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    sizes = text_sizes(hidden, layers, rope_parameters=MROPE)
+    sizes = text_sizes(hidden, layers, ids, rope_parameters=MROPE)
     return hf.Qwen2_5_VLForConditionalGeneration(
-        hf.Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, **QWEN_TOKENS)
+        hf.Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, **qwen_tokens(ids))
     )
 
 
-def qwen3_vl(hidden: int, layers: int) -> hf.PreTrainedModel:
+def qwen3_vl(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     vision = {
-        "depth": 3, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 4,
+        "depth": 3, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 2,
         "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
     }  # fmt: skip
-    sizes = text_sizes(hidden, layers, rope_parameters={**MROPE, "mrope_interleaved": True})
-    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=sizes, vision_config=vision, **QWEN_TOKENS))
+    sizes = text_sizes(hidden, layers, ids, rope_parameters={**MROPE, "mrope_interleaved": True})
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(text_config=sizes, vision_config=vision, **qwen_tokens(ids))
+    )
 
 
-def qwen3_5(hidden: int, layers: int) -> hf.PreTrainedModel:
+def qwen3_5(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 4,
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden, "num_heads": 2, "patch_size": 2,
         "num_position_embeddings": 16,
     }  # fmt: skip
     sizes = text_sizes(
         hidden,
         layers + 2,
+        ids,
         layer_types=["linear_attention", "full_attention"] * ((layers + 2) // 2) + ["full_attention"] * (layers % 2),
         linear_num_key_heads=2,
         linear_num_value_heads=4,
@@ -327,24 +350,28 @@ def qwen3_5(hidden: int, layers: int) -> hf.PreTrainedModel:
         linear_value_head_dim=8,
         rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
     )
-    return hf.Qwen3_5ForConditionalGeneration(hf.Qwen3_5Config(text_config=sizes, vision_config=vision, **QWEN_TOKENS))
+    return hf.Qwen3_5ForConditionalGeneration(
+        hf.Qwen3_5Config(text_config=sizes, vision_config=vision, **qwen_tokens(ids))
+    )
 
 
-def smolvlm(config: type, model: type) -> Callable[[int, int], hf.PreTrainedModel]:
-    def build(hidden: int, layers: int) -> hf.PreTrainedModel:
+def smolvlm(config: type, model: type) -> Callable[[int, int, Ids], hf.PreTrainedModel]:
+    def build(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
         vision = {
             "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
             "patch_size": 2,
         }  # fmt: skip
-        text = hf.LlamaConfig(**text_sizes(hidden, layers))
+        text = hf.LlamaConfig(**text_sizes(hidden, layers, ids))
         return model(
-            config(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD)
+            config(
+                vision_config=vision, text_config=text, image_token_id=ids.image, scale_factor=2, pad_token_id=ids.pad
+            )
         )
 
     return build
 
 
-def internvl(hidden: int, layers: int) -> hf.PreTrainedModel:
+def internvl(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     vision = hf.InternVLVisionConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -356,17 +383,18 @@ def internvl(hidden: int, layers: int) -> hf.PreTrainedModel:
     return hf.InternVLForConditionalGeneration(
         hf.InternVLConfig(
             vision_config=vision,
-            text_config=hf.Qwen2Config(**text_sizes(hidden, layers)),
-            image_token_id=IMAGE,
+            text_config=hf.Qwen2Config(**text_sizes(hidden, layers, ids)),
+            image_token_id=ids.image,
             image_seq_length=4,
         )
     )
 
 
-def gemma3(hidden: int, layers: int) -> hf.PreTrainedModel:
+def gemma3(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     sizes = text_sizes(
         hidden,
         layers + 1,
+        ids,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"][: layers + 1],
         query_pre_attn_scalar=8,
@@ -376,23 +404,23 @@ def gemma3(hidden: int, layers: int) -> hf.PreTrainedModel:
         hf.Gemma3Config(
             vision_config=siglip(patch_size=2, vision_use_head=False),
             text_config=hf.Gemma3TextConfig(**sizes),
-            image_token_index=IMAGE,
-            image_token_id=IMAGE,
+            image_token_index=ids.image,
+            image_token_id=ids.image,
             mm_tokens_per_image=4,
-            boi_token_index=VISION_START,
-            eoi_token_index=VISION_END,
+            boi_token_index=ids.start,
+            eoi_token_index=ids.stop,
         )
     )
 
 
-def paligemma(hidden: int, layers: int) -> hf.PreTrainedModel:
+def paligemma(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     """A prefix language model: everything before the response sees all of it; and a cap on its logits."""
     return hf.PaliGemmaForConditionalGeneration(
         hf.PaliGemmaConfig(
             vision_config=siglip(vision_use_head=False, projection_dim=hidden),
-            text_config=hf.GemmaConfig(**text_sizes(hidden, layers, final_logit_softcapping=5.0)),
-            image_token_index=IMAGE,
-            image_token_id=IMAGE,
+            text_config=hf.GemmaConfig(**text_sizes(hidden, layers, ids, final_logit_softcapping=5.0)),
+            image_token_index=ids.image,
+            image_token_id=ids.image,
             projection_dim=hidden,
             hidden_size=hidden,
         )

@@ -372,14 +372,14 @@ def llava_next() -> LlavaNextProcessor:
     )
 
 
-def llava_onevision() -> LlavaOnevisionProcessor:
+def llava_onevision(tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaOnevisionProcessor:
     pictures = LlavaOnevisionImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=[[8, 8], [8, 16], [16, 8], [16, 16]]
     )
     with without_video():
         return LlavaOnevisionProcessor(
             image_processor=pictures,
-            tokenizer=qwen_tokenizer("<image>", "<video>"),
+            tokenizer=tokenizer or qwen_tokenizer("<image>", "<video>"),
             video_processor=None,
             num_image_tokens=4,
             vision_feature_select_strategy="full",
@@ -387,10 +387,13 @@ def llava_onevision() -> LlavaOnevisionProcessor:
         )
 
 
-def qwen_vl(kind: type[ProcessorMixin], template: str) -> ProcessorMixin:
+def qwen_vl(
+    kind: type[ProcessorMixin], template: str, tokenizer: PreTrainedTokenizerFast | None = None
+) -> ProcessorMixin:
     pictures = Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size={"shortest_edge": 32, "longest_edge": 96})
     with without_video():
-        return kind(image_processor=pictures, tokenizer=qwen_tokenizer(), video_processor=None, chat_template=template)
+        tokenizer = tokenizer or qwen_tokenizer()
+        return kind(image_processor=pictures, tokenizer=tokenizer, video_processor=None, chat_template=template)
 
 
 def smolvlm_processor() -> SmolVLMProcessor:
@@ -412,18 +415,20 @@ def idefics3() -> Idefics3Processor:
     )
 
 
-def internvl() -> InternVLProcessor:
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def internvl(tokenizer: PreTrainedTokenizerFast | None = None) -> InternVLProcessor:
     pictures = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, max_patches=3)
-    names = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
     with without_video():
         return InternVLProcessor(
             image_processor=pictures,
-            tokenizer=qwen_tokenizer(*names.values(), extra_special_tokens=names),
+            tokenizer=tokenizer or qwen_tokenizer(*INTERNVL_NAMES.values(), extra_special_tokens=INTERNVL_NAMES),
             video_processor=None,
             image_seq_length=4,
             chat_template=chatml("<IMG_CONTEXT>\\n"),
@@ -437,6 +442,21 @@ def gemma3() -> Gemma3Processor:
         image_seq_length=4,
         chat_template=GEMMA,
     )
+
+
+def of_one_tokenizer() -> dict[str, ProcessorMixin]:
+    """Processors of different families around one tokenizer that has the special tokens of all of them."""
+
+    def tokenizer() -> PreTrainedTokenizerFast:
+        return qwen_tokenizer("<image>", *INTERNVL_NAMES.values(), extra_special_tokens=INTERNVL_NAMES)
+
+    return {
+        "internvl": internvl(tokenizer()),
+        "qwen2-vl": qwen_vl(Qwen2VLProcessor, chatml(QWEN_PICTURE, HELPFUL), tokenizer()),
+        "qwen2.5-vl": qwen_vl(Qwen2_5_VLProcessor, chatml(QWEN_PICTURE, HELPFUL), tokenizer()),
+        "llava-qwen2": llava(tokenizer(), chatml("<image>\\n", HELPFUL), tower="siglip"),
+        "llava-onevision": llava_onevision(tokenizer()),
+    }
 
 
 FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
