@@ -315,17 +315,6 @@ def test_a_missing_teacher_and_a_teacher_in_training_mode_are_refused():
         distillation_loss(STUDENT, teacher, batch, OBJECTIVE)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("layer_types", ["full_attention", "sliding_attention"]), ("final_logit_softcapping", 30.0), ("logit_scale", 0.5)],
-)
-def test_layouts_that_are_not_handled_exactly_are_refused(option, value):
-    other = tiny.model(1)
-    setattr(other.model.language_model.config, option, value)
-    with pytest.raises(ModelError, match=option):
-        distillation_loss(other, TEACHER, tiny.batch(tiny.COMPOSITIONS["one turn"]), OBJECTIVE)
-
-
 def test_models_that_do_not_fit_each_other_are_refused():
     batch = tiny.batch(tiny.COMPOSITIONS["one turn"])
     wide = tiny.model(2)

@@ -64,7 +64,7 @@ def run_checks(
     """
     models: Models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     objective = with_layer(recipe.objective if objective is None else objective, teacher)
-    verdicts = fit_verdicts(models, processor, teacher_processor)
+    verdicts = fit_verdicts(models, processor, teacher_processor, objective)
     own = own_processor(processor, teacher_processor)
     found = read_first(data, processor, records, recipe.data.max_length, recipe.data.too_long, own)
     verdicts += data_verdicts(found, "iva" in objective.active, may_cut=recipe.data.too_long == "truncate")

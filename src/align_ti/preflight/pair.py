@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from align_ti.config import Objective
 from align_ti.data.roles import VISUAL, image_id, model_inputs
 from align_ti.errors import AlignTIError
 from align_ti.models import families
+from align_ti.models.continuation import check_branching
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import shared_tokens
 from align_ti.models.standins import Projection
@@ -38,12 +40,14 @@ def refusal(check: Callable[[], object]) -> str | None:
     return None
 
 
-def fit_verdicts(models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> list[Verdict]:
+def fit_verdicts(
+    models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None, objective: Objective
+) -> list[Verdict]:
     """What can be said of the models without running them."""
     verdicts = [
         vocabularies(models, processor, teacher_processor),
         image_tokens(models, processor, teacher_processor),
-        layout(models),
+        layout(models, objective),
     ]
     return [*verdicts, *(finite_weights(name, model) for name, model in models.items()), parts(models["student"])]
 
@@ -89,16 +93,18 @@ def image_tokens(models: Models, processor: ProcessorMixin, teacher_processor: P
     )
 
 
-def layout(models: Models) -> Verdict:
-    """Whether masks, positions and logits of the models are followed exactly."""
+def layout(models: Models, objective: Objective) -> Verdict:
+    """Whether the models' layers are of a kind that the objective can follow."""
     found = [refusal(partial(families.check_layout, model)) for model in models.values()]
+    if "tpa" in objective.active:
+        found += [refusal(partial(check_branching, model)) for model in models.values()]
     problem = next((message for message in found if message is not None), None)
     return Verdict(
         name="layout",
         state="fail" if problem else "pass",
         measured=problem.rstrip(".") if problem else "masks, positions and logits are of a kind that is followed",
         expected="models whose own forward pass the loss repeats exactly",
-        way_out="choose other models",
+        way_out="choose other models, or leave out the term that the sentence names",
     )
 
 
