@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from align_ti import pipeline
+from align_ti.pipeline import measuring
 from align_ti.cli import app
 from align_ti.config import Evaluation
 from align_ti.data.conversation import Conversation, Turn
@@ -84,8 +84,8 @@ def test_the_conversation_goes_on_until_ctrl_d_and_survives_a_bad_question(folde
         kept.extend(real(*arguments))
         return kept
 
-    real = pipeline.open_chats
-    monkeypatch.setattr(pipeline, "open_chats", open_chats)
+    real = measuring.open_chats
+    monkeypatch.setattr(measuring, "open_chats", open_chats)
     result = run(folder, typed="What?\n\nAn <image> tag\nAnd then?\n")
     assert result.exit_code == 0, result.output
     assert result.output.count("student: ") == 2
@@ -109,6 +109,6 @@ def test_what_cannot_be_talked_about_is_refused(folder, tmp_path):
     (tmp_path / "no.png").write_text("no picture")
     for picture in ("no.png", "gone.png"):
         with pytest.raises(DataError, match=picture):
-            pipeline.open_chats([str(folder / "student")], [tmp_path / picture], 4)
+            measuring.open_chats([str(folder / "student")], [tmp_path / picture], 4)
     result = CliRunner().invoke(app, ["chat", str(tmp_path / "nowhere")])
     assert isinstance(result.exception, ModelError)

@@ -23,7 +23,7 @@ from align_ti.config import Composition, Recipe
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import INSTRUCTION, RESPONSE, VISUAL, encode
 from align_ti.errors import ConfigError, ModelError, RunError
-from align_ti.pipeline import load_parts
+from align_ti.pipeline.parts import load_parts
 from tests import towers
 
 

@@ -6,18 +6,28 @@ Two models with processors of their own are compared through the same records.
 from __future__ import annotations
 
 import dataclasses
+import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, Qwen3Config
 
-from align_ti.config import Iva, Kd, Sft, Tpa
+from align_ti.config import Evaluation, Iva, Kd, Recipe, Sft, Tpa
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import RESPONSE, encode, image_id, model_inputs
+from align_ti.data.sources import read_conversations
+from align_ti.errors import CheckError, ModelError
+from align_ti.evaluation.runner import answer
+from align_ti.evaluation.tasks import question
 from align_ti.models.families import end_tokens, full_attention_layers, image_token
+from align_ti.models.loading import load_processor
 from align_ti.models.pairing import pair_up, reads_the_same
+from align_ti.pipeline.measuring import evaluate_model
+from align_ti.pipeline.training import distil
 from align_ti.training.objective import distillation_loss
 from tests import family_models, family_processors
 from tests.family_plain import kl
@@ -70,8 +80,8 @@ def records() -> list[Conversation]:
     ]
 
 
-def tiny_model(name: str, processor, seed: int, **sizes):
-    """A model of the family with the ids of the processor."""
+def family_ids(processor) -> family_models.Ids:
+    """The ids of a processor's tokenizer; heads are padded to a multiple of 8."""
     ids = family_processors.special_ids(processor)
     given = {
         "image": "image",
@@ -84,9 +94,12 @@ def tiny_model(name: str, processor, seed: int, **sizes):
     known = {ours: ids[theirs] for theirs, ours in given.items() if theirs in ids}
     known["image"] = image_id(processor)
     known["vocabulary"] = -(-ids["vocabulary"] // 8) * 8
-    return family_models.FAMILIES[MODELS[name]].model(
-        seed, ids=dataclasses.replace(family_models.IDS, **known), **sizes
-    )
+    return dataclasses.replace(family_models.IDS, **known)
+
+
+def tiny_model(name: str, processor, seed: int, **sizes):
+    """A model of the family with the ids of the processor."""
+    return family_models.FAMILIES[MODELS[name]].model(seed, ids=family_ids(processor), **sizes)
 
 
 def rows(model, sample: dict[str, Tensor], ids: Tensor | None = None) -> Tensor:
@@ -186,3 +199,107 @@ def test_two_families_are_compared_through_the_same_records(name, teacher_name):
     assert not reads_the_same(processor, other)
     student, teacher = tiny_model(name, processor, 1), tiny_model(teacher_name, other, 2, hidden=48, layers=3)
     compare(student, teacher, processor, other, {"kd": Kd(), "tpa": Tpa()})
+
+
+def test_a_processor_that_reads_videos_says_what_it_needs(tmp_path):
+    # Without torchvision transformers raised an ImportError, which reached the user as a traceback.
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed, so the processor loads")
+    processor = family_processors.FAMILIES["qwen2-vl"]()
+    tiny_model("qwen2-vl", processor, 1).config.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+    with pytest.raises(ModelError, match=r"needs a package .*Torchvision.*install it: torchvision"):
+        load_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_questions_in_a_batch_are_answered_as_they_are_alone(name):
+    processor = family_processors.FAMILIES[name]()
+    model = tiny_model(name, processor, 1)
+    questions = [question(record) for record in records()]
+    together = answer(model, processor, questions, Evaluation(batch_size=3, max_new_tokens=4))
+    alone = [answer(model, processor, [one], Evaluation(batch_size=1, max_new_tokens=4))[0] for one in questions]
+    assert together == alone
+    assert len({text for text, _ in alone}) > 1
+
+
+@pytest.mark.parametrize("name", ["llava-vicuna", "idefics3", "gemma3"])
+def test_a_family_is_distilled_from_folders_to_a_folder(tmp_path, name):
+    """The families whose whole processor can be saved without torchvision."""
+    processor = family_processors.FAMILIES[name]()
+    for part, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(name, processor, seed).float().save_pretrained(tmp_path / part)
+        processor.save_pretrained(tmp_path / part)
+    write_conversations(tmp_path)
+    run = distil(Recipe.model_validate(folder_recipe(tmp_path)))
+    assert json.loads(run.check.read_text())["state"] != "fail"
+    assert [line["step"] for line in run.read_metrics() if "kd" in line] == [1, 2]
+    loaded = AutoModelForImageTextToText.from_pretrained(run.student)
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
+    same = [torch.equal(one, other) for one, other in zip(loaded.parameters(), before.parameters(), strict=True)]
+    assert not all(same) and any(same)
+
+
+def test_two_families_are_distilled_from_folders(tmp_path):
+    """A teacher that sees pictures at another size through a processor of its own, its rows resampled."""
+    ours = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.LLAMA3, tower="clip")
+    longer = family_processors.LLAMA3.replace("bos_token", "bos_token + 'Be brief. '")
+    theirs = family_processors.llava(family_processors.llama3_tokenizer(), longer, tower="siglip")
+    theirs.image_processor.size = {"height": 12, "width": 12}
+    wide = dataclasses.replace(
+        family_models.FAMILIES["llava-siglip-qwen3"],
+        build=family_models.llava(lambda: family_models.siglip(image_size=12), Qwen3Config, tied=True),
+    )
+    ids = family_ids(ours)
+    models = {
+        "student": (family_models.FAMILIES["llava-clip-llama"].model(1, ids=ids), ours),
+        "teacher": (wide.model(2, hidden=48, layers=3, ids=ids), theirs),
+    }
+    for part, (model, processor) in models.items():
+        model.float().save_pretrained(tmp_path / part)
+        processor.save_pretrained(tmp_path / part)
+    write_conversations(tmp_path)
+    recipe = folder_recipe(
+        tmp_path, objective={"iva": {"resample": True}}, layer_scores={"images": 1, "instructions": 2}
+    )
+    run = distil(Recipe.model_validate(recipe))
+    states = {verdict["name"]: verdict["state"] for verdict in json.loads(run.check.read_text())["verdicts"]}
+    assert "fail" not in states.values() and states["fused.tpa"] == states["fused.kd"] == "pass"
+    assert json.loads((run.root / "layer_scores.json").read_text())["layer"] in (0, 1, 2)
+    result = evaluate_model(
+        str(run.student), read_conversations(tmp_path / "train.json"), Evaluation(), teacher=str(tmp_path / "teacher")
+    )
+    assert 0 < result["divergence"] < float("inf")
+    without = folder_recipe(tmp_path, out=str(tmp_path / "other"))
+    with pytest.raises(CheckError, match="rows: sample 0: 8 visual tokens for the student, 18 for the teacher"):
+        distil(Recipe.model_validate(without))
+
+
+def write_conversations(folder) -> None:
+    """A data file with a few records and their pictures."""
+    told = []
+    for number, record in enumerate([*records(), *records()]):
+        names = []
+        for index, image in enumerate(record.images):
+            names.append(f"{number % 3}-{index}.png")
+            image.save(folder / names[-1])
+        turns = [{"from": {"user": "human", "assistant": "gpt"}[t.speaker], "value": t.text} for t in record.turns]
+        if number >= 3:
+            turns[0]["value"] = turns[0]["value"].replace("how many?", "which one?")
+        told.append({"id": number, "conversations": turns, **({"image": names} if names else {})})
+    (folder / "train.json").write_text(json.dumps(told))
+
+
+def folder_recipe(folder, **sections) -> dict:
+    """Two steps over those files."""
+    return {
+        "out": str(folder / "run"),
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher"), "dtype": "float32"},
+        "data": {"train": str(folder / "train.json")},
+        "objective": {"iva": {"layer": 1}},
+        "training": {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 3, "logging_steps": 1},
+        **sections,
+    }

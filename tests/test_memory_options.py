@@ -32,7 +32,9 @@ from align_ti.models.loading import (
     trained_by_part,
 )
 from align_ti.models.placement import move, quantization_config, stay
-from align_ti.pipeline import distil, evaluate_model, load_parts, load_teacher
+from align_ti.pipeline.measuring import evaluate_model
+from align_ti.pipeline.parts import load_parts, load_teacher
+from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder
 from align_ti.training.objective import distillation_loss
 from align_ti.training.trainer import AlignTITrainer
@@ -436,10 +438,10 @@ def test_a_compiled_pair_gives_the_same_loss_and_gradients(tmp_path):
 
 
 def test_the_recipe_compiles_both_models_and_the_arguments_of_transformers_do_not(folder, tmp_path, monkeypatch):
-    from align_ti import pipeline
+    from align_ti.pipeline import training
 
     compiled = []
-    monkeypatch.setattr(pipeline, "compile_tokenwise", compiled.append)
+    monkeypatch.setattr(training, "compile_tokenwise", compiled.append)
     run = distil(recipe(folder, tmp_path / "run", {"lora": {}}, training={"torch_compile": True, "max_steps": 1}))
     assert len(compiled) == 2 and run.student.exists()
     student, processor = load_model(str(folder / "student")), load_processor(str(folder / "student"))

@@ -27,7 +27,8 @@ from align_ti.data.sources import read_conversations
 from align_ti.digits.models import build_processor
 from align_ti.errors import ConfigError, DataError, RunError
 from align_ti.models.loading import load_processor
-from align_ti.pipeline import distil, errors_of_workers, training_arguments, training_data
+from align_ti.pipeline.records import errors_of_workers, training_data
+from align_ti.pipeline.training import distil, training_arguments
 from align_ti.runs import RunFolder, read_json
 from tests import small
 
@@ -360,7 +361,7 @@ def test_what_was_checked_is_used_again_unless_the_data_changed(pair, tmp_path, 
     processor, run = load_processor(str(pair / "student")), RunFolder(tmp_path / "run")
     wanted = recipe(pair, run.root, with_bad_records(pair), {"on_bad_record": "skip", "max_skipped": 5})
     first, _ = training_data(wanted, processor, run)
-    monkeypatch.setattr("align_ti.pipeline.check_records", lambda *_, **__: pytest.fail("checked again"))
+    monkeypatch.setattr("align_ti.pipeline.records.check_records", lambda *_, **__: pytest.fail("checked again"))
     again, story = training_data(wanted, processor, run)
     assert digest(again.conversations) == digest(first.conversations) and story["skipped"] == 5
     assert again.lengths() == first.lengths()

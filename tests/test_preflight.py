@@ -21,7 +21,7 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import CheckError, RunError
 from align_ti.models import attention
 from align_ti.models.loading import freeze, load_model, load_processor
-from align_ti.pipeline import distil
+from align_ti.pipeline.training import distil
 from align_ti.preflight import checks
 from align_ti.preflight import samples as preflight_samples
 from align_ti.preflight.checks import run_checks

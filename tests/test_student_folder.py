@@ -16,7 +16,7 @@ from align_ti.config import Recipe
 from align_ti.errors import RunError
 from align_ti.evaluation.chat import Chat
 from align_ti.models.adapters import unwrapped
-from align_ti.pipeline import train_and_measure
+from align_ti.pipeline.measuring import train_and_measure
 from align_ti.report.card import block, code, is_local, name_only, one_line, write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.trainer import AlignTITrainer

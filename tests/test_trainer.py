@@ -21,7 +21,9 @@ from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.models.pairing import own_processor, reads_the_same, shared_ids
-from align_ti.pipeline import distil, load_parts, train_and_measure
+from align_ti.pipeline.measuring import train_and_measure
+from align_ti.pipeline.parts import load_parts
+from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder
 from align_ti.training.trainer import AlignTITrainer, through_wrapper
 from tests import small

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from align_ti.interactions.layer_scores import score_layers as score_layers
     from align_ti.models.loading import load_model as load_model
     from align_ti.models.loading import load_processor as load_processor
-    from align_ti.pipeline import distil as distil
+    from align_ti.models.pairing import pair_up as pair_up
+    from align_ti.pipeline.training import distil as distil
     from align_ti.training.objective import DistillationOutput as DistillationOutput
     from align_ti.training.objective import distillation_loss as distillation_loss
     from align_ti.training.trainer import AlignTITrainer as AlignTITrainer
@@ -47,11 +48,12 @@ _HOME = {
     "Sft": "config",
     "Tpa": "config",
     "Turn": "data.conversation",
-    "distil": "pipeline",
+    "distil": "pipeline.training",
     "distillation_loss": "training.objective",
     "encode": "data.roles",
     "load_model": "models.loading",
     "load_processor": "models.loading",
+    "pair_up": "models.pairing",
     "read_conversations": "data.sources",
     "read_recipe": "config",
     "score_layers": "interactions.layer_scores",

@@ -106,7 +106,7 @@ def train(
         return
     from accelerate import PartialState
 
-    from align_ti.pipeline import train_and_measure
+    from align_ti.pipeline.measuring import train_and_measure
     from align_ti.report.page import write_report
     from align_ti.runs import read_json
 
@@ -141,7 +141,7 @@ def check(
     quiet()
     import json
 
-    from align_ti.pipeline import check_recipe
+    from align_ti.pipeline.checking import check_recipe
     from align_ti.preflight import verdicts
     from align_ti.runs import RunFolder
 
@@ -173,7 +173,7 @@ def score_layers(
     """
     quiet()
     from align_ti.data.sources import read_conversations
-    from align_ti.pipeline import score_teacher
+    from align_ti.pipeline.measuring import score_teacher
     from align_ti.runs import write_json
 
     with console.status("scoring layers"):
@@ -206,7 +206,7 @@ def evaluate(
     """Ask a model every question of a file and score its answers by exact match, overall and by kind."""
     quiet()
     from align_ti.data.sources import read_conversations
-    from align_ti.pipeline import evaluate_model
+    from align_ti.pipeline.measuring import evaluate_model
     from align_ti.runs import write_json
 
     conversations = read_conversations(data, images)
@@ -248,7 +248,7 @@ def chat(
     Each model remembers its own answers. The pictures go with the first question.
     """
     quiet()
-    from align_ti.pipeline import open_chats
+    from align_ti.pipeline.measuring import open_chats
 
     models = {"student": student, **({} if teacher is None else {"teacher": teacher})}
     chats = dict(zip(models, open_chats(list(models.values()), image or [], max_new_tokens), strict=True))
@@ -431,7 +431,8 @@ def dry(recipe: Recipe) -> None:
     """Load and check everything that a run needs, and say what it would do."""
     from align_ti.data.mixing import read_mixture
     from align_ti.data.roles import ROLE_NAMES
-    from align_ti.pipeline import load_parts, read_questions, training_data
+    from align_ti.pipeline.parts import load_parts
+    from align_ti.pipeline.records import read_questions, training_data
 
     mixture = None if recipe.data.stream else read_mixture(recipe.data, recipe.seed)
     questions = read_questions(recipe.data)

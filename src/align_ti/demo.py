@@ -15,7 +15,8 @@ from align_ti.data.sources import read_conversations
 from align_ti.digits.files import Sizes, write_benchmark
 from align_ti.errors import RunError
 from align_ti.models.loading import load_processor
-from align_ti.pipeline import distil, evaluate_model, score_teacher, summarise
+from align_ti.pipeline.measuring import evaluate_model, score_teacher, summarise
+from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder, provenance, read_json, write_json
 
 Advance = Callable[[str, int, int], None]

@@ -24,14 +24,15 @@ Grid = tuple[int, int]
 class Correspondence:
     """The teacher's position of each of the student's positions that is compared; 0 where none is.
 
-    `mixing` holds, for each sample, what turns the teacher's visual tokens into the student's where their numbers differ: a weighted
-    mean over the part of the picture that a token covers. None: one by one.
+    `visual` and `teacher_visual` mark visual tokens, [batch, seq] each. `mixing` holds, for each sample, what turns the teacher's
+    visual tokens into the student's where their numbers differ: [visual, teacher_visual], a weighted mean over the part of the
+    picture that a token covers. None: one by one.
     """
 
     places: Int[Tensor, "batch seq"]
     visual: Tensor
     teacher_visual: Tensor
-    mixing: list[Float[Tensor, "visual teacher_visual"]] | None = None
+    mixing: list[Tensor] | None = None
 
     def to_student(self, values: Float[Tensor, "batch teacher_seq ..."]) -> Float[Tensor, "batch seq ..."]:
         """Values at the teacher's positions, laid out as the student's sequence."""

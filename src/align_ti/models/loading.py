@@ -95,7 +95,13 @@ def load_processor(path: str) -> ProcessorMixin:
     """
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, ImportError) or "torchvision" in str(error):
+            # The video part of Qwen-VL's, InternVL's, SmolVLM's and LLaVA-OneVision's processors, even where no video is read.
+            raise ModelError(
+                f"{path}: the processor needs a package that is not installed ({first_line(error)}); install it: torchvision in the "
+                "build of your torch, for processors that can read videos."
+            ) from error
         raise ModelError(
             f"{path}: the processor cannot be loaded ({first_line(error)}); save it beside the model with "
             "processor.save_pretrained."

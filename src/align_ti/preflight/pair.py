@@ -20,6 +20,7 @@ from align_ti.models.loading import first_line
 from align_ti.models.pairing import shared_tokens
 from align_ti.models.standins import Projection
 from align_ti.preflight.verdicts import Verdict
+from align_ti.training.objective import places_of, view
 
 Models = Mapping[str, PreTrainedModel]
 """The models by name: `student`, and `teacher` where there is one."""
@@ -159,6 +160,22 @@ def part_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 def millions(count: int) -> str:
     """A number of parameters for people."""
     return f"{count / 1e6:.4g} M"
+
+
+def comparable_rows(models: Models, batch: Mapping[str, Any], objective: Objective) -> Verdict:
+    """Whether a student and a teacher that read inputs of their own read the same responses, and pictures that can be compared."""
+    ours, theirs = view(models["student"], batch), view(models["teacher"], batch["teacher"])
+    problem = refusal(lambda: places_of(ours, theirs, objective))
+    lengths = [of.roles.shape[1] for of in (ours, theirs)]
+    return Verdict(
+        name="rows",
+        state="fail" if problem else "pass",
+        measured=(
+            problem or f"{lengths[0]} tokens for the student, {lengths[1]} for the teacher, with the same responses"
+        ).rstrip("."),
+        expected="for each of the student's rows one of the teacher's",
+        way_out="choose models whose templates end a turn alike, or set what the sentence names",
+    )
 
 
 # --- visual tokens, which need the towers to run ----------------------------------------------------------------------

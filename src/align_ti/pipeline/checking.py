@@ -1,0 +1,92 @@
+"""The check before training: on its own, or as the first thing that a run does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from align_ti.config import Objective, Recipe
+from align_ti.data.conversation import Conversation
+from align_ti.errors import CheckError
+from align_ti.models.adapters import unwrapped
+from align_ti.models.loading import best_device
+from align_ti.pipeline.parts import Parts, load_parts
+from align_ti.pipeline.records import TrainingData, first_records, training_data
+from align_ti.preflight.checks import run_checks
+from align_ti.preflight.report import Report, report_on, write_report
+from align_ti.preflight.verdicts import failed
+from align_ti.runs import RunFolder
+from align_ti.training.trainer import AlignTITrainer
+
+logger = logging.getLogger(__name__)
+
+
+Seen = Callable[[Report], None]
+"""Called with the report of the check before training."""
+
+
+def log_warnings(report: Report) -> None:
+    """Each warning of a check as a line of the log."""
+    for verdict in report.verdicts:
+        if verdict.state == "warn":
+            logger.warning("%s: %s", verdict.name, verdict.sentence)
+
+
+def check_recipe(recipe: Recipe) -> Report:
+    """The verdicts on a recipe's models and first records; `check.json` and `check.html` are written to the run folder.
+
+    Raises:
+        AlignTIError: recipe, data or models cannot be read at all.
+    """
+    parts, device = load_parts(recipe, compare=False), best_device()
+    data, _ = training_data(recipe, parts.processor, teacher_processor=parts.own_processor)
+    for model in (parts.student, parts.teacher):
+        if model is not None:
+            nn.Module.to(model, device)
+    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, first_records(data))
+
+
+def run_and_write(
+    run: RunFolder,
+    recipe: Recipe,
+    parts: Parts,
+    conversations: Sequence[Conversation],
+    objective: Objective | None = None,
+    processes: int = 1,
+) -> Report:
+    """Runs the checks and writes what they found to the run folder."""
+    verdicts = run_checks(
+        unwrapped(parts.student),
+        parts.teacher,
+        parts.processor,
+        conversations,
+        recipe,
+        objective=objective,
+        teacher_processor=parts.teacher_processor,
+        processes=processes,
+    )
+    report = report_on(verdicts, parts.processor, conversations)
+    write_report(run, report)
+    return report
+
+
+def check_before(
+    run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer, data: TrainingData, seen: Seen
+) -> None:
+    """The check on the main process; where it fails every process stops.
+
+    Raises:
+        CheckError: a verdict is a failure.
+    """
+    message: list[str | None] = [None]
+    if trainer.is_world_process_zero():
+        found = run_and_write(run, recipe, parts, first_records(data), trainer.objective, int(trainer.args.world_size))
+        seen(found)
+        message[0] = failed(found.verdicts, str(run.check))
+    (said,) = broadcast_object_list(message)
+    if said is not None:
+        raise CheckError(said)

@@ -1,0 +1,167 @@
+"""What models are worth: layer scores, accuracy, divergence, answers, and the summary of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from align_ti.config import Evaluation, Recipe, Scores, Teacher
+from align_ti.data.collator import Collator
+from align_ti.data.conversation import Conversation, open_picture
+from align_ti.data.groups import same_image_groups
+from align_ti.data.roles import encode
+from align_ti.evaluation.chat import Chat
+from align_ti.evaluation.runner import divergence, evaluate, ignore
+from align_ti.interactions.layer_scores import score_layers
+from align_ti.models.loading import best_device, load_model, load_processor
+from align_ti.models.pairing import check_pair, own_processor, shared_tokens
+from align_ti.pipeline.checking import Seen, log_warnings
+from align_ti.pipeline.parts import load_teacher
+from align_ti.pipeline.records import Steps, read_questions
+from align_ti.pipeline.training import distil
+from align_ti.report.card import write_card
+from align_ti.runs import RunFolder, read_json, write_json
+
+
+def score_teacher(
+    path: str, conversations: Sequence[Conversation], settings: Scores, seed: int = 0, dtype: str = "auto"
+) -> dict[int, float]:
+    """The instruction-relevance score (IRS) of each layer of a model, on a sample of the records."""
+    model, processor = load_model(path, dtype, best_device()), load_processor(path)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    groups = same_image_groups(conversations, settings.images, settings.instructions, seed)
+    batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
+    return score_layers(model, ({name: value.to(model.device) for name, value in batch.items()} for batch in batches))
+
+
+def evaluate_model(
+    path: str | Teacher,
+    conversations: Sequence[Conversation],
+    settings: Evaluation,
+    *,
+    teacher: str | Teacher | None = None,
+    dtype: str = "float32",
+    teacher_dtype: str = "float32",
+    advance: Callable[[int], None] = ignore,
+) -> dict[str, Any]:
+    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named.
+
+    A model given as `Teacher` is loaded as its settings say (precision, quantization, device), one given by name in the dtype given.
+
+    Raises:
+        ModelError: a model cannot be loaded, or the two cannot be compared.
+    """
+    first = Teacher(path=path, dtype=dtype) if isinstance(path, str) else path  # type: ignore[arg-type]
+    model, processor = load_teacher(first, best_device()), load_processor(first.path)
+    other, own = None, None
+    if teacher is not None:
+        second = Teacher(path=teacher, dtype=teacher_dtype) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
+        own = own_processor(processor, load_processor(second.path))
+        other = load_teacher(second, best_device())
+        shared_tokens(model, other, processor, own)
+        check_pair(model, other, shared_inputs=own is None)
+    result = evaluate(model, processor, conversations, settings, advance)
+    if other is not None:
+        result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
+    return result
+
+
+def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: int) -> list[Chat]:
+    """A chat with each of the models about the same pictures.
+
+    Raises:
+        DataError: a picture cannot be read.
+        ModelError: a model cannot be loaded.
+    """
+    for image in images:
+        open_picture(image, "the chat")
+    return [
+        Chat(load_model(path, "auto", best_device()), load_processor(path), tuple(images), max_new_tokens)
+        for path in models
+    ]
+
+
+def summarise(
+    title: str, seed: int, results: dict[str, dict[str, Any]], labels: dict[str, str], runs: dict[str, RunFolder]
+) -> dict[str, Any]:
+    """The content of `summary.json`: what was measured, by model.
+
+    Args:
+        title: what the run was.
+        seed: its seed.
+        results: what `evaluate_model` gave for each model, in the order they are shown.
+        labels: each model's name for people.
+        runs: the run folders of the models that were trained here.
+    """
+    overall = {name: result["accuracy"]["overall"] for name, result in results.items()}
+    costs = {name: read_json(run.cost) for name, run in runs.items()}
+    return {
+        "title": title,
+        "seed": seed,
+        "labels": labels,
+        "questions": next(iter(overall.values()))["questions"],
+        "accuracy": {
+            name: {kind: round(score["per_cent"], 2) for kind, score in result["accuracy"].items()}
+            for name, result in results.items()
+        },
+        "interval_95": {
+            name: {
+                kind: [round(score["low"], 2), round(score["high"], 2)] for kind, score in result["accuracy"].items()
+            }
+            for name, result in results.items()
+        },
+        "questions_by_kind": {
+            kind: score["questions"] for kind, score in next(iter(results.values()))["accuracy"].items()
+        },
+        "cut_answers": {name: result["cut"] for name, result in results.items()},
+        "divergence_nats": {name: result["divergence"] for name, result in results.items() if "divergence" in result},
+        "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
+        "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
+        "memory": next((cost["memory"] for cost in costs.values()), ""),
+    }
+
+
+def train_and_measure(
+    recipe: Recipe,
+    steps: Steps | None = None,
+    advance: Callable[[str, int, int], None] = lambda name, done, total: None,
+    check: bool = True,
+    seen: Seen = log_warnings,
+) -> RunFolder:
+    """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
+    checks = partial(advance, "check the records")
+    run = distil(recipe, steps=steps, checks=checks, check=check, seen=seen)
+    if recipe.data.eval is None or not PartialState().is_main_process:
+        return run
+    conversations = read_questions(recipe.data)
+    labels = {"teacher": "teacher", "before": "student before", "student": "student"}
+    models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
+    results = {}
+    for name, model in models.items():
+        if model is not None:
+            done = [0]
+
+            def answered(count: int, name: str = name, done: list[int] = done) -> None:
+                done[0] += count
+                advance(labels[name], done[0], len(conversations))
+
+            result = evaluate_model(
+                model,
+                conversations,
+                recipe.evaluation,
+                teacher=None if name == "teacher" else recipe.teacher,
+                dtype=recipe.student.dtype,
+                advance=answered,
+            )
+            write_json(run.evaluation(name), result)
+            results[name] = result
+    title = f"Distillation of {Path(recipe.student.path).name}"
+    write_json(
+        run.summary, summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
+    )
+    write_card(run, run.student)
+    return run

@@ -1,0 +1,76 @@
+"""Models and processors of a recipe, loaded and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from align_ti.config import Recipe, Teacher
+from align_ti.models.adapters import wrap_with_lora
+from align_ti.models.loading import check_precision, freeze, load_model, load_processor, trained_by_part
+from align_ti.models.pairing import check_pair, own_processor, shared_tokens
+from align_ti.models.placement import stay
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a recipe names, loaded and checked against each other."""
+
+    student: PreTrainedModel | PeftModel
+    teacher: PreTrainedModel | None
+    processor: ProcessorMixin
+    teacher_processor: ProcessorMixin | None = None
+
+    @property
+    def own_processor(self) -> ProcessorMixin | None:
+        """The teacher's processor where it makes other inputs than the student's; None where both read the same."""
+        return own_processor(self.processor, self.teacher_processor)
+
+    def trained(self) -> dict[str, tuple[int, int]]:
+        """Trained and all parameters of each part of the student, adapters included."""
+        return trained_by_part(self.student)
+
+
+def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
+    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other.
+
+    Raises:
+        ModelError: one cannot be loaded, or they do not fit each other.
+    """
+    processor = load_processor(recipe.student.path)
+    student = load_model(recipe.student.path, recipe.student.dtype)
+    freeze(student, recipe.student.freeze)
+    teacher, teacher_processor = None, None
+    if recipe.teacher is not None and recipe.objective.needs_teacher:
+        teacher_processor = load_processor(recipe.teacher.path)
+        teacher = load_teacher(recipe.teacher).requires_grad_(False)
+        if compare:
+            own = own_processor(processor, teacher_processor)
+            shared_tokens(student, teacher, processor, own)
+            check_pair(student, teacher, shared_inputs=own is None)
+    lora = recipe.student.lora
+    wrapped = student if lora is None else wrap_with_lora(student, **lora.model_dump())
+    check_precision(wrapped, fp16=recipe.training.fp16)
+    return Parts(wrapped, teacher, processor, teacher_processor)
+
+
+def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The teacher in the form and at the place that its settings say; by default on the given device.
+
+    Quantised weights cannot be moved, so they go to this process's accelerator at once.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if settings.device is not None:
+        device = settings.device
+    elif settings.quantization is not None:
+        device = PartialState().device
+    teacher = load_model(settings.path, settings.dtype, device, settings.quantization)
+    if settings.device is not None:
+        stay(teacher)
+    return teacher

@@ -1,0 +1,155 @@
+"""One run: from a recipe to a student in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from align_ti.config import Recipe
+from align_ti.data.collator import EncodedConversations
+from align_ti.errors import ConfigError, InterruptedRunError
+from align_ti.models.adapters import merged, unwrapped
+from align_ti.models.compilation import compile_tokenwise
+from align_ti.pipeline.checking import Seen, check_before, log_warnings
+from align_ti.pipeline.parts import load_parts
+from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
+from align_ti.report.card import write_card
+from align_ti.runs import RunFolder, write_json
+from align_ti.training.memory import peak_memory
+from align_ti.training.trainer import AlignTITrainer
+from align_ti.training.watch import RunRecorder
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's training section as transformers' arguments.
+
+    Raises:
+        ConfigError: float16 autocast on a machine without an accelerator.
+    """
+    options = recipe.training.model_dump()
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and recipe.training.fp16:
+        raise ConfigError(
+            "training.fp16 is true, but this machine has no accelerator, and gradient scaling needs one; accepted on a CPU: "
+            "training.bf16, or neither."
+        )
+    if not options["gradient_checkpointing"]:
+        # Newer releases call it activation_checkpointing and warn about the name that all of them know.
+        del options["gradient_checkpointing"]
+    # Ours compiles parts of the models in place; theirs would wrap the student.
+    del options["torch_compile"]
+    if options.pop("group_by_length"):
+        # transformers 5.0 knows the option under its older name.
+        newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
+        options |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
+    return TrainingArguments(
+        output_dir=recipe.out,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_first_step=True,
+        save_strategy="steps",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        **options,
+    )
+
+
+def distil(
+    recipe: Recipe,
+    data: EncodedConversations | None = None,
+    steps: Steps | None = None,
+    checks: Steps | None = None,
+    check: bool = True,
+    seen: Seen = log_warnings,
+) -> RunFolder:
+    """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
+
+    Args:
+        recipe: the run.
+        data: the encoded training data, if they are there already.
+        steps: called after every step.
+        checks: called after every record of the pass over the data, if the recipe asks for one.
+        check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
+        seen: called with what that check found; by default its warnings are logged.
+
+    Raises:
+        CheckError: a check failed; nothing was trained.
+        InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
+        AlignTIError: whatever is wrong with recipe, data or models.
+    """
+    run, state = RunFolder(Path(recipe.out)), PartialState()
+    with state.main_process_first():
+        run.claim(recipe)
+    if run.student.exists():
+        return run
+    set_seed(recipe.seed)
+    parts = load_parts(recipe)
+    train: TrainingData
+    if data is not None:
+        train = data
+    else:
+        # The first process checks; the others read what it found.
+        with state.main_process_first():
+            train, _ = training_data(recipe, parts.processor, run, checks, teacher_processor=parts.own_processor)
+    if recipe.training.torch_compile:
+        for model in filter(None, (parts.student, parts.teacher)):
+            compile_tokenwise(unwrapped(model))
+    parameters = parts.trained()
+    recorder = RunRecorder(run, steps)
+    trainer = AlignTITrainer(
+        model=parts.student,
+        teacher_model=parts.teacher,
+        args=training_arguments(recipe),
+        objective=recipe.objective,
+        train_dataset=train,
+        processing_class=parts.processor,
+        teacher_processing_class=parts.teacher_processor,
+        scores=recipe.layer_scores,
+        callbacks=[recorder],
+    )
+    # The recorder keeps the log; transformers would print each line over the progress bar.
+    trainer.remove_callback(PrinterCallback)
+    trainer.resolve_layer()
+    checkpoint = last_checkpoint(run.root)
+    if check and recipe.check and checkpoint is None:
+        check_before(run, recipe, parts, trainer, train, seen)
+    with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise InterruptedRunError(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
+            "command goes on from it."
+        )
+    draft = run.root / ".student"
+    if isinstance(parts.student, PeftModel):
+        if trainer.is_world_process_zero():
+            merged(parts.student).save_pretrained(draft)
+            parts.processor.save_pretrained(draft)
+    else:
+        trainer.save_model(str(draft))
+    if trainer.is_world_process_zero():
+        # A pickle, which nobody needs to use the student.
+        (draft / "training_args.bin").unlink(missing_ok=True)
+        write_json(
+            run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
+        )
+        records = len(train) if isinstance(train, Sized) else None
+        steps_done = trainer.state.global_step
+        write_json(run.training, {"steps": steps_done, "records": records, "parameters": parameters})
+        write_card(run, draft)
+        draft.rename(run.student)
+    state.wait_for_everyone()
+    return run
+
+
+def last_checkpoint(root: Path) -> str | None:
+    """The newest whole checkpoint of a run; a kill while one is saved leaves it without its state, which is written last."""
+    whole = [path.parent for path in root.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
