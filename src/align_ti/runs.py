@@ -112,6 +112,11 @@ class RunFolder:
         return self.root / "student"
 
     @property
+    def draft(self) -> Path:
+        """The student while it is written."""
+        return self.root / ".student"
+
+    @property
     def cost(self) -> Path:
         return self.root / "cost.json"
 

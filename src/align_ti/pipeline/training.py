@@ -127,26 +127,29 @@ def distil(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
             "command goes on from it."
         )
-    draft = run.root / ".student"
-    if isinstance(parts.student, PeftModel):
-        if trainer.is_world_process_zero():
-            merged(parts.student).save_pretrained(draft)
-            parts.processor.save_pretrained(draft)
-    else:
-        trainer.save_model(str(draft))
+    save_student(run, parts, trainer)
     if trainer.is_world_process_zero():
-        # A pickle, which nobody needs to use the student.
-        (draft / "training_args.bin").unlink(missing_ok=True)
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
         )
         records = len(train) if isinstance(train, Sized) else None
-        steps_done = trainer.state.global_step
-        write_json(run.training, {"steps": steps_done, "records": records, "parameters": parameters})
-        write_card(run, draft)
-        draft.rename(run.student)
+        write_json(run.training, {"steps": trainer.state.global_step, "records": records, "parameters": parameters})
+        write_card(run, run.draft)
+        run.draft.rename(run.student)
     state.wait_for_everyone()
     return run
+
+
+def save_student(run: RunFolder, parts: Parts, trainer: AlignTITrainer) -> None:
+    """Writes the trained student, adapters merged, with its processor to the run's draft folder."""
+    if not isinstance(parts.student, PeftModel):
+        trainer.save_model(str(run.draft))
+    elif trainer.is_world_process_zero():
+        merged(parts.student).save_pretrained(run.draft)
+        parts.processor.save_pretrained(run.draft)
+    if trainer.is_world_process_zero():
+        # A pickle, which nobody needs to use the student.
+        (run.draft / "training_args.bin").unlink(missing_ok=True)
 
 
 def last_checkpoint(root: Path) -> str | None:
