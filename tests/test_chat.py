@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from align_ti.pipeline import measuring
 from align_ti.cli import app
 from align_ti.config import Evaluation
 from align_ti.data.conversation import Conversation, Turn
@@ -17,6 +16,7 @@ from align_ti.evaluation.chat import Chat, visible
 from align_ti.evaluation.runner import answer
 from align_ti.evaluation.tasks import Question
 from align_ti.models.loading import load_model, load_processor
+from align_ti.pipeline import measuring
 from tests import small
 
 
