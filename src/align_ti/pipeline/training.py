@@ -18,7 +18,7 @@ from align_ti.errors import ConfigError, InterruptedRunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
-from align_ti.pipeline.parts import load_parts
+from align_ti.pipeline.parts import Parts, load_parts
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
