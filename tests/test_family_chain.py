@@ -28,6 +28,7 @@ from align_ti.models.loading import load_processor
 from align_ti.models.pairing import pair_up, reads_the_same
 from align_ti.pipeline.measuring import evaluate_model
 from align_ti.pipeline.training import distil
+from align_ti.preflight.checks import run_checks
 from align_ti.training.objective import distillation_loss
 from tests import family_models, family_processors
 from tests.family_plain import kl
@@ -223,6 +224,21 @@ def test_questions_in_a_batch_are_answered_as_they_are_alone(name):
     alone = [answer(model, processor, [one], Evaluation(batch_size=1, max_new_tokens=4))[0] for one in questions]
     assert together == alone
     assert len({text for text, _ in alone}) > 1
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_check_before_training_passes_for_a_sound_pair(name, tmp_path):
+    processor = family_processors.FAMILIES[name]()
+    student = tiny_model(name, processor, 1).float()
+    teacher = tiny_model(name, processor, 2, hidden=48, layers=3).float().requires_grad_(False)
+    objective = {"iva": {"layer": full_attention_layers(teacher)[0]}}
+    recipe = folder_recipe(tmp_path, objective=objective)
+    verdicts = run_checks(student, teacher, processor, records(), Recipe.model_validate(recipe))
+    if name == "qwen3.5":
+        assert [verdict.name for verdict in verdicts if verdict.state == "fail"] == ["layout"]
+        recipe["objective"] = {**objective, "tpa": {"weight": 0.0}}
+        verdicts = run_checks(student, teacher, processor, records(), Recipe.model_validate(recipe))
+    assert {verdict.name: verdict.sentence for verdict in verdicts if verdict.state != "pass"} == {}
 
 
 @pytest.mark.parametrize("name", ["llava-vicuna", "idefics3", "gemma3"])
