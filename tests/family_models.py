@@ -427,6 +427,44 @@ def paligemma(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
     )
 
 
+def gemma4(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
+    """Image tokens see ahead by marks of another name than Gemma 3's; logits are capped."""
+    sizes = text_sizes(
+        hidden,
+        layers + 1,
+        ids,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"][: layers + 1],
+        use_bidirectional_attention="vision",
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=ids.vocabulary,
+        final_logit_softcapping=20.0,
+        global_head_dim=8,
+    )
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 64,
+    }  # fmt: skip
+    return hf.Gemma4ForConditionalGeneration(
+        hf.Gemma4Config(
+            text_config=sizes,
+            vision_config=vision,
+            audio_config=None,
+            image_token_id=ids.image,
+            video_token_id=ids.video,
+            boi_token_id=ids.start,
+            eoi_token_id=ids.stop,
+        )
+    )
+
+
+def placed_picture(random: torch.Generator) -> Picture:
+    """A picture as patches with their places, as Gemma 4 reads it: 4 x 4 patches pooled to 4 tokens."""
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), dim=-1).view(1, 16, 2)
+    inputs = {"pixel_values": noise(random, 1, 16, 12), "image_position_ids": places}
+    return [VISION_START, *[IMAGE] * 4, VISION_END], inputs
+
+
 FAMILIES: dict[str, Family] = {
     "llava-siglip-qwen3": Family(llava(siglip, hf.Qwen3Config, tied=True), fixed_picture(4)),
     "llava-clip-llama": Family(llava(clip, hf.LlamaConfig, tied=False), fixed_picture(4)),
@@ -470,6 +508,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         gemma3, fixed_picture(4, 8, ([VISION_START], [VISION_END])), token_types="token_type_ids", prefix=[2]
     ),
+    "gemma4": Family(gemma4, placed_picture, token_types="mm_token_type_ids", prefix=[2]),
     "paligemma": Family(
         paligemma,
         fixed_picture(4),

@@ -44,6 +44,7 @@ NAMES = {
     "idefics3": "Idefics3",
     "internvl": "InternVL",
     "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
     "paligemma": "PaliGemma",
 }
 
@@ -70,7 +71,7 @@ def attention(model, inputs) -> str:
     """The kinds of layers, and whether some tokens see ahead."""
     short = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
     found = ", ".join(short.get(kind, kind) for kind in dict.fromkeys(sorted(layer_kinds(model))))
-    ahead = "token_type_ids" in inputs and any(mask.triu(1).any() for mask in own_masks(model, inputs).values())
+    ahead = any(mask.triu(1).any() for mask in own_masks(model, inputs).values())
     return f"{found}; {'some tokens see ahead' if ahead else 'causal'}"
 
 

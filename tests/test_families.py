@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 
 from align_ti.config import Iva, Kd, Sft, Tpa
 from align_ti.errors import BatchError, ModelError
+from align_ti.interactions.correspondence import check_grids, correspond, resampled
 from align_ti.models.families import full_attention_layers, tower, visual_grids
 from align_ti.models.pairing import Pairing, pair_up, shared_ids
 from align_ti.models.standins import Projection, same_frozen_tower, tower_once
@@ -298,8 +299,36 @@ def test_grids_are_read_from_the_inputs_the_config_or_the_run():
     _, llava, _ = pair("llava-clip-llama")
     adjacent = torch.ones(1, 8, dtype=torch.bool)
     assert visual_grids(llava, {}, adjacent) == [[(2, 2), (2, 2)]]
+    # Four tiles of 2 x 2 in one run were read as one picture of 4 x 4.
+    assert visual_grids(pair("internvl")[1], {}, torch.ones(1, 16, dtype=torch.bool)) == [[(2, 2)] * 4]
+    assert visual_grids(pair("smolvlm")[1], {}, adjacent) == [[(2, 2), (2, 2)]]
+    assert visual_grids(pair("gemma3")[1], {}, adjacent) == [[(2, 2), (2, 2)]]
     with pytest.raises(BatchError, match="form no square grid"):
-        visual_grids(pair("smolvlm")[1], {}, adjacent)
+        visual_grids(pair("llava-onevision")[1], {}, torch.ones(1, 16, dtype=torch.bool))
+
+
+def test_resampled_attention_keeps_each_pictures_total():
+    # Attention was averaged like hidden states, so that a picture of many teacher tokens lost weight to one of few.
+    ids, roles = torch.zeros(1, 13, dtype=torch.long), torch.tensor([[0, *[1] * 8, 2, 2, 3, 3]])
+    theirs = torch.tensor([[*[1] * 25, 0, 1, 1, 1, 1, 2, 0, 3, 3]])
+    found = resampled(
+        correspond(ids, roles, torch.zeros_like(theirs), theirs, with_visual=True),
+        [[(2, 2), (2, 2)]],
+        [[(5, 5), (2, 2)]],
+    )
+    attention = torch.rand(1, theirs.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shared = found.to_student(attention, sums=True)
+    assert shared[0, 1:5].sum().item() == pytest.approx(attention[0, :25].sum().item())
+    torch.testing.assert_close(shared[0, 5:9], attention[0, 26:30])
+    constant = found.to_student(torch.full((1, theirs.shape[1], 3), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(constant[0, 1:9], torch.full((8, 3), 2.0, dtype=torch.float64))
+
+
+def test_equal_numbers_on_different_grids_are_refused():
+    # A picture of 2 x 6 tokens and one of 3 x 4 have as many, and were compared token by token.
+    check_grids([[(2, 6)]], [[(2, 6)]])
+    with pytest.raises(BatchError, match=r"grids \[\(2, 6\)\] .*teacher's \[\(3, 4\)\].*resample: true"):
+        check_grids([[(2, 6)]], [[(3, 4)]])
 
 
 # --- vocabularies -------------------------------------------------------------------------------------------------

@@ -218,3 +218,11 @@ def test_the_chunked_loss_is_the_same_on_an_accelerator():
         for name, t in terms.items()
     }
     torch.testing.assert_close(weighted_row_loss(moved, on_device, 4).loss.cpu(), expected)
+
+
+def test_a_row_that_is_no_number_is_not_passed_over():
+    # A teacher that overflowed had a divergence of 0, since a NaN is not above 0.
+    student, teacher = torch.randn(2, 5), torch.randn(2, 5)
+    teacher[1, 2] = float("nan")
+    values = forward_kl(student, teacher)
+    assert torch.isfinite(values[0]) and torch.isnan(values[1])

@@ -448,7 +448,7 @@ def test_a_batch_is_what_the_processor_makes_of_all_samples(family, side, record
     processor = processor_of(family)
     batch = Collator(processor.tokenizer.pad_token_id, side)([encode(record, processor) for record in records])
     expected = dict(called_on_all(processor, records, side, empty_lists=family in EMPTY_LISTS))
-    assert batch.keys() - {"roles", "labels"} == expected.keys()
+    assert batch.keys() - {"roles", "labels", "pictures"} == expected.keys()
     for name, value in expected.items():
         assert torch.equal(batch[name], value), name
 

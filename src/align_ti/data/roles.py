@@ -8,6 +8,7 @@ be guessed, so the record is refused.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ ROLE_OF_WORDS = {"system": OTHER, "user": INSTRUCTION, "assistant": RESPONSE}
 NO_LABEL = -100
 """The label of a token that no loss reads; transformers' own convention."""
 
-NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "candidates"})
+NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "pictures", "candidates", "teacher"})
 
-PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "roles", "labels"})
+PER_TOKEN = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "roles", "labels", "pictures"}
+)
 """Fields with one entry a token: what tokenizers return, the two names for "which modality", and ours. All else is of pictures."""
 
 
@@ -64,7 +67,8 @@ def encode(
     train: bool = True,
     ask: bool = False,
 ) -> dict[str, Tensor]:
-    """One record as tensors: the processor's inputs, `roles` and `labels`. Fields of `PER_TOKEN` are [seq], others as they come.
+    """One record as tensors: the processor's inputs, `roles`, `labels` and `pictures` (at visual tokens the number of their picture in
+    the record, from 1; 0 elsewhere). Fields of `PER_TOKEN` are [seq], others as they come.
 
     Every assistant turn's words and the special token that ends it are response; every user turn's words are instruction; tokens
     whose embedding is replaced by a picture's feature are visual; all else is other, what the processor puts around visual tokens
@@ -99,6 +103,7 @@ def encode(
     if train:
         check_ends(pieces, roles, words, place)
     inputs["roles"] = torch.tensor([roles])
+    inputs["pictures"] = torch.tensor([picture_numbers(pieces, roles, areas)])
     inputs["labels"] = torch.where(inputs["roles"] == RESPONSE, inputs["input_ids"], NO_LABEL)
     if max_length is not None and len(pieces) > max_length:
         raise DataError(
@@ -267,6 +272,14 @@ def token_roles(
         else:
             roles.append(max((role for role in held if role != VISUAL), default=OTHER))
     return roles
+
+
+def picture_numbers(pieces: Sequence[Piece], roles: Sequence[int], areas: Sequence[range]) -> list[int]:
+    """For each visual token the number of its picture, from 1; 0 for all other tokens."""
+    starts = [area.start for area in areas]
+    return [
+        bisect_right(starts, piece.start) if role == VISUAL else 0 for piece, role in zip(pieces, roles, strict=True)
+    ]
 
 
 def image_id(processor: ProcessorMixin) -> int | None:

@@ -34,15 +34,22 @@ class Correspondence:
     teacher_visual: Tensor
     mixing: list[Tensor] | None = None
 
-    def to_student(self, values: Float[Tensor, "batch teacher_seq ..."]) -> Float[Tensor, "batch seq ..."]:
-        """Values at the teacher's positions, laid out as the student's sequence."""
+    def to_student(
+        self, values: Float[Tensor, "batch teacher_seq ..."], *, sums: bool = False
+    ) -> Float[Tensor, "batch seq ..."]:
+        """Values at the teacher's positions, laid out as the student's sequence.
+
+        Where visual tokens are mixed, the student's hold means of the teacher's, or, with `sums`, shares of them, so that a
+        picture's total stays what it is: attention is shared out, hidden states are not.
+        """
         places = self.places.to(values.device)
         sample = torch.arange(len(places), device=values.device)[:, None]
         moved = values[sample, places]
         for index, weights in enumerate(self.mixing or ()):
             seen = values[index][self.teacher_visual[index]]
             if len(seen):
-                moved[index, self.visual[index]] = torch.tensordot(weights.to(seen), seen, dims=1)
+                mixed = weights / weights.sum(0) if sums else weights
+                moved[index, self.visual[index]] = torch.tensordot(mixed.to(seen), seen, dims=1)
         return moved
 
 
@@ -123,3 +130,17 @@ def check_visual(roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "ba
             f"sample {sample}: {int(ours[sample])} visual tokens for the student, {int(theirs[sample])} for the teacher; IVA compares "
             "equal numbers; set objective.iva.resample: true to resample the teacher's on the image grid, or leave IVA out (weight: 0)."
         )
+
+
+def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequence[Grid]]) -> None:
+    """Refuse equal numbers of visual tokens on different grids: one by one they would show different parts of the picture.
+
+    Raises:
+        BatchError: the first sample is named.
+    """
+    for sample, (ours, theirs) in enumerate(zip(grids, teacher_grids, strict=True)):
+        if list(ours) != list(theirs):
+            raise BatchError(
+                f"sample {sample}: the student's visual tokens form grids {list(ours)} (rows, columns), the teacher's {list(theirs)}; "
+                "IVA compares equal grids; set objective.iva.resample: true, or leave IVA out (weight: 0)."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -14,19 +14,21 @@ def visual_weights(
     visual: Bool[Tensor, "batch seq"],
     instruction: Bool[Tensor, "batch seq"],
     images: Literal["together", "separately"] = "together",
+    pictures: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """w_i = alpha_i / sum of alpha over the sample's visual tokens; 0 elsewhere.
 
     The weights of a sample sum to 1, or to 0 if no instruction token sees a visual one. A picture behind the last instruction
-    token is not looked at and has no weight. With `separately` each picture (a run of adjacent visual tokens) is normalised on its
-    own, and all pictures that are looked at count the same.
+    token is not looked at and has no weight. With `separately` each picture is normalised on its own, and all pictures that are looked
+    at count the same. `pictures` holds the number of each visual token's picture, from 1; without it a picture is a run of adjacent
+    visual tokens.
 
     Source: Align-TI (arXiv:2602.09483), the weights of the IVA term.
     """
     seen = seen_visual(visual, instruction)
     alpha = torch.where(seen, attention, 0.0)
     if images == "separately":
-        alpha = alpha / picture_totals(alpha, seen).masked_fill(~seen, 1.0)
+        alpha = alpha / picture_totals(alpha, seen, pictures).masked_fill(~seen, 1.0)
     return alpha / alpha.sum(-1, keepdim=True).masked_fill(~seen.any(-1, keepdim=True), 1.0)
 
 
@@ -36,12 +38,18 @@ def seen_visual(visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "ba
     return visual & behind
 
 
-def picture_totals(alpha: Float[Tensor, "batch seq"], visual: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """At each visual token the sum of alpha over its run of adjacent visual tokens; 0 elsewhere."""
-    before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-    run = (visual & ~before).long().cumsum(-1) * visual
-    totals = alpha.new_zeros(alpha.shape[0], alpha.shape[1] + 1).scatter_add(1, run, alpha)
-    return totals.gather(1, run) * visual
+def picture_totals(
+    alpha: Float[Tensor, "batch seq"],
+    visual: Bool[Tensor, "batch seq"],
+    pictures: Int[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """At each visual token the sum of alpha over its picture; 0 elsewhere."""
+    if pictures is None:
+        before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        pictures = (visual & ~before).long().cumsum(-1)
+    number = pictures * visual
+    totals = alpha.new_zeros(alpha.shape[0], alpha.shape[1] + 1).scatter_add(1, number, alpha)
+    return totals.gather(1, number) * visual
 
 
 def aligned_samples(

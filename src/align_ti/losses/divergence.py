@@ -25,7 +25,7 @@ def forward_kl(
     log_q = (at_least_float32(student) / temperature).log_softmax(-1)
     p = log_p.exp()
     # A token that the teacher rules out entirely (log 0) costs nothing, not 0 * inf.
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum(-1) * temperature**2
 
 

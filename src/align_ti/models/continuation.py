@@ -11,14 +11,15 @@ Source: Align-TI (arXiv:2602.09483), the ribbon mask of its TPA term.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
@@ -89,8 +90,10 @@ def continue_branches(
     """
     assert reading.cache is not None, "the gold pass was read without keep_cache"
     masks = {kind: branch_rows(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
+    marks = {name: torch.zeros_like(branches.tokens) for name in TOKEN_MARKS if name in inputs}
     with own_attention(model):
         out = backbone(model)(
+            **marks,
             input_ids=branches.tokens,
             attention_mask=for_layers(masks),
             position_ids=branch_positions(model, inputs, branches),
@@ -156,25 +159,35 @@ def gold_rows(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bo
     # Padding rows see themselves, so that no row of the softmax is empty; nothing else sees them.
     seen = (distance >= 0) & real_tokens(inputs)[:, None, :] | torch.eye(length, dtype=torch.bool, device=device)
     rows = {kind: seen & within(model, kind, distance) for kind in set(layer_kinds(model))}
-    if "token_type_ids" in inputs:
-        rows.update(own_masks(model, inputs))
+    if _MAKES_MASKS.get(model, True) and any(name in inputs for name in TOKEN_MARKS):
+        own = own_masks(model, inputs)
+        _MAKES_MASKS[model] = bool(own)
+        rows.update(own)
     return rows
+
+
+_MAKES_MASKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether a model was seen to make masks from marks; asking costs a pass of its vision tower."""
+
+
+class _MasksAreMade(Exception):  # noqa: N818 - nothing is wrong
+    """Ends a pass at the language model: what it was given is all that is asked."""
 
 
 @torch.no_grad()
 def own_masks(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bool[Tensor, "batch seq seq"]]:
     """The masks that the model's backbone itself makes of the inputs, if it makes any before its language model."""
     given: list[Any] = []
-    hidden = inputs["input_ids"].new_zeros(*inputs["input_ids"].shape, 1, dtype=torch.float32)
 
-    def noted(*_arguments: Any, **options: Any) -> BaseModelOutputWithPast:
+    def noted(*_arguments: Any, **options: Any) -> None:
         given.append(options.get("attention_mask"))
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        raise _MasksAreMade
 
-    with own_attention(model), standing_in(language_model(model), noted):
+    with own_attention(model), standing_in(language_model(model), noted), suppress(_MasksAreMade):
         backbone(model)(**{**inputs, "position_ids": position_ids(model, inputs)}, use_cache=False, return_dict=True)
     masks = given[0] if isinstance(given[0], Mapping) else dict.fromkeys(set(layer_kinds(model)), given[0])
-    eye = torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+    ids = inputs["input_ids"]
+    eye = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
     return {
         kind: mask[:, 0] | eye
         for kind, mask in masks.items()

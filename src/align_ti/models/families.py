@@ -189,15 +189,28 @@ def class_tokens(vision: PreTrainedConfig | None) -> int:
     return int(getattr(vision, "model_type", "") == "clip_vision_model")
 
 
+def tokens_per_tile(model: PreTrainedModel) -> int | None:
+    """Visual tokens of one picture, or of one of the equal tiles it is cut into; None where they vary."""
+    config = model.config
+    if getattr(config, "image_grid_pinpoints", None):
+        return None
+    vision, factor = getattr(config, "vision_config", None), getattr(config, "scale_factor", None)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if isinstance(factor, int) and isinstance(size, int) and isinstance(patch, int):
+        return (size // patch) ** 2 // factor**2
+    named = (getattr(config, name, None) for name in ("mm_tokens_per_image", "image_seq_length"))
+    return visual_tokens(config) or next((int(count) for count in named if count), None)
+
+
 def visual_grids(
     model: PreTrainedModel, inputs: Mapping[str, Any], visual: Bool[Tensor, "batch seq"]
 ) -> list[list[tuple[int, int]]]:
     """Rows and columns of the grid that each picture's (or tile's) visual tokens form, for each sample, in reading order.
 
     Raises:
-        BatchError: a run of visual tokens is no grid that the config or a square explains.
+        BatchError: a run of visual tokens is not made of square grids that the config names.
     """
-    given, fixed = inputs.get("image_grid_thw"), visual_tokens_per_picture(model)
+    given, fixed = inputs.get("image_grid_thw"), tokens_per_tile(model)
     if given is not None:
         merge = int(model.config.vision_config.spatial_merge_size)
         pictures = iter([(height // merge, width // merge) for _, height, width in given.tolist()])
@@ -210,14 +223,13 @@ def visual_grids(
                     found.append(next(pictures))
                     count -= found[-1][0] * found[-1][1]
                 continue
-            size = fixed if fixed is not None and count % fixed == 0 else count
-            side = math.isqrt(size)
-            if side * side != size:
+            side = 0 if fixed is None else math.isqrt(fixed)
+            if fixed is None or side * side != fixed or count % fixed:
                 raise BatchError(
-                    f"sample {sample}: {size} visual tokens of {type(model).__name__} form no square grid to resample from; "
+                    f"sample {sample}: {count} visual tokens of {type(model).__name__} form no square grids that its config names; "
                     "leave IVA out (objective.iva.weight: 0) or choose models with equal visual tokens."
                 )
-            found += [(side, side)] * (count // size)
+            found += [(side, side)] * (count // fixed)
         grids.append(found)
     return grids
 

@@ -21,11 +21,12 @@ class Pairing:
     """How a student and a teacher are compared.
 
     `shared` picks the logits of the tokens that both know. `one_tower` says that both have the same frozen vision tower, whose
-    features are then computed once.
+    features are then computed once. `wordless` are the teacher's tokens that stand for no word, so that none of them is a candidate.
     """
 
     shared: slice | Int[Tensor, " shared"] = field(default_factory=lambda: slice(None))
     one_tower: bool = False
+    wordless: tuple[int, ...] = ()
 
     def unshared(self, tokens: int) -> tuple[int, ...]:
         """The token ids below `tokens` that only one of the two knows."""
@@ -52,7 +53,12 @@ def pair_up(
         ModelError: a token has different ids in the two tokenizers, or heads differ in size and no tokenizer tells the tokens.
     """
     shared = shared_tokens(student, teacher, processor, teacher_processor)
-    return Pairing(shared, teacher_processor is None and same_frozen_tower(student, teacher))
+    image = image_token(teacher)
+    return Pairing(
+        shared,
+        one_tower=teacher_processor is None and same_frozen_tower(student, teacher),
+        wordless=() if image is None else (image,),
+    )
 
 
 def shared_tokens(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from align_ti.config import Objective, Recipe
 from align_ti.data.conversation import Conversation
 from align_ti.errors import CheckError
 from align_ti.models.adapters import unwrapped
 from align_ti.models.loading import best_device
+from align_ti.models.placement import move
 from align_ti.pipeline.parts import Parts, load_parts
 from align_ti.pipeline.records import TrainingData, first_records, training_data
 from align_ti.preflight.checks import run_checks
@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe) -> Report:
     data, _ = training_data(recipe, parts.processor, teacher_processor=parts.own_processor)
     for model in (parts.student, parts.teacher):
         if model is not None:
-            nn.Module.to(model, device)
+            move(unwrapped(model), device)
     return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, first_records(data))
 
 

@@ -17,8 +17,8 @@ from align_ti.models.families import full_attention_layers
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.preflight.cost import cost_verdicts
-from align_ti.preflight.pair import Models, comparable_rows, fit_verdicts, visual_tokens
-from align_ti.preflight.pixels import on_device, pixel_verdicts
+from align_ti.preflight.pair import Models, comparable_rows, fit_verdicts, on_device, visual_tokens
+from align_ti.preflight.pixels import pixel_verdicts
 from align_ti.preflight.samples import FirstRecords, Sample, data_verdicts, read_first
 from align_ti.preflight.terms import MISHAPS, fused_verdicts, projection, term_verdicts
 from align_ti.preflight.traceless import traceless
@@ -105,7 +105,7 @@ def probe(
     batch = on_device(collate([sample.tensors for sample in probes]), device)
     verdicts = [visual_tokens(name, model, batch) for name, model in models.items()] if pictured else []
     if "teacher" in batch:
-        verdicts.append(comparable_rows(models, batch, objective))
+        verdicts.append(comparable_rows(models, [sample.tensors for sample in found.usable], collate, objective))
     if worst(verdicts) == "fail":
         return [*verdicts, not_run()]
     one = on_device(collate([probes[0].tensors]), device)

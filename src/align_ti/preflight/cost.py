@@ -16,8 +16,7 @@ from align_ti.config import Objective, Training
 from align_ti.data.collator import Collator
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing
-from align_ti.preflight.pair import Models
-from align_ti.preflight.pixels import on_device
+from align_ti.preflight.pair import Models, on_device
 from align_ti.preflight.samples import Sample
 from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Objective
+from align_ti.data.collator import Collator
 from align_ti.data.roles import VISUAL, image_id, model_inputs
 from align_ti.errors import AlignTIError
 from align_ti.models import families
@@ -30,6 +31,14 @@ def read_by(name: str, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch as the named model reads it: a teacher with a processor of its own has its own."""
     own: Mapping[str, Any] = batch.get("teacher", batch) if name == "teacher" else batch
     return own
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device, the teacher's own part too."""
+    return {
+        name: on_device(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in batch.items()
+    }
 
 
 def refusal(check: Callable[[], object]) -> str | None:
@@ -162,19 +171,24 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.4g} M"
 
 
-def comparable_rows(models: Models, batch: Mapping[str, Any], objective: Objective) -> Verdict:
+def comparable_rows(
+    models: Models, samples: Sequence[Mapping[str, Any]], collate: Collator, objective: Objective
+) -> Verdict:
     """Whether a student and a teacher that read inputs of their own read the same responses, and pictures that can be compared."""
-    ours, theirs = view(models["student"], batch), view(models["teacher"], batch["teacher"])
-    problem = refusal(lambda: places_of(ours, theirs, objective))
-    lengths = [of.roles.shape[1] for of in (ours, theirs)]
+    problems, device = [], models["student"].device
+    for sample in samples:
+        batch = on_device(collate([sample]), device)
+        ours, theirs = view(models["student"], batch), view(models["teacher"], batch["teacher"])
+        problems.append(refusal(partial(places_of, ours, theirs, objective)))
+    bad = [problem for problem in problems if problem is not None]
     return Verdict(
         name="rows",
-        state="fail" if problem else "pass",
-        measured=(
-            problem or f"{lengths[0]} tokens for the student, {lengths[1]} for the teacher, with the same responses"
-        ).rstrip("."),
+        state="fail" if bad else "pass",
+        measured=f"in {len(bad)} of {len(samples)} records the rows of student and teacher cannot be compared"
+        + (f", first: {bad[0].rstrip('.')}" if bad else ""),
         expected="for each of the student's rows one of the teacher's",
         way_out="choose models whose templates end a turn alike, or set what the sentence names",
+        values={"records": len(samples), "not_comparable": len(bad)},
     )
 
 
@@ -184,7 +198,7 @@ def comparable_rows(models: Models, batch: Mapping[str, Any], objective: Objecti
 @torch.no_grad()
 def visual_tokens(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Verdict:
     """Whether the model's tower gives as many vectors as the batch has visual tokens."""
-    batch = read_by(name, batch)
+    batch = on_device(read_by(name, batch), model.device)
     expected, error, given = int((batch["roles"] == VISUAL).sum()), None, None
     try:
         given = tower_vectors(model, batch)

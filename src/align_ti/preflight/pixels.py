@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.data.collator import Collator
 from align_ti.data.roles import RESPONSE, VISUAL, encode, model_inputs
-from align_ti.preflight.pair import read_by
+from align_ti.preflight.pair import on_device, read_by
 from align_ti.preflight.plain import own_logits
 from align_ti.preflight.samples import Sample, with_other_pictures
 from align_ti.preflight.verdicts import Verdict
@@ -87,14 +86,6 @@ def answer_rows(sample: Sample) -> Tensor:
 def moved(one: Float[Tensor, "rows vocab"], two: Float[Tensor, "rows vocab"]) -> float:
     """The mean absolute difference of two log-probabilities."""
     return float((one - two).abs().mean())
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on a device, the teacher's own part too."""
-    return {
-        name: on_device(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in batch.items()
-    }
 
 
 def pixels_matter(name: str, change: Change) -> Verdict:

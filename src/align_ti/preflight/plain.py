@@ -22,15 +22,21 @@ from align_ti.models.families import attention_modules, language_model
 @torch.no_grad()
 def own_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "batch seq vocab"]:
     """The logits that the model's own forward pass gives, in float32 or wider."""
-    logits: Tensor = model(**inputs).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    asked = inputs["input_ids"].device
+    logits: Tensor = model(**moved(inputs, model.device)).logits
+    return logits.to(asked, torch.promote_types(logits.dtype, torch.float32))
+
+
+def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The inputs on a device: a teacher may be on another than the student."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def kl_of_rows(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     """sum p_T (log p_T - log p_S) of each row, times the squared temperature."""
     log_t, log_s = (torch.log_softmax(logits / temperature, dim=-1) for logits in (teacher, student))
     # Where the teacher's probability is 0 the product is 0, and not 0 times infinity.
-    return torch.where(log_t.exp() > 0, log_t.exp() * (log_t - log_s), 0.0).sum(-1) * temperature**2
+    return torch.where(log_t.exp() == 0, 0.0, log_t.exp() * (log_t - log_s)).sum(-1) * temperature**2
 
 
 def sft(student: Float[Tensor, "seq vocab"], ids: Int[Tensor, " seq"], roles: Int[Tensor, " seq"]) -> float:
@@ -59,11 +65,12 @@ def iva(
     roles: Roles,
     *,
     separately: bool,
+    pictures: Int[Tensor, " seq"] | None = None,
 ) -> float:
     """KL at the visual rows, unshifted, each weighted by its share of the attention that the instruction pays."""
     ours, theirs = ([step for step in range(len(of)) if of[step] == VISUAL] for of in roles)
     values, weights = kl_of_rows(teacher[theirs], student[ours]), focus[theirs]
-    runs = visual_runs(roles[0].tolist()) if separately else [ours]
+    runs = (visual_runs(roles[0].tolist()) if pictures is None else by_picture(pictures)) if separately else [ours]
     ranks = [[ours.index(step) for step in run] for run in runs]
     seen = [run for run in ranks if float(weights[run].sum()) > 0]
     return float(sum((weights[run] / weights[run].sum() * values[run]).sum() for run in seen) / max(len(seen), 1))
@@ -73,6 +80,14 @@ def response_ranks(roles: Int[Tensor, " seq"], steps: Sequence[int]) -> list[int
     """Which response tokens, counted from the first, stand at these places."""
     places = [step for step in range(len(roles)) if roles[step] == RESPONSE]
     return [places.index(step) for step in steps]
+
+
+def by_picture(pictures: Int[Tensor, " seq"]) -> list[list[int]]:
+    """The positions of each picture's visual tokens."""
+    return [
+        [step for step, number in enumerate(pictures.tolist()) if number == wanted]
+        for wanted in sorted(set(pictures.tolist()) - {0})
+    ]
 
 
 def visual_runs(roles: Sequence[int]) -> list[list[int]]:
@@ -99,10 +114,10 @@ def instruction_focus(
     handle = attention_modules(teacher)[layer].register_forward_hook(keep)
     try:
         with eager(teacher):
-            teacher(**inputs)
+            teacher(**moved(inputs, teacher.device))
     finally:
         handle.remove()
-    matrix = matrices[0][0].to(torch.promote_types(matrices[0].dtype, torch.float32))
+    matrix = matrices[0][0].to(roles.device, torch.promote_types(matrices[0].dtype, torch.float32))
     return matrix.mean(0)[roles == INSTRUCTION].mean(0)
 
 

@@ -20,7 +20,7 @@ from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
 from align_ti.preflight import plain
-from align_ti.preflight.pair import Models, read_by
+from align_ti.preflight.pair import Models, on_device, read_by
 from align_ti.preflight.verdicts import Verdict
 from align_ti.training.objective import distillation_loss, left_out_tokens
 
@@ -173,7 +173,7 @@ def projected(model: PreTrainedModel, hidden: Float[Tensor, "rows hidden"]) -> F
 @torch.no_grad()
 def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Verdict:
     """Whether rows that the loss projects are the logits of the model's own forward pass."""
-    batch = read_by(name, batch)
+    batch = on_device(read_by(name, batch), model.device)
     inputs = model_inputs(batch)
     rows = ((batch["roles"][0] == RESPONSE).nonzero().flatten() - 1).tolist()
     own = plain.own_logits(model, inputs)[0, rows]
@@ -261,7 +261,8 @@ def fused(
         student,
         models.get("teacher"),
         batch,
-        only(objective, name),
+        # Packed, gold rows are read in one pass with the branches, under the mask of both.
+        objective if objective.tpa.form == "packed" else only(objective, name),
         candidates,
         torch.Generator(student.device).manual_seed(0),
         pairing=pairing,
@@ -296,7 +297,9 @@ def again(models: Models, batch: Mapping[str, Any], objective: Objective, name: 
     layer = objective.iva.layer
     assert isinstance(layer, int)
     focus = plain.instruction_focus(models["teacher"], model_inputs(theirs), roles[1], layer)
-    return plain.iva(student, teacher, focus, roles, separately=objective.iva.images == "separately")
+    pictures = None if "pictures" not in ours else ours["pictures"][0]
+    separately = objective.iva.images == "separately"
+    return plain.iva(student, teacher, focus, roles, separately=separately, pictures=pictures)
 
 
 def both_tpa(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from align_ti.config import Objective, Tpa
 from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL, model_inputs
 from align_ti.errors import BatchError, ConfigError
-from align_ti.interactions.correspondence import Correspondence, check_visual, correspond, resampled
+from align_ti.interactions.correspondence import Correspondence, check_grids, check_visual, correspond, resampled
 from align_ti.interactions.transitions import Transitions, draw, plan_transitions
 from align_ti.interactions.visual import aligned_samples, visual_weights
 from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, weighted_row_loss
@@ -135,7 +135,7 @@ def distillation_loss(
     every_mass = batch_masses(labels, roles, plan)
     masses = {name: every_mass[name] for name in terms}
     whole = masses if step_masses is None else step_masses(masses)
-    weights = gold_weights(labels, roles, objective, attention, plan)
+    weights = gold_weights(labels, roles, objective, attention, plan, batch.get("pictures"))
     student_rows, teacher_rows, row_labels, row_weights = gather_rows(weights, plan, labels, student_pass, teacher_pass)
     dtype = torch.promote_types(student_rows.dtype, torch.float32)
     # A mass is a count; where it is 0 the total is 0 too, and dividing by 1 keeps it so.
@@ -212,11 +212,21 @@ def places_of(ours: View, theirs: View, objective: Objective) -> Correspondence:
             f"sample {sample}: the picture stands before the instruction for one model and behind it for the other, where attention "
             "cannot look at it; choose templates of one order or leave IVA out (objective.iva.weight: 0)."
         )
-    if not objective.iva.resample:
-        check_visual(ours.roles, roles)
+    if objective.iva.resample:
+        return resampled(found, *(grids_of(of) for of in (ours, theirs)))
+    check_visual(ours.roles, roles)
+    try:
+        one, other = grids_of(ours), grids_of(theirs)
+    except BatchError:
+        # Neither config nor inputs tell the grids, so equal numbers are all that can be asked for.
         return found
-    grids = [families.visual_grids(of.model, of.inputs, of.roles == VISUAL) for of in (ours, theirs)]
-    return resampled(found, *grids)
+    check_grids(one, other)
+    return found
+
+
+def grids_of(of: View) -> list[list[tuple[int, int]]]:
+    """The grids of visual tokens that a model reads."""
+    return families.visual_grids(of.model, of.inputs, of.roles == VISUAL)
 
 
 def check_batch(ids: Tensor, labels: Tensor, roles: Tensor, real: Tensor) -> None:
@@ -304,7 +314,7 @@ def run_passes(
     device = ours.roles.device
     if found is not None and teacher_pass is not None:
         teacher_pass = Pass(found.to_student(teacher_pass.gold), teacher_pass.branches)
-        attention = None if attention is None else found.to_student(attention)
+        attention = None if attention is None else found.to_student(attention, sums=True)
     return plan, student_pass, teacher_pass, None if attention is None else attention.to(device)
 
 
@@ -371,7 +381,8 @@ def draw_candidates(
     chunk = max(1, CHUNK_LOGITS // project.out_features)
     drawn = [
         draw(
-            project(rows),
+            # The teacher may be on another device than the generator.
+            project(rows).to(rows.device if generator is None else generator.device),
             tpa.candidates,
             temperature=tpa.temperature,
             top_k=tpa.top_k,
@@ -441,7 +452,7 @@ def plan_candidates(
 def left_out_tokens(student: PreTrainedModel, tpa: Tpa, pairing: Pairing) -> tuple[int, ...]:
     """The tokens that have no next step: ends of a turn, the image token, which stands for no word, and what the teacher does not
     know."""
-    unknown = pairing.unshared(Projection(student).out_features)
+    unknown = pairing.unshared(Projection(student).out_features) + pairing.wordless
     if tpa.left_out is not None:
         return tpa.left_out + unknown
     image = families.image_token(student)
@@ -454,12 +465,14 @@ def gold_weights(
     objective: Objective,
     attention: Float[Tensor, "batch seq"] | None,
     plan: Transitions | None,
+    pictures: Int[Tensor, "batch seq"] | None = None,
 ) -> dict[str, Float[Tensor, "batch seq"]]:
     """How much each gold row counts in each term."""
     predicts = (next_labels(labels) != NO_LABEL).float()
     weights = {"sft": predicts, "kd": predicts}
     if attention is not None:
-        weights["iva"] = visual_weights(attention, roles == VISUAL, roles == INSTRUCTION, objective.iva.images)
+        visual, instruction = roles == VISUAL, roles == INSTRUCTION
+        weights["iva"] = visual_weights(attention, visual, instruction, objective.iva.images, pictures)
     if plan is not None:
         weights["tpa"] = plan.gold_weights
     return {name: weights[name] for name in objective.active}

@@ -39,6 +39,10 @@ from align_ti.training.objective import (
 logger = logging.getLogger(__name__)
 
 
+Data = Sequence[Conversation] | Dataset[dict[str, Any]]
+"""Records, or a dataset of encoded samples."""
+
+
 class Sums:
     """Totals and masses of each term since the last log, joined over batches."""
 
@@ -79,7 +83,7 @@ class AlignTITrainer(Trainer):
         objective: terms and weights; `iva.layer="auto"` is resolved by scoring layers on a sample of the training data, once, and
             kept in `layer_scores.json` in the output folder.
         train_dataset: conversations, or a dataset whose items are encoded samples (`align_ti.data.roles.encode`).
-        eval_dataset: the same for evaluation.
+        eval_dataset: the same for evaluation, or several by name.
         processing_class: the student's processor.
         teacher_processing_class: the teacher's processor, if it has one of its own. Where it makes other inputs of a record than the
             student's, each model reads its own.
@@ -94,8 +98,8 @@ class AlignTITrainer(Trainer):
         teacher_model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         objective: Objective | None = None,
-        train_dataset: Sequence[Conversation] | Dataset[dict[str, Tensor]] | None = None,
-        eval_dataset: Sequence[Conversation] | Dataset[dict[str, Tensor]] | None = None,
+        train_dataset: Data | None = None,
+        eval_dataset: Data | Mapping[str, Data] | None = None,
         processing_class: ProcessorMixin | None = None,
         data_collator: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
         scores: Scores | None = None,
@@ -150,6 +154,7 @@ class AlignTITrainer(Trainer):
                 "the student has adapters and training is sharded (FSDP or DeepSpeed), where checkpoints of both together are not "
                 "followed; launch without sharding, which adapters hardly need, or train without student.lora."
             )
+        self.check_sharding()
         self.scores = Scores() if scores is None else scores
         self.teacher_model = teacher_model
         if teacher_model is not None:
@@ -166,6 +171,28 @@ class AlignTITrainer(Trainer):
         self.train_sums, self.eval_sums = Sums(), Sums()
         self.step_totals: Masses | None = None
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
+
+    def check_sharding(self) -> None:
+        """Refuse forms of sharding in which parts of the student cannot be called as the loss does.
+
+        Raises:
+            ConfigError: FSDP of version 2, or FSDP with accumulation while TPA draws its candidates beforehand.
+        """
+        if not self.is_fsdp_enabled:
+            return
+        if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
+            raise ConfigError(
+                "training is sharded by FSDP 2, whose hooks the loss bypasses; FSDP 1 (fsdp_version: 1), DDP, or one GPU are accepted."
+            )
+        if self.args.gradient_accumulation_steps > 1 and "tpa" in self.objective.active:
+            raise ConfigError(
+                "training is sharded by FSDP with gradient_accumulation_steps above 1, where candidates are drawn before the wrapped "
+                "forward pass gathers the weights; use accumulation 1, DDP, or objective.tpa.weight: 0."
+            )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in transformers, for conversations too."""
+        return super().get_eval_dataloader(encoded(eval_dataset, self.processing_class, self.teacher_processor))
 
     # --- the layer of IVA ---------------------------------------------------------------------------------------------
 
@@ -265,6 +292,8 @@ class AlignTITrainer(Trainer):
         plan = None
         if "tpa" in objective.active:
             student = unwrapped(self.accelerator.unwrap_model(self.model))
+            # An evaluation leaves the student in eval mode, and draws would depend on whether there was one.
+            student.train()
             with self.accelerator.autocast():
                 if "candidates" not in batch:
                     batch["candidates"] = candidates_for(
@@ -316,6 +345,11 @@ class AlignTITrainer(Trainer):
     ) -> Any:
         """The objective of one batch, as its share of the whole optimizer step."""
         objective, training = self.resolve_layer(), model.training
+        if self.teacher_processor is not None and objective.needs_teacher and "teacher" not in inputs:
+            raise ConfigError(
+                "the teacher's processor makes other inputs than the student's, but the batch holds none for it; pass conversations as "
+                "the dataset, or give each sample the teacher's own (align_ti.data.lengths.paired)."
+            )
         whole = self.accelerator.unwrap_model(model)
         student = unwrapped(whole)
 
@@ -394,7 +428,10 @@ class AlignTITrainer(Trainer):
     # --- the log ------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        """As in transformers, with each term's mean over the whole evaluation set among the metrics."""
+        """As in transformers, with each term's mean over the whole evaluation set among the metrics.
+
+        Several processes fill the last batch up with records that they repeat, as accelerate does; those count twice.
+        """
         self.eval_sums, self.eval_draws = Sums(), 0
         output = super().evaluation_loop(*arguments, **options)
         prefix = options.get("metric_key_prefix", "eval")
@@ -413,13 +450,17 @@ class AlignTITrainer(Trainer):
         super().log(logs, start_time)
 
 
-def encoded(data: Any, processor: ProcessorMixin | None, teacher_processor: ProcessorMixin | None = None) -> Any:
+def encoded(data: Any, processor: Any, teacher_processor: ProcessorMixin | None = None) -> Any:
     """Conversations as an encoded dataset, for a teacher with a processor of its own too; anything else as it is."""
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], Conversation):
         if processor is None:
             raise ConfigError("conversations need a processor to become tokens; give processing_class.")
         theirs = None if teacher_processor is None else EncodedConversations(data, teacher_processor)
         return EncodedConversations(data, processor, teacher=theirs)
+    if isinstance(data, Mapping):
+        return {name: encoded(part, processor, teacher_processor) for name, part in data.items()}
+    if isinstance(data, EncodedConversations) and teacher_processor is not None and data.teacher is None:
+        data.teacher = EncodedConversations(data.conversations, teacher_processor)
     return data
 
 
