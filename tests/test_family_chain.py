@@ -20,8 +20,8 @@ from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import RESPONSE, encode, image_id, model_inputs
 from align_ti.data.sources import read_conversations
-from align_ti.errors import CheckError, ConfigError, ModelError
-from align_ti.evaluation.runner import answer
+from align_ti.errors import CheckError, ConfigError, DataError, ModelError
+from align_ti.evaluation.runner import answer, divergence
 from align_ti.evaluation.tasks import question
 from align_ti.interactions.visual import visual_weights
 from align_ti.models.families import end_tokens, full_attention_layers, image_token
@@ -291,7 +291,9 @@ def test_two_families_are_distilled_from_folders(tmp_path):
     )
     assert 0 < result["divergence"] < float("inf")
     without = folder_recipe(tmp_path, out=str(tmp_path / "other"))
-    with pytest.raises(CheckError, match=r"rows: in 4 of 6 records .* sample 0: 4 visual tokens for the student, 9 for the teacher"):
+    with pytest.raises(
+        CheckError, match=r"rows: in 4 of 6 records .* sample 0: 4 visual tokens for the student, 9 for the teacher"
+    ):
         distil(Recipe.model_validate(without))
 
 
@@ -313,6 +315,15 @@ def crossed_trainer(tmp_path, dataset, **options) -> AlignTITrainer:
         teacher_processing_class=theirs,
         **options,
     )
+
+
+def test_different_responses_have_no_divergence():
+    # Rows of other tokens were compared where their number happened to agree, and failed without a reason where it did not.
+    ours = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.LLAMA3, tower="clip")
+    theirs = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.VICUNA, tower="clip")
+    student, teacher = (tiny_model("llava-llama3", ours, seed).float() for seed in (1, 2))
+    with pytest.raises(DataError, match="student and teacher read different response tokens"):
+        divergence(student, teacher, ours, records(), Evaluation(), teacher_processor=theirs)
 
 
 class Samples(torch.utils.data.Dataset):
