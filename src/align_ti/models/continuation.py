@@ -159,9 +159,11 @@ def gold_rows(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bo
     # Padding rows see themselves, so that no row of the softmax is empty; nothing else sees them.
     seen = (distance >= 0) & real_tokens(inputs)[:, None, :] | torch.eye(length, dtype=torch.bool, device=device)
     rows = {kind: seen & within(model, kind, distance) for kind in set(layer_kinds(model))}
-    if _MAKES_MASKS.get(model, True) and any(name in inputs for name in TOKEN_MARKS):
+    marks = [inputs[name] for name in TOKEN_MARKS if name in inputs]
+    if marks and _MAKES_MASKS.get(model, True):
         own = own_masks(model, inputs)
-        _MAKES_MASKS[model] = bool(own)
+        if any(bool(mark.any()) for mark in marks):  # a batch of text alone does not show it
+            _MAKES_MASKS[model] = bool(own)
         rows.update(own)
     return rows
 

@@ -92,7 +92,7 @@ def settings(module: nn.Module) -> dict[str, Any]:
     config: Any = getattr(module, "config", None)
     told = {} if config is None else config.to_dict()
     return {
-        name: value for name, value in told.items() if not name.startswith("_") and name not in {"dtype", "torch_dtype"}
+        name: value for name, value in told.items() if not name.startswith("_") and name not in {"dtype", "torch_dtype", "transformers_version"}
     }
 
 
