@@ -25,7 +25,7 @@ from align_ti.data.mixing import numbers_taken, read_mixture
 from align_ti.data.roles import RESPONSE, VISUAL, encode
 from align_ti.data.sources import read_conversations
 from align_ti.digits.models import build_processor
-from align_ti.errors import ConfigError, DataError, RunError
+from align_ti.errors import CacheError, ConfigError, DataError, RunError
 from align_ti.models.loading import load_processor
 from align_ti.pipeline.records import errors_of_workers, training_data
 from align_ti.pipeline.training import distil, training_arguments
@@ -261,12 +261,12 @@ def test_workers_share_a_cache_and_leave_no_drafts(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path, cache):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"data\.cache_dir: .*file.* cannot be made"):
+    with pytest.raises(CacheError, match=r"data\.cache_dir: .*file.* cannot be made"):
         SampleCache(tmp_path / "file", PROCESSOR)
     (one, *_) = records(tmp_path)
     path = cache.path(one)
     path.parent.write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot be written .*data\.cache: none"):
+    with pytest.raises(CacheError, match=r"cannot be written .*data\.cache: none"):
         cache.save(path, encode(one, PROCESSOR))
 
 
@@ -348,6 +348,18 @@ def test_too_many_bad_records_stop_the_run(pair, tmp_path):
             training_data(recipe(pair, tmp_path, train, {"on_bad_record": "skip", "max_skipped": limit}), processor)
         assert "The first:\n  " in str(caught.value)
     training_data(recipe(pair, tmp_path, train, {"on_bad_record": "skip", "max_skipped": 0.3}), processor)
+
+
+def test_a_full_disk_is_no_bad_record(pair, tmp_path, monkeypatch):
+    # Good records were skipped because their samples could not be kept, and the findings of that were used by every later run.
+    def full(*_: object) -> None:
+        raise CacheError("data.cache_dir: no room")
+
+    monkeypatch.setattr(SampleCache, "save", full)
+    train, processor = with_bad_records(pair), load_processor(str(pair / "student"))
+    skipping = {"on_bad_record": "skip", "max_skipped": 0.9, "cache": "disk", "cache_dir": str(tmp_path / "kept")}
+    with pytest.raises(CacheError, match="no room"):
+        training_data(recipe(pair, tmp_path, train, skipping), processor)
 
 
 @given(st.integers(0, 100), st.integers(1, 100), st.integers(0, 100))

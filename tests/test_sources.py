@@ -341,3 +341,60 @@ def test_a_stream_that_is_empty_or_bad_says_so(folder):
         list(StreamedConversations(data, PROCESSOR))
     with pytest.raises(ConfigError, match="stream reads one whole source"):
         Data(train=[{"path": "a"}, {"path": "b"}], stream=True)
+
+
+def test_a_folder_of_tables_of_which_some_would_be_left_out_is_refused(folder):
+    # datasets reads only files named after a split as soon as one is: half of the records were gone without a word.
+    (folder / "mix").mkdir()
+    for name in ("train", "extra"):
+        table().to_parquet(folder / "mix" / f"{name}.parquet")
+    source = Source(path=str(folder / "mix"), images=str(folder))
+    with pytest.raises(DataError, match=r"1 of the parquet files belong to no split \(extra.parquet\)"):
+        read_source(source, image_root(source))
+    (folder / "mix" / "train.parquet").rename(folder / "mix" / "other.parquet")
+    assert len(read_source(source, image_root(source))) == 2 * len(rows())
+
+
+def test_a_path_with_brackets_is_a_path_and_no_pattern(folder):
+    # datasets takes paths for patterns, and said that an existing file holds no data.
+    table().to_parquet(folder / "some [one].parquet")
+    source = Source(path=str(folder / "some [one].parquet"), images=str(folder))
+    assert len(read_source(source, image_root(source))) == len(rows())
+
+
+def test_where_every_record_is_refused_the_first_reason_is_told(folder):
+    # The message said that the file was empty.
+    (folder / "bad.json").write_text(json.dumps([{"image": "a.png", "conversations": []}] * 3))
+    refused: list[Refused] = []
+    with pytest.raises(DataError, match=r"all 3 records cannot be used; .* the first: .*bad.json, record 1"):
+        read_source(Source(path=str(folder / "bad.json")), ImageRoot(folder, False), refused.append)
+    assert len(refused) == 3
+
+
+def test_half_a_surrogate_pair_is_refused_by_the_record():
+    # The tokenizer failed with a TypeError, whatever the recipe said of bad records.
+    with pytest.raises(DataError, match=r"here: .*ud83d.* half of a surrogate pair"):
+        Conversation((Turn("user", "Q"), Turn("assistant", "cut \ud83d")), place="here")
+
+
+def test_a_caption_in_place_of_a_file_name_is_refused_and_not_looked_for(folder):
+    # The file system's own error reached the user as a traceback.
+    with pytest.raises(DataError, match=r"here: picture .* cannot be looked for \(File name too long\)"):
+        Conversation((Turn("user", "<image>Q"), Turn("assistant", "A")), (folder / ("a" * 300),), "here").check_files()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_line_end_beside_a_tag_goes_with_it_whatever_the_system(folder, end):
+    # A carriage return stayed in the instruction of data written on Windows.
+    turns = [{"from": "human", "value": f"Before{end}<image>{end}Q"}, {"from": "gpt", "value": "A"}]
+    record = {"image": "deep/er/0.png", "conversations": turns}
+    assert read_record(record, "here", ImageRoot(folder, False)).turns[0].text == "Before<image>Q"
+
+
+def test_a_data_file_that_is_not_there_is_said_to_be_missing(tmp_path):
+    # The message was about the image root, its parent folder.
+    with pytest.raises(DataError, match=r"nope/x.json: the data file does not exist"):
+        read_conversations(tmp_path / "nope" / "x.json")
+    (tmp_path / "long.jsonl").write_text("[" + "9" * 5000 + "]")
+    with pytest.raises(DataError, match="not usable JSON: Exceeds the limit"):
+        read_conversations(tmp_path / "long.jsonl")

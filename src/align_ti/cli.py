@@ -43,7 +43,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="The recipes that are shipped: list, show, copy.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
-console = Console()
+# Names and words of users may hold brackets, which are no markup.
+console = Console(markup=False)
 
 RecipePath = Annotated[
     Path, typer.Argument(help="A recipe file (.yaml), or the name of a shipped recipe.", metavar="RECIPE")
@@ -116,7 +117,7 @@ def train(
             steps=lambda done, total: advance("train", done, total),
             advance=lambda name, done, total: advance(f"measure: {name}", done, total),
             check=check,
-            seen=show_check,
+            seen=show_troubles,
         )
     if not PartialState().is_main_process:
         return
@@ -470,6 +471,13 @@ def dry(recipe: Recipe) -> None:
     console.print(table)
 
 
+def show_troubles(report: Report) -> None:
+    """What a check before training has to say: verdicts that are no pass, and how many there are of each."""
+    from align_ti.preflight.table import verdict_table
+
+    console.print(verdict_table(report.verdicts, all_of_them=False))
+
+
 def show_check(report: Report) -> None:
     """The verdicts of a check as a table, and the first sample with its roles coloured."""
     from align_ti.preflight.table import role_legend, sample_text, verdict_table
@@ -569,8 +577,8 @@ def quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # torchao says at import which of its kernels this machine lacks, whoever imports it.
-    for name in ("accelerate", "torchao", "torch.utils._pytree"):
+    # torchao says at import which of its kernels this machine lacks, whoever imports it; the hub's client tells of every attempt.
+    for name in ("accelerate", "huggingface_hub", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -22,6 +22,10 @@ class BatchError(AlignTIError, ValueError):
     """A batch handed to the loss contradicts itself: roles, labels, candidates or shapes do not fit."""
 
 
+class CacheError(AlignTIError):
+    """The folder that processed records are kept in cannot be used; no record is to blame."""
+
+
 class ModelError(AlignTIError, ValueError):
     """A model, or a pair of models, cannot be used: tokenizers, image tokens, attention or mode do not fit."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from align_ti.data.conversation import Conversation, Picture, StoredPicture
-from align_ti.errors import DataError
+from align_ti.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class SampleCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
+            raise CacheError(
                 f"data.cache_dir: {folder} cannot be made ({error.strerror}); a folder that can be written is accepted; choose another."
             ) from error
 
@@ -100,7 +100,7 @@ class SampleCache:
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 draft.unlink()
-            raise DataError(
+            raise CacheError(
                 f"data.cache_dir: {path} cannot be written ({error}); room on a disk that can be written is needed; free some, choose "
                 "another folder, or set data.cache: none."
             ) from error

@@ -64,7 +64,15 @@ class Conversation:
             DataError: a file does not exist.
         """
         for image in self.images:
-            if isinstance(image, Path) and not image.is_file():
+            try:
+                there = not isinstance(image, Path) or image.is_file()
+            except OSError as error:
+                raise DataError(
+                    f"{self.place}: picture {image!s:.80}... cannot be looked for ({error.strerror}); a file name is accepted; mend "
+                    "the record."
+                ) from error
+            if not there:
+                assert isinstance(image, Path)
                 raise missing_picture(image, self.place)
 
     def pictures(self) -> list[Image.Image]:
@@ -83,6 +91,15 @@ def check(conversation: Conversation) -> None:
         DataError: no turns, wrong order of speakers, an empty answer, or tags that do not match the pictures.
     """
     place, turns = conversation.place, conversation.turns
+    for text in (
+        *(turn.text for turn in turns),
+        *(str(image) for image in conversation.images if isinstance(image, Path)),
+    ):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise DataError(
+                f"{place}: {text.encode('utf-8', 'backslashreplace').decode()[:60]!r} holds half of a surrogate pair, such as an emoji "
+                "cut in two; whole characters are accepted; mend the record."
+            )
     spoken = [turn for turn in turns if turn.speaker != "system"]
     if any(turn.speaker == "system" for turn in turns[1:]):
         raise DataError(f"{place}: a system turn stands after the first turn; accepted: first or not at all; move it.")

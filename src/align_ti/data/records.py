@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -220,7 +221,7 @@ def read_turn(turn: Any, place: str, number: int) -> Turn:
 
 def without_line_ends(text: str) -> str:
     """The text without the one line end on either side of each image tag."""
-    return text.replace(f"{IMAGE_TAG}\n", IMAGE_TAG).replace(f"\n{IMAGE_TAG}", IMAGE_TAG)
+    return re.sub(rf"(?:\r?\n)?{IMAGE_TAG}(?:\r?\n)?", IMAGE_TAG, text)
 
 
 def as_caption(turns: Sequence[Turn], place: str) -> tuple[Turn, ...]:

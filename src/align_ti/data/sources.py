@@ -52,7 +52,17 @@ def read_source(source: Source, root: ImageRoot, refuse: Callable[[Refused], Non
     Raises:
         DataError: the source cannot be used, or holds no usable record.
     """
-    conversations = list(iterate(source, root, refuse))
+    refused: list[Refused] = []
+
+    def noted(one: Refused) -> None:
+        refused.append(one)
+        refuse(one)
+
+    conversations = list(iterate(source, root, noted))
+    if not conversations and refused:
+        raise DataError(
+            f"{source.path}: all {len(refused)} records cannot be used; at least one is needed; the first: {refused[0].reason}"
+        )
     if not conversations:
         raise DataError(f"{source.path}: no records found; at least one is needed; check that this is the right file.")
     return conversations
@@ -88,6 +98,8 @@ def image_root(source: Source, otherwise: str | None = None) -> ImageRoot:
         folder = path
     else:
         return ImageRoot(None, source.find_extension)
+    if named is None and path.suffix in {".json", ".jsonl"} and not folder.is_dir():
+        raise DataError(f"{path}: the data file does not exist; check data.train and data.eval.")
     if not folder.is_dir():
         raise DataError(
             f"{path}: the image root {folder} is not a folder; give the folder that picture names start from."
@@ -171,5 +183,7 @@ def parse(text: str, place: str) -> Any:
         raise DataError(
             f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend or remove it{hint}."
         ) from error
+    except ValueError as error:
+        raise DataError(f"{place}: not usable JSON: {error}; mend or remove it.") from error
     except RecursionError:
         raise DataError(f"{place}: not usable JSON: nested too deeply; a list of flat records is accepted.") from None

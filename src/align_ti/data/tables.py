@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -67,7 +68,11 @@ def load(source: Source, stream: bool) -> Any:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(source.path)
         elif path.is_dir() or path.suffix == ".parquet":
-            files = {"data_dir": source.path} if path.is_dir() else {"data_files": source.path}
+            # datasets reads names as patterns.
+            named = glob.escape(source.path)
+            files = {"data_dir": named} if path.is_dir() else {"data_files": named}
+            if path.is_dir():
+                check_every_file(path, datasets.load_dataset_builder("parquet", **files).config.data_files)
             found = datasets.load_dataset("parquet", **files, streaming=stream)
         else:
             found = datasets.load_dataset(source.path, source.subset, streaming=stream)
@@ -78,6 +83,22 @@ def load(source: Source, stream: bool) -> Any:
         ) from error
     one = the_split(found, source)
     return one.to_iterable_dataset() if stream and isinstance(one, datasets.Dataset) else one
+
+
+def check_every_file(folder: Path, taken: Any) -> None:
+    """Refuse a folder of which datasets leaves files out: where one file is named after a split, it passes over those that are not.
+
+    Raises:
+        DataError: the first files that would be left out are named.
+    """
+    read = {Path(str(file)).resolve() for files in (taken or {}).values() for file in files}
+    hidden = (file for file in folder.rglob("*.parquet") if not file.name.startswith((".", "_")))
+    left = sorted(str(file.relative_to(folder)) for file in hidden if file.resolve() not in read)
+    if left:
+        raise DataError(
+            f"{folder}: {len(left)} of the parquet files belong to no split ({', '.join(left[:3])}), since others are named after one "
+            "(train, test, ...) and these are not; name all of them after splits, or none, or name one file as the source."
+        )
 
 
 def the_split(found: Any, source: Source) -> Any:

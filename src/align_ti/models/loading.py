@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,9 +63,14 @@ def load_model(
 def not_loaded(what: str, error: Exception) -> ModelError:
     """The error for a model that transformers cannot load."""
     return ModelError(
-        f"{what}: the model cannot be loaded ({first_line(error)}); a folder or hub name of a vision-language model of "
-        "transformers, saved as safetensors, is accepted."
+        f"{what}: the model cannot be loaded ({no_folder(what)}{first_line(error)}); a folder or hub name of a vision-language "
+        "model of transformers, saved as safetensors, is accepted."
     )
+
+
+def no_folder(path: str) -> str:
+    """Says that a name was looked for on the hub because no folder has it."""
+    return "" if Path(path.partition(", quantised")[0]).exists() else "no folder of that name is here; "
 
 
 def best_device() -> torch.device:
@@ -103,7 +109,7 @@ def load_processor(path: str) -> ProcessorMixin:
                 "build of your torch, for processors that can read videos."
             ) from error
         raise ModelError(
-            f"{path}: the processor cannot be loaded ({first_line(error)}); save it beside the model with "
+            f"{path}: the processor cannot be loaded ({no_folder(path)}{first_line(error)}); save it beside the model with "
             "processor.save_pretrained."
         ) from error
     if getattr(processor, "tokenizer", None) is None or not getattr(processor, "chat_template", None):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align_ti.models.families import backbone, head, tower
+from align_ti.models.placement import is_quantized
 
 
 @contextmanager
@@ -77,6 +78,9 @@ class Projection:
 def same_frozen_tower(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     """Whether both models have one vision tower: the same class, config and weights, frozen, and with no dropout to draw."""
     ours, theirs = tower(student), tower(teacher)
+    if is_quantized(student) or is_quantized(teacher):
+        # Quantised weights are of types of their own, which do not compare.
+        return False
     if ours is None or theirs is None or type(ours) is not type(theirs):
         return False
     if any(parameter.requires_grad for parameter in ours.parameters()) or draws(ours):
@@ -92,7 +96,9 @@ def settings(module: nn.Module) -> dict[str, Any]:
     config: Any = getattr(module, "config", None)
     told = {} if config is None else config.to_dict()
     return {
-        name: value for name, value in told.items() if not name.startswith("_") and name not in {"dtype", "torch_dtype", "transformers_version"}
+        name: value
+        for name, value in told.items()
+        if not name.startswith("_") and name not in {"dtype", "torch_dtype", "transformers_version"}
     }
 
 

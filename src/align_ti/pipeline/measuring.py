@@ -14,6 +14,7 @@ from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
+from align_ti.errors import DataError
 from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
@@ -78,6 +79,8 @@ def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: in
         ModelError: a model cannot be loaded.
     """
     for image in images:
+        if not image.is_file():
+            raise DataError(f"--image {image}: no such file; give the path of a picture.")
         open_picture(image, "the chat")
     return [
         Chat(load_model(path, "auto", best_device()), load_processor(path), tuple(images), max_new_tokens)

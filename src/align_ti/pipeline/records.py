@@ -21,7 +21,7 @@ from align_ti.data.conversation import Conversation
 from align_ti.data.mixing import Mixture, read_mixture
 from align_ti.data.sources import Refused, image_root, read_source
 from align_ti.data.streaming import StreamedConversations
-from align_ti.errors import DataError, RunError
+from align_ti.errors import CacheError, DataError, RunError
 from align_ti.preflight.checks import RECORDS
 from align_ti.runs import RunFolder, read_json, write_json, write_text
 
@@ -77,6 +77,8 @@ def training_data(
         found = checked(data, recipe, run, advance)
         refused, cut = refused + found.refused, found.cut
         refuse_too_many(refused, records, settings.max_skipped)
+        # Of the records that were drawn too: a large source of which a few are taken must not raise the limit.
+        refuse_too_many(found.refused, len(mixture.conversations), settings.max_skipped)
         if not found.usable:
             raise DataError(
                 f"every training record was skipped; at least one is needed; the first: {refused[0].reason}"
@@ -151,11 +153,12 @@ def first_records(data: TrainingData) -> Sequence[Conversation]:
 
 @contextmanager
 def errors_of_workers() -> Iterator[None]:
-    """Inside the block, a bad record found in a worker gives the message it gives elsewhere, not the worker's traceback."""
+    """Inside the block, an error found in a worker gives the message it gives elsewhere, not the worker's traceback."""
     try:
         yield
-    except DataError as error:
-        _, marker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+    except (DataError, CacheError) as error:
+        kind = type(error)
+        _, marker, message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")
         if not marker:
             raise
-        raise DataError(message.strip()) from error
+        raise kind(message.strip()) from error
