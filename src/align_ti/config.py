@@ -214,7 +214,8 @@ class Teacher(Knobs):
 
     where: ClassVar[str] = "teacher"
     path: str = Field(min_length=1)
-    """A folder or hub name of a vision-language model with the student's tokenizer and image tokens."""
+    """A folder or hub name of a vision-language model with the student's tokenizer. Where its processor makes other inputs of a record
+    than the student's, each model reads its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: as they were saved."""
     quantization: dict[str, Any] | None = Field(default=None, min_length=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -165,11 +165,6 @@ WAYS_OUT = {
 # --- our rows are the model's own -------------------------------------------------------------------------------------
 
 
-def projected(model: PreTrainedModel, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
-    """Logits of rows as the loss projects them. The one place of this part that knows how."""
-    return Projection(model)(hidden)
-
-
 @torch.no_grad()
 def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Verdict:
     """Whether rows that the loss projects are the logits of the model's own forward pass."""
@@ -177,7 +172,7 @@ def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> V
     inputs = model_inputs(batch)
     rows = ((batch["roles"][0] == RESPONSE).nonzero().flatten() - 1).tolist()
     own = plain.own_logits(model, inputs)[0, rows]
-    ours = projected(model, read(model, inputs, keep_cache=False).hidden[0, rows]).to(own.dtype)
+    ours = Projection(model)(read(model, inputs, keep_cache=False).hidden[0, rows]).to(own.dtype)
     scale = float(own.abs().max())
     apart = float((ours - own).abs().max()) / max(scale, torch.finfo(own.dtype).tiny)
     limit = PROJECTION.get(coarsest({"student": model}), PROJECTION[torch.bfloat16])

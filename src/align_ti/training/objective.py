@@ -98,8 +98,8 @@ def distillation_loss(
         student: the model to train, on any attention implementation.
         teacher: the model to imitate, in eval mode; read without gradient. May be None if only sft has weight.
         batch: the models' own inputs, with `labels` (-100 outside responses) and `roles` [batch, seq]: 0 other, 1 visual,
-            2 instruction, 3 response. A teacher with a processor of its own finds its inputs and `roles` under `teacher`, with the
-            same responses.
+            2 instruction, 3 response; `pictures` (the number of each visual token's picture) is read if it is there. A teacher
+            with a processor of its own finds its inputs and `roles` under `teacher`, with the same responses.
         objective: terms and weights. `iva.layer` must be a number here (`score_layers` finds it).
         candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn.
         generator: draws the candidates; on the device of the model that they are drawn from.
