@@ -1,0 +1,1 @@
+"""Speed, memory and settings, measured: one command each, JSON out."""
