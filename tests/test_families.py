@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from align_ti.errors import BatchError, ModelError
 from align_ti.interactions.correspondence import check_grids, correspond, resampled
 from align_ti.models.families import full_attention_layers, tower, visual_grids
 from align_ti.models.pairing import Pairing, pair_up, shared_ids
+from align_ti.models.recomputation import recomputed_layers
 from align_ti.models.standins import Projection, same_frozen_tower, tower_once
 from align_ti.training.objective import distillation_loss
 from tests import family_plain as plain
@@ -111,6 +113,23 @@ def test_gradients_equal_those_of_the_definitions(name, form):
         assert (got[parameter] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, parameter
 
 
+@pytest.mark.parametrize("name", BRANCHING)
+def test_layers_that_backward_recomputes_keep_the_cache(name):
+    family, student, teacher = pair(name)
+    batch, _ = case(name, MIXED if MIXED in family.compositions else "alone", seed=5)
+    tried, objective = candidates(batch), only(sft=Sft(), tpa=Tpa(form="reuse"))
+    known = gradients(student, distillation_loss(student, teacher, batch, objective, tried).loss)
+    checkpointed = copy.deepcopy(student)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.train()
+    assert recomputed_layers(checkpointed)
+    got = gradients(checkpointed, distillation_loss(checkpointed, teacher, batch, objective, tried).loss)
+    assert got.keys() == known.keys()
+    whole = sum(gradient.norm() for gradient in known.values())
+    for parameter, gradient in known.items():
+        assert (got[parameter] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, parameter
+
+
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()
@@ -145,6 +164,11 @@ def test_the_projection_is_the_models_own(name):
     with torch.no_grad():
         hidden = student.model(**inputs).last_hidden_state[0]
         torch.testing.assert_close(Projection(student)(hidden), student(**inputs).logits[0], rtol=0, atol=0)
+        linear = Projection(student).linear
+        # A family that does anything beside one product is not taken for a product.
+        assert (linear is None) == (name in {"paligemma", "gemma4"})
+        if linear is not None:
+            torch.testing.assert_close(linear(hidden), student(**inputs).logits[0], rtol=0, atol=0)
 
 
 def test_a_cap_behind_the_head_is_part_of_the_distribution():

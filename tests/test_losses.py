@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from align_ti.interactions.transitions import draw
-from align_ti.losses.divergence import forward_kl, negative_log_likelihood
-from align_ti.losses.weighted import Rows, RowWeights, term_values, weighted_row_loss
+from align_ti.losses import weighted
+from align_ti.losses.divergence import (
+    forward_kl,
+    forward_kl_with_gradient,
+    negative_log_likelihood,
+    negative_log_likelihood_with_gradient,
+)
+from align_ti.losses.weighted import EVERY, Rows, RowWeights, weighted_row_loss
 
 TEMPERATURES = {"nll": None, "kl": 1.0, "soft": 2.0}
 
@@ -36,6 +45,59 @@ def weights(seed: int, count: int = 11) -> dict[str, RowWeights]:
             weights=weight, coefficient=torch.rand((), generator=random, dtype=torch.float64), temperature=temperature
         )
     return made
+
+
+class Through:
+    """A head that says nothing of what it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, hidden):
+        return self.layer(hidden)
+
+    def parameters(self):
+        return self.layer.parameters()
+
+
+def plain_loss(given_rows: Rows, terms: dict[str, RowWeights]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss by its definition: all logits at once, rows of weight 0 left out, the gradient by autograd."""
+    student = given_rows.student_head(given_rows.student)
+    teacher = None if given_rows.teacher is None else given_rows.teacher_head(given_rows.teacher)
+    values = []
+    for term in terms.values():
+        if term.temperature is None:
+            of_rows = negative_log_likelihood(student, given_rows.labels)
+        else:
+            of_rows = forward_kl(student[:, given_rows.shared], teacher[:, given_rows.shared], term.temperature)
+        kept = term.weights != 0
+        values.append((term.weights[kept].to(of_rows) * of_rows[kept]).sum())
+    return sum(term.coefficient * value for term, value in zip(terms.values(), values, strict=True)), values
+
+
+@given(seed=st.integers(0, 50), temperature=st.floats(0.2, 5))
+def test_the_gradient_written_down_is_that_of_autograd(seed, temperature):
+    torch.manual_seed(seed)
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
+    teacher[0, 3] = float("-inf")
+    student.requires_grad_()
+    labels = torch.randint(0, 7, (5,))
+    for plain, (values, gradient) in (
+        (forward_kl(student, teacher, temperature), forward_kl_with_gradient(student.detach(), teacher, temperature)),
+        (negative_log_likelihood(student, labels), negative_log_likelihood_with_gradient(student.detach(), labels)),
+    ):
+        torch.testing.assert_close(values, plain)
+        torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), student)[0])
+
+
+def test_logits_that_are_compared_stay_as_they_are():
+    # The passes work in place, on memory of their own.
+    student, teacher = torch.randn(2, 5, 7)
+    before = student.clone(), teacher.clone()
+    forward_kl_with_gradient(student, teacher)
+    forward_kl_with_gradient(student, teacher, 2.0)
+    negative_log_likelihood_with_gradient(student, torch.arange(5))
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
 @given(seed=st.integers(0, 50), temperature=st.floats(0.2, 5))
@@ -67,25 +129,99 @@ def test_negative_log_likelihood_equals_cross_entropy():
     )
 
 
-@given(seed=st.integers(0, 50), chunk=st.integers(1, 12), bias=st.booleans())
-def test_chunks_with_their_gradient_equal_autograd_over_all_rows(seed, chunk, bias):
+@given(
+    seed=st.integers(0, 50),
+    chunk=st.integers(1, 12),
+    block=st.integers(1, 30),
+    bias=st.booleans(),
+    known=st.booleans(),
+    shared=st.sampled_from([EVERY, slice(0, 7), torch.tensor([1, 2, 6, 8])]),
+)
+def test_chunks_with_their_gradient_equal_autograd_over_all_rows(seed, chunk, block, bias, known, shared):
     given_rows, terms = rows(seed, bias=bias), weights(seed)
+    given_rows = replace(given_rows, shared=shared)
+    if not known:
+        given_rows = replace(given_rows, student_head=Through(given_rows.student_head))
     leaves = [given_rows.student, *given_rows.student_head.parameters()]
-    result = weighted_row_loss(given_rows, terms, chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weighted, "BLOCK_LOGITS", block)
+        result = weighted_row_loss(given_rows, terms, chunk)
     got = torch.autograd.grad(3 * result.loss, leaves)
-    values = term_values(
-        given_rows.student_head(given_rows.student),
-        given_rows.teacher_head(given_rows.teacher),
-        given_rows.labels,
-        list(terms.values()),
-    )
-    expected = sum(term.coefficient * value for term, value in zip(terms.values(), values, strict=True))
+    expected, values = plain_loss(given_rows, terms)
     torch.testing.assert_close(result.loss, expected)
     for ours, theirs in zip(got, torch.autograd.grad(3 * expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs)
     for name, value in zip(terms, values, strict=True):
-        torch.testing.assert_close(result.totals[name], value)
+        torch.testing.assert_close(result.totals[name], value.detach())
         assert not result.totals[name].requires_grad
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_fused_loss_is_no_further_from_float64_than_the_plain_one(known):
+    torch.manual_seed(0)
+    count, hidden, vocabulary = 64, 32, 3000
+    exact = replace(
+        rows(0, count, hidden, vocabulary, bias=False), teacher=torch.randn(count, 4, dtype=torch.float64) * 3
+    )
+    terms = {
+        name: replace(term, weights=term.weights.abs() + 0.1, coefficient=term.coefficient + 0.1)
+        for name, term in weights(0, count).items()
+    }
+
+    def low(of: nn.Linear) -> nn.Linear:
+        return copy.deepcopy(of).float()
+
+    single = replace(
+        exact,
+        student=exact.student.detach().float().requires_grad_(),
+        teacher=exact.teacher.float(),
+        student_head=low(exact.student_head) if known else Through(low(exact.student_head)),
+        teacher_head=low(exact.teacher_head),
+    )
+    terms32 = {
+        name: replace(term, weights=term.weights.float(), coefficient=term.coefficient.float())
+        for name, term in terms.items()
+    }
+
+    def found(given_rows, given_terms, function):
+        loss = function(given_rows, given_terms)
+        leaves = [given_rows.student, *given_rows.student_head.parameters()]
+        return [loss.detach().double(), *(grad.double() for grad in torch.autograd.grad(loss, leaves))]
+
+    truth = found(exact, terms, lambda *given: plain_loss(*given)[0])
+    fused = found(single, terms32, lambda *given: weighted_row_loss(*given, 17).loss)
+    plain = found(single, terms32, lambda *given: plain_loss(*given)[0])
+    for right, ours, theirs in zip(truth, fused, plain, strict=True):
+        budget = max(float((theirs - right).norm()), float(torch.finfo(torch.float32).eps * right.norm()))
+        assert float((ours - right).norm()) <= 1.5 * budget
+
+
+def test_a_hook_on_the_head_is_heard():
+    # A product taken from the weights alone would pass by what a hook does.
+    given_rows, terms = rows(0), weights(0)
+    plain = weighted_row_loss(given_rows, terms).loss
+    handle = given_rows.student_head.register_forward_hook(lambda _layer, _given, out: out * 2)
+    changed = weighted_row_loss(given_rows, terms).loss
+    handle.remove()
+    assert not torch.isclose(plain, changed)
+
+
+def test_autocast_is_heard():
+    given_rows = rows(0)
+    single = replace(
+        given_rows,
+        student=given_rows.student.detach().float(),
+        teacher=given_rows.teacher.float(),
+        student_head=given_rows.student_head.float(),
+        teacher_head=given_rows.teacher_head.float(),
+    )
+    terms = {"kl": RowWeights(weights=torch.ones(11), coefficient=torch.tensor(1.0), temperature=1.0)}
+    exact = weighted_row_loss(single, terms).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = weighted_row_loss(single, terms).loss
+        expected, _ = plain_loss(single, terms)
+    assert not torch.equal(exact, rough)
+    torch.testing.assert_close(rough, expected)
 
 
 @given(seed=st.integers(0, 50))

@@ -14,6 +14,7 @@ from align_ti.data.roles import model_inputs
 from align_ti.errors import BatchError, ConfigError, ModelError
 from align_ti.interactions.transitions import plan_transitions
 from align_ti.models.continuation import continue_branches, read
+from align_ti.models.recomputation import recomputed_layers
 from align_ti.training.objective import distillation_loss
 from tests import tiny
 from tests.test_objective_twins import gradients, only
@@ -227,25 +228,53 @@ def test_a_clip_tower_works_as_a_siglip_tower_does():
     assert all(value.item() > 0 for value in out.terms.values())
 
 
-def test_gradient_checkpointing_takes_the_packed_form_and_gives_the_same_gradient():
+def checkpointed(attention="sdpa", **options):
+    student = tiny.model(1, attention=attention)
+    student.gradient_checkpointing_enable(options)
+    return student.train()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["auto", "reuse", "packed"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradient_in_every_form(attention, form, reentrant):
+    # Backward once recomputed the layers on the model's own kernel, with a mask that it read otherwise: wrong gradients, no error.
     batch = tiny.batch(tiny.COMPOSITIONS["several turns"])
     tried = tiny.candidates(batch)
-    student = tiny.model(1)
-    expected = loss_and_gradient(batch, candidates=tried, student=student)
-    checkpointed = tiny.model(1)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpointed.train()
-    assert_equal(expected, loss_and_gradient(batch, candidates=tried, student=checkpointed))
+    objective = Objective(iva=Iva(layer=1), tpa=Tpa(form=form))
+    expected = loss_and_gradient(batch, objective, tried, student=tiny.model(1, attention=attention))
+    student = checkpointed(attention, use_reentrant=reentrant)
+    assert_equal(expected, loss_and_gradient(batch, objective, tried, student=student))
+    layers = recomputed_layers(student)
+    assert len(layers) == 2 and not any("forward" in vars(layer) for layer in layers)
 
 
-def test_checkpointing_off_the_sdpa_path_is_refused():
-    # Backward recomputed the layers on the model's own kernel, with a mask that it read otherwise: wrong gradients, no error.
-    batch = tiny.batch(tiny.COMPOSITIONS["one turn"])
-    student = tiny.model(1, attention="eager")
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    student.train()
-    with pytest.raises(ModelError, match="attn_implementation='sdpa'"):
-        distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
+def test_under_checkpointing_no_token_is_read_a_third_time():
+    # Drawing and trying candidates took a forward pass, a pass over both, and its recomputation.
+    batch = tiny.batch(tiny.COMPOSITIONS["several turns"])
+    student = checkpointed(use_reentrant=False)
+    read: list[int] = []
+    for layer in recomputed_layers(student):
+        layer.mlp.register_forward_pre_hook(lambda _layer, given: read.append(given[0].shape[1]))
+    out = distillation_loss(student, TEACHER, batch, OBJECTIVE, generator=torch.Generator().manual_seed(0))
+    gold, branches = read[0], read[2]
+    assert read == [gold, gold, branches, branches] and gold == batch["input_ids"].shape[1]
+    out.loss.backward()
+    assert sorted(read) == sorted([gold] * 4 + [branches] * 4)
+
+
+def test_under_checkpointing_backward_holds_one_layer_at_a_time():
+    # What the layers compute on the way is not kept: fewer numbers are saved for backward than without checkpointing.
+    batch = tiny.batch(tiny.COMPOSITIONS["several turns"])
+    sizes = []
+    for student in (tiny.model(1).train(), checkpointed(use_reentrant=False)):
+        saved: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.setdefault(id(tensor), tensor.numel()) and tensor, lambda tensor: tensor
+        ):
+            distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
+        sizes.append(sum(saved.values()))
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_half_precision_is_as_close_to_float64_as_the_plain_loss_in_half_precision():

@@ -379,7 +379,7 @@ class Training(Knobs):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes of one optimizer step. Terms are normalised over the whole step."""
     gradient_checkpointing: bool = False
-    """Recompute the student's layers in backward: less memory, more time; TPA takes the packed form."""
+    """Recompute the student's layers in backward: less memory, more time."""
     bf16: bool = False
     """Train under bfloat16 autocast."""
     fp16: bool = False

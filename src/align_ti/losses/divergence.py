@@ -37,3 +37,31 @@ def negative_log_likelihood(
     Source: Align-TI (arXiv:2602.09483), the SFT term.
     """
     return -at_least_float32(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def forward_kl_with_gradient(
+    student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows vocab"], temperature: float = 1.0
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
+    """`forward_kl` of each row and its gradient with respect to the student's logits, in four tensors of the rows' size.
+
+    With p and q the softened distributions: d/dz = temperature * (q - p).
+    """
+    log_p = (at_least_float32(teacher) / temperature if temperature != 1 else at_least_float32(teacher)).log_softmax(-1)
+    log_q = (at_least_float32(student) / temperature if temperature != 1 else at_least_float32(student)).log_softmax(-1)
+    wide = torch.promote_types(log_p.dtype, log_q.dtype)
+    log_p, log_q = log_p.to(wide), log_q.to(wide)
+    p = log_p.exp()
+    # The log probabilities are spent after this, so that their memory holds what is made of them.
+    values = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum(-1) * temperature**2
+    return values, log_q.exp_().sub_(p).mul_(temperature)
+
+
+def negative_log_likelihood_with_gradient(
+    logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
+    """`negative_log_likelihood` of each row and its gradient with respect to the logits: the distribution less 1 at the label."""
+    log_q = at_least_float32(logits).log_softmax(-1)
+    index = labels[:, None]
+    values = -log_q.gather(-1, index).squeeze(-1)
+    gradient = log_q.exp_()
+    return values, gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,10 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from align_ti.losses.divergence import forward_kl, negative_log_likelihood
+from align_ti.losses.divergence import (
+    forward_kl,
+    forward_kl_with_gradient,
+    negative_log_likelihood,
+    negative_log_likelihood_with_gradient,
+)
 
 CHUNK_LOGITS = 2**23
 """Logits of one model that exist at a time when no chunk size is given: 32 MiB in float32."""
+
+BLOCK_LOGITS = 2**18
+"""Logits compared at a time on a CPU: 1 MiB in float32, so that the passes over them stay in a core's cache."""
 
 
 Shared = slice | Int[Tensor, " shared"]
@@ -25,7 +33,10 @@ EVERY = slice(None)
 
 @runtime_checkable
 class Head(Protocol):
-    """What projects rows to the vocabulary: a linear layer, or a model's own way behind its backbone."""
+    """What projects rows to the vocabulary: a linear layer, or a model's own way behind its backbone.
+
+    A head may have a property `linear`: the linear layer that it is no more than, or None. Its products then need no autograd.
+    """
 
     def __call__(self, hidden: Tensor, /) -> Tensor:
         """The logits of each row."""
@@ -77,8 +88,10 @@ class RowLoss:
 def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: int | None = None) -> RowLoss:
     """sum over terms of coefficient * sum over rows of weight * divergence(row).
 
-    The plain formula is `term_values` on all rows at once. Here each chunk of rows is projected, compared, and its gradient
-    taken at once, so that the logits of one chunk are all that ever exists, and backward costs nothing but a product.
+    Here each chunk of rows is projected, compared, and its gradient taken at once, so that the logits of one chunk are all that ever
+    exists, and backward costs nothing but a product. The gradient at the logits is written down (`losses.divergence`), not found by
+    autograd. A row without weight in a term is left out of it rather than multiplied by 0, so that an infinite divergence there cannot
+    turn the sum into a not-a-number; a row without weight in any term is not projected.
 
     Args:
         rows: the rows to compare.
@@ -103,30 +116,116 @@ def vocabulary(head: Head) -> int:
     return features if isinstance(features, int) else int(next(iter(head.parameters())).shape[0])
 
 
-def term_values(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows teacher_vocab"] | None,
-    labels: Int[Tensor, " rows"],
-    terms: Sequence[RowWeights],
-    shared: Shared = EVERY,
-) -> Float[Tensor, " terms"]:
-    """Each term's weighted sum over the given rows.
+def chunks_alike(
+    terms: Sequence[RowWeights], chunk_rows: int
+) -> Iterator[tuple[Int[Tensor, " chunk"], tuple[float | None, ...]]]:
+    """The rows that have weight, in chunks whose rows all need the same divergences, with the temperatures of these.
 
-    Rows without weight in a term are left out of its sum rather than multiplied by 0, so that an infinite divergence there
-    cannot turn the sum into a not-a-number. Each distinct temperature is computed once, on the rows that need it. `shared` is
-    as in `Rows`.
+    Rows that need the same are brought together once, so that no chunk computes what some of its rows do not need.
     """
-    values: dict[float | None, Tensor] = {}
-    for temperature in dict.fromkeys(term.temperature for term in terms):
-        needed = torch.stack([term.weights != 0 for term in terms if term.temperature == temperature]).any(0)
-        index = needed.nonzero().squeeze(-1)
-        if temperature is None:
-            computed = negative_log_likelihood(student_logits[index], labels[index])
-        else:
-            assert teacher_logits is not None, "a term compares distributions, but there are no teacher rows"
-            computed = forward_kl(student_logits[index][:, shared], teacher_logits[index][:, shared], temperature)
-        values[temperature] = computed.new_zeros(needed.shape).index_put((index,), computed)
-    return torch.stack([(term.weights.to(values[term.temperature]) * values[term.temperature]).sum() for term in terms])
+    temperatures = list(dict.fromkeys(term.temperature for term in terms))
+    needs = sum(
+        torch.stack([term.weights != 0 for term in terms if term.temperature == temperature]).any(0) * 2**bit
+        for bit, temperature in enumerate(temperatures)
+    )
+    assert isinstance(needs, Tensor)
+    order = needs.argsort(stable=True)
+    # The one wait for the device: everything after it is known on the host.
+    counts = torch.bincount(needs, minlength=2 ** len(temperatures)).tolist()
+    start = 0
+    for need, count in enumerate(counts):
+        if need and count:
+            wanted = tuple(temperature for bit, temperature in enumerate(temperatures) if need >> bit & 1)
+            for chunk in order[start : start + count].split(chunk_rows):
+                yield chunk, wanted
+        start += count
+
+
+class _Linear:
+    """A projection that is one matrix product: its gradient is two more, into memory that is there already."""
+
+    owns_logits = True
+
+    def __init__(self, linear: nn.Linear, parameters: Sequence[nn.Parameter], chunk_rows: int) -> None:
+        self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        self.trained = [parameter is linear.weight for parameter in parameters]
+        self.chunk_rows, self.memory = chunk_rows, self.weight.new_empty(0)
+
+    def forward(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """The logits, in memory that the next call uses again: fresh memory has to be cleared by the system each time."""
+        if len(self.memory) < len(hidden):
+            self.memory = hidden.new_empty(len(hidden), len(self.weight))
+        logits = torch.mm(hidden, self.weight.T, out=self.memory[: len(hidden)])
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def backward(
+        self,
+        hidden: Float[Tensor, "rows hidden"],
+        gradient: Float[Tensor, "rows vocab"],
+        sums: Sequence[Tensor],
+    ) -> Float[Tensor, "rows hidden"]:
+        """The gradient at the hidden states; that of the weights is added to the sums."""
+        for total, is_weight in zip(sums, self.trained, strict=True):
+            if not is_weight:
+                total += gradient.sum(0)
+            elif total.dtype == gradient.dtype:
+                total.addmm_(gradient.T, hidden)
+            else:
+                total += gradient.T @ hidden
+        return gradient @ self.weight
+
+
+class _ThroughAutograd:
+    """Any other projection, by autograd."""
+
+    owns_logits = False
+
+    def __init__(self, head: Head, parameters: Sequence[nn.Parameter], wanted: bool) -> None:
+        self.head, self.parameters, self.wanted = head, parameters, wanted
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """The logits."""
+        with torch.set_grad_enabled(self.wanted):
+            chunk = hidden.detach().requires_grad_(self.wanted)
+            logits = self.head(chunk)
+        self.kept = (chunk, logits) if self.wanted else None
+        return logits.detach()
+
+    def backward(
+        self,
+        _hidden: Float[Tensor, "rows hidden"],
+        gradient: Float[Tensor, "rows vocab"],
+        sums: Sequence[Tensor],
+    ) -> Float[Tensor, "rows hidden"]:
+        """The gradient at the hidden states; that of the weights is added to the sums."""
+        assert self.kept is not None, "forward was not called"
+        (chunk, logits), self.kept = self.kept, None
+        result, *found = torch.autograd.grad(logits, [chunk, *self.parameters], gradient)
+        for total, grad in zip(sums, found, strict=True):
+            total += grad
+        return result
+
+
+def projected(
+    head: Head, hidden: Tensor, parameters: Sequence[nn.Parameter], chunk_rows: int, wanted: bool
+) -> _Linear | _ThroughAutograd:
+    """How rows are projected and the gradient comes back."""
+    linear = head if isinstance(head, nn.Linear) else getattr(head, "linear", None)
+    if linear is None or not is_plain(linear, hidden):
+        return _ThroughAutograd(head, parameters, wanted)
+    return _Linear(linear, parameters, chunk_rows)
+
+
+def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
+    """Whether the layer's product is that of its weights as they are: no hook, no quantised or sharded weights, no autocast."""
+    own = [linear.weight, *([] if linear.bias is None else [linear.bias])]
+    return (
+        type(linear) is nn.Linear
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and all(type(weight) is nn.Parameter and weight.dtype == hidden.dtype for weight in own)
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
 
 
 class _ChunkedRows(torch.autograd.Function):
@@ -152,24 +251,35 @@ class _ChunkedRows(torch.autograd.Function):
         totals = torch.zeros_like(coefficients)
         leaves = [hidden, *parameters] if wanted else []
         grads = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
-        for start in range(0, len(hidden), chunk_rows):
-            part = slice(start, start + chunk_rows)
-            chunk = hidden[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                values = term_values(
-                    rows.student_head(chunk),
-                    _teacher_logits(rows, part),
-                    rows.labels[part],
-                    [_part(term, part) for term in terms],
-                    rows.shared,
+        ours, theirs = (
+            projected(rows.student_head, hidden, parameters, chunk_rows, wanted),
+            None
+            if rows.teacher is None or rows.teacher_head is None
+            else projected(rows.teacher_head, rows.teacher, (), chunk_rows, False),
+        )
+        for index, temperatures in chunks_alike(terms, chunk_rows):
+            given = hidden[index].detach()
+            logits, teacher = ours.forward(given), None
+            if theirs is not None and rows.teacher is not None and temperatures != (None,):
+                # A teacher on another device projects there.
+                teacher = theirs.forward(rows.teacher[index.to(rows.teacher.device)]).to(logits.device)
+            scales = {
+                temperature: sum(
+                    (coefficient / unit * term.weights[index])
+                    for term, coefficient in zip(terms, coefficients, strict=True)
+                    if term.temperature == temperature
                 )
-                objective = ((coefficients / unit).to(values) * values).sum()
-            totals += values.detach().to(totals)
-            if wanted:
-                chunk_grad, *head_grads = torch.autograd.grad(objective, [chunk, *parameters])
-                grads[0][part] = chunk_grad
-                for total, grad in zip(grads[1:], head_grads, strict=True):
-                    total += grad
+                for temperature in temperatures
+            }
+            # What autograd keeps of a projection may be the logits themselves; else the gradient takes their memory.
+            gradient = (logits if ours.owns_logits else torch.empty_like(logits)) if wanted else None
+            values = compare(logits, teacher, rows.labels[index], scales, rows.shared, gradient)
+            for place, term in enumerate(terms):
+                if term.temperature in values:
+                    found = values[term.temperature]
+                    totals[place] += (term.weights[index].to(found) * found).sum().to(totals)
+            if gradient is not None:
+                grads[0][index] = ours.backward(given, gradient, grads[1:]).to(grads[0])
         ctx.grads, ctx.unit, ctx.dtypes = grads, unit, [leaf.dtype for leaf in leaves]
         ctx.mark_non_differentiable(totals)
         return (coefficients * totals).sum(), totals
@@ -181,13 +291,55 @@ class _ChunkedRows(torch.autograd.Function):
         return (None, None, None, None, *scaled)
 
 
-@torch.no_grad()
-def _teacher_logits(rows: Rows, part: slice) -> Tensor | None:
-    if rows.teacher is None or rows.teacher_head is None:
-        return None
-    # A teacher on another device projects there.
-    return rows.teacher_head(rows.teacher[part]).to(rows.labels.device)
+def compare(
+    logits: Float[Tensor, "rows vocab"],
+    teacher: Float[Tensor, "rows teacher_vocab"] | None,
+    labels: Int[Tensor, " rows"],
+    scales: Mapping[float | None, Float[Tensor, " rows"]],
+    shared: Shared,
+    gradient: Float[Tensor, "rows vocab"] | None,
+) -> dict[float | None, Float[Tensor, " rows"]]:
+    """The divergence of each row at each temperature that has a scale.
+
+    `gradient`, which may be the memory of the logits, is filled with the gradient of the sum of scale * divergence. On a CPU a few rows
+    are done at a time, so that the passes over them stay in a core's cache.
+    """
+    step = max(1, len(logits) if logits.is_cuda else BLOCK_LOGITS // logits.shape[-1])
+    found: dict[float | None, list[Tensor]] = {temperature: [] for temperature in scales}
+    for start in range(0, len(logits), step):
+        part = slice(start, start + step)
+        mine, its = logits[part], None if teacher is None else teacher[part]
+        slope: Tensor | None = None
+        for temperature, scale in scales.items():
+            values, one = divergence(mine, its, labels[part], temperature, shared, gradient is not None)
+            found[temperature].append(values)
+            if one is not None:
+                one.mul_(scale[part].to(one)[:, None])
+                slope = one if slope is None else slope.add_(one)
+        if gradient is not None and slope is not None:
+            gradient[part] = slope
+    return {temperature: torch.cat(values) for temperature, values in found.items()}
 
 
-def _part(term: RowWeights, part: slice) -> RowWeights:
-    return RowWeights(weights=term.weights[part], coefficient=term.coefficient, temperature=term.temperature)
+def divergence(
+    logits: Float[Tensor, "rows vocab"],
+    teacher: Float[Tensor, "rows teacher_vocab"] | None,
+    labels: Int[Tensor, " rows"],
+    temperature: float | None,
+    shared: Shared,
+    with_gradient: bool,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"] | None]:
+    """Each row's likelihood (no temperature) or KL over the shared tokens, and its gradient at all logits if it is wanted."""
+    if temperature is None:
+        if not with_gradient:
+            return negative_log_likelihood(logits, labels), None
+        return negative_log_likelihood_with_gradient(logits, labels)
+    assert teacher is not None, "a term compares distributions, but there are no teacher rows"
+    if not with_gradient:
+        return forward_kl(logits[:, shared], teacher[:, shared], temperature), None
+    values, gradient = forward_kl_with_gradient(logits[:, shared], teacher[:, shared], temperature)
+    if isinstance(shared, slice) and gradient.shape == logits.shape:
+        return values, gradient
+    whole = gradient.new_zeros(logits.shape)
+    whole[:, shared] = gradient
+    return values, whole

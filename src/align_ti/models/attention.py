@@ -8,7 +8,7 @@ every layer, as `output_attentions` would give.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,20 +160,31 @@ def mean_attention(
     return weights.mean(1).sum(1) / count.clamp(min=1)[:, None]
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that the language model runs on."""
+    config: Any = language_model(model).config
+    return str(config._attn_implementation)
+
+
 @contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The language model runs on our attention entry inside the block, and on its own again after it."""
+def running_on(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The language model runs on this attention inside the block, and on its own again after it."""
     configs: dict[int, Any] = {
         id(module.config): module.config for module in language_model(model).modules() if hasattr(module, "config")
     }
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+def own_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The language model runs on our attention entry inside the block, and on its own again after it."""
+    return running_on(model, NAME)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from align_ti.models.families import (
     real_tokens,
     sliding_window,
 )
+from align_ti.models.recomputation import fork, keeping_cache
 from align_ti.models.standins import standing_in
 
 
@@ -67,15 +68,16 @@ def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool)
     """
     # Made without the model's config, so that no sliding-window layer drops old keys.
     cache = DynamicCache() if keep_cache else None
-    out = backbone(model)(
-        **{**inputs, "position_ids": position_ids(model, inputs)},
-        past_key_values=cache,
-        use_cache=keep_cache,
-        return_dict=True,
-    )
+    with keeping_cache(model):
+        out = backbone(model)(
+            **{**inputs, "position_ids": position_ids(model, inputs)},
+            past_key_values=cache,
+            use_cache=keep_cache,
+            return_dict=True,
+        )
     if cache is not None and (out.past_key_values is not cache or cache.get_seq_length() == 0):
         raise ModelError(
-            f"{type(model).__name__} kept no cache for the second pass (gradient checkpointing switches it off); use the "
+            f"{type(model).__name__} kept no cache for the second pass (a gradient checkpointing of its own switches it off); use the "
             "packed form (objective.tpa.form: packed)."
         )
     return Reading(hidden=out.last_hidden_state, cache=cache)
@@ -91,7 +93,7 @@ def continue_branches(
     assert reading.cache is not None, "the gold pass was read without keep_cache"
     masks = {kind: branch_rows(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
     marks = {name: torch.zeros_like(branches.tokens) for name in TOKEN_MARKS if name in inputs}
-    with own_attention(model):
+    with own_attention(model), keeping_cache(model):
         out = backbone(model)(
             **marks,
             input_ids=branches.tokens,
@@ -109,14 +111,6 @@ def read_packed(
     model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
 ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch branches hidden"]]:
     """The hidden states of gold tokens and of branches, from one pass over both."""
-    config: Any = language_model(model).config
-    own = config._attn_implementation
-    if torch.is_grad_enabled() and not reuse_possible(model) and own != "sdpa":
-        # Backward recomputes the layers after our attention entry is gone, on a kernel that may read the mask otherwise.
-        raise ModelError(
-            f"{type(model).__name__} runs on {own!r} attention under gradient checkpointing; 'sdpa' is accepted there; load it with "
-            "attn_implementation='sdpa', or switch checkpointing off."
-        )
     length, width = inputs["input_ids"].shape[1], branches.width
     masks = {}
     for kind, gold in gold_rows(model, inputs).items():
@@ -131,7 +125,7 @@ def read_packed(
         "attention_mask": for_layers(masks),
         "position_ids": torch.cat([position_ids(model, inputs), branch_positions(model, inputs, branches)], dim=-1),
     }
-    with own_attention(model):
+    with own_attention(model), keeping_cache(model):
         hidden = backbone(model)(**packed, use_cache=False, return_dict=True).last_hidden_state
     return hidden[:, :length], hidden[:, length:]
 
@@ -223,25 +217,6 @@ def within(model: PreTrainedModel, kind: str, distance: Int[Tensor, "*rows keys"
 def for_layers(masks: dict[str, Bool[Tensor, "batch 1 rows keys"]]) -> Any:
     """The masks as models take them: the tensor itself if all layers are of one kind, else a dict by kind."""
     return next(iter(masks.values())) if len(masks) == 1 else masks
-
-
-def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
-    forked = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
-        assert keys is not None
-        assert values is not None
-        # Updating with nothing initialises the layer; then it takes over the tensors themselves.
-        forked.update(keys[..., :0, :], values[..., :0, :], index)
-        forked.layers[index].keys, forked.layers[index].values = keys, values  # type: ignore[union-attr]
-    return forked
-
-
-def reuse_possible(model: PreTrainedModel) -> bool:
-    """Whether the gold pass can keep a cache: not while gradient checkpointing recomputes its layers."""
-    layers = language_model(model).modules()
-    return not (model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers))
 
 
 def check_branching(model: PreTrainedModel) -> None:

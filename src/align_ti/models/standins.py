@@ -64,6 +64,28 @@ class Projection:
         logits: Tensor = out.logits[0]
         return logits
 
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The linear layer that the projection is no more than, or None if the family does anything beside it.
+
+        Seen, not known: the layer is given the hidden states themselves, and what it returns is what comes out.
+        """
+        layer = head(self.model)
+        if not isinstance(layer, nn.Linear):
+            return None
+        given = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+        made = torch.linspace(-1, 1, layer.out_features, dtype=given.dtype, device=given.device)[None, None]
+        seen: list[Tensor] = []
+
+        def noted(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return made.clone()
+
+        with torch.no_grad(), standing_in(layer, noted):
+            out = self(given)
+        untouched = len(seen) == 1 and seen[0].shape[-1] == given.shape[-1] and bool((seen[0] == given).all())
+        return layer if untouched and out.shape == made[0].shape and torch.equal(out, made[0]) else None
+
     def parameters(self) -> list[nn.Parameter]:
         """The head's parameters, tied ones included."""
         return list(head(self.model).parameters())

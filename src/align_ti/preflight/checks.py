@@ -114,8 +114,7 @@ def probe(
     )
     for name, model in models.items():
         verdicts += attempt(f"projection.{name}", partial(projection, name, model, one))
-    packed = for_equality(objective, recipe)
-    verdicts += fused_verdicts(models, one, packed, pairing, pad_tokens)
+    verdicts += fused_verdicts(models, one, objective, pairing, pad_tokens)
     precision = partial(autocast, recipe, device)
     verdicts += term_verdicts(
         models, batch, objective, precision, pairing, FLOAT16_SCALE if recipe.training.fp16 else 1.0, recipe.seed
@@ -147,13 +146,6 @@ def choose_probes(samples: Sequence[Sample]) -> list[Sample]:
         (sample for sample in ranked[1:] if sample.record.images != first.record.images and sample.looked_at), None
     )
     return [first, other] if other is not None else ranked[:PROBES]
-
-
-def for_equality(objective: Objective, recipe: Recipe) -> Objective:
-    """The objective in the form that training takes: under gradient checkpointing candidates are packed."""
-    if recipe.training.gradient_checkpointing and objective.tpa.form == "auto":
-        return objective.model_copy(update={"tpa": objective.tpa.model_copy(update={"form": "packed"})})
-    return objective
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:

@@ -32,9 +32,9 @@ from align_ti.models.continuation import (
     continue_branches,
     read,
     read_packed,
-    reuse_possible,
 )
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
+from align_ti.models.recomputation import reuse_possible
 from align_ti.models.standins import Projection, tower_once
 
 Masses = dict[str, Shaped[Tensor, ""]]

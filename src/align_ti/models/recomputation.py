@@ -1,0 +1,130 @@
+"""Gradient checkpointing that keeps the cache: layers are recomputed in backward, and candidates still reuse the gold pass.
+
+transformers takes the cache away from a layer that is checkpointed, since recomputing it would write there twice. Here a layer
+writes into a fork of the cache instead, each time anew, and what it wrote is handed out of the checkpoint beside its hidden states. So
+the second pass reads the first one's keys and values, gradient and all, and no gold token is read a third time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from align_ti.models.attention import attention_of, running_on
+from align_ti.models.families import language_model
+from align_ti.models.standins import standing_in
+
+
+def recomputed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The language model's layers that backward recomputes, or none if checkpointing is off."""
+    return [
+        layer
+        for layer in language_model(model).modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
+    ]
+
+
+def reuse_possible(model: PreTrainedModel) -> bool:
+    """Whether the gold pass can keep a cache: not where a model recomputes its layers in a way of its own."""
+    on = any(getattr(module, "gradient_checkpointing", False) for module in language_model(model).modules())
+    return not (model.training and on) or bool(recomputed_layers(model))
+
+
+@contextmanager
+def keeping_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, layers under gradient checkpointing are given the cache that the model is called with."""
+    layers = recomputed_layers(model)
+    flagged = [module for module in language_model(model).modules() if getattr(module, "gradient_checkpointing", False)]
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(standing_in(layer, partial(recomputing, model, layer, layer.forward)))
+        stack.enter_context(switched_off(*(flagged if layers else ())))
+        yield
+
+
+@contextmanager
+def switched_off(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block the modules do not checkpoint by themselves."""
+    before = [module.gradient_checkpointing for module in modules]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, flag in zip(modules, before, strict=True):
+            module.gradient_checkpointing = flag
+
+
+def recomputing(
+    model: PreTrainedModel, layer: GradientCheckpointingLayer, forward: Callable[..., Any], *given: Any, **options: Any
+) -> Any:
+    """The layer's forward, recomputed in backward; the cache among its options grows by what the layer writes.
+
+    Backward comes after every block around this call has ended, so the recomputation brings along what it needs of them: the attention
+    that the model runs on, and the cache as it was.
+    """
+    kept: Any = layer._gradient_checkpointing_func
+    # The other kind of checkpoint sees no gradient through what a function merely refers to, such as the cache.
+    through = (
+        kept
+        if getattr(kept, "keywords", {}).get("use_reentrant") is False
+        else partial(checkpoint, use_reentrant=False)
+    )
+    cache, attention = options.get("past_key_values"), attention_of(model)
+    before = fork(cache) if isinstance(cache, DynamicCache) else None
+
+    def run(*inputs: Any) -> tuple[Any, list[int], list[Tensor]]:
+        own = fork(before) if before is not None else None
+        with running_on(model, attention), switched_off(layer):
+            out = forward(*inputs, **({**options, "past_key_values": own} if own is not None else options))
+        grown = [] if own is None or before is None else written(before, own)
+        return out, grown, [state for index in grown for state in states(own, index)]
+
+    out, grown, found = through(run, *given)
+    for index, keys, values in zip(grown, found[::2], found[1::2], strict=True):
+        assert isinstance(cache, DynamicCache)
+        put(cache, index, keys, values)
+    return out
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
+    forked = DynamicCache()
+    for index in range(len(cache.layers)):
+        put(forked, index, *states(cache, index))
+    return forked
+
+
+def states(cache: DynamicCache | None, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer."""
+    assert cache is not None
+    layer: Any = cache.layers[index]
+    keys, values = layer.keys, layer.values
+    assert keys is not None
+    assert values is not None
+    return keys, values
+
+
+def put(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
+    """The layer's keys and values are these tensors themselves."""
+    if index >= len(cache.layers):
+        # Updating with nothing initialises the layer; then it takes over the tensors.
+        cache.update(keys[..., :0, :], values[..., :0, :], index)
+    layer: Any = cache.layers[index]
+    layer.keys, layer.values = keys, values
+
+
+def written(before: DynamicCache, after: DynamicCache) -> list[int]:
+    """The layers of a fork that have grown."""
+    return [
+        index
+        for index in range(len(after.layers))
+        if index >= len(before.layers) or states(after, index)[0] is not states(before, index)[0]
+    ]
