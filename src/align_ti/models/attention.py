@@ -79,13 +79,45 @@ def attend(
     watch, softcap = _WATCH.get(), options.get("softcap")
     if watch is not None:
         watch.look(module, query, key, attention_mask, options.get("scaling"), softcap)
-    if softcap is not None:
-        return capped(query, key, value, attention_mask, **options), None
-    forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+    forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward if softcap is None else capped
+    if attention_mask is not None and attention_mask.shape[-1] == key.shape[2] - query.shape[2]:
+        return each_its_own(forward, module, query, key, value, attention_mask, **options), None
     return forward(module, query, key, value, attention_mask, **options)
 
 
+OWN_ROWS = 256
+"""Queries with a key of their own that are attended for at a time."""
+
+
+def each_its_own(
+    forward: Callable[..., tuple[Tensor, None]],
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys head_dim"],
+    mask: Bool[Tensor, "batch 1 queries common"],
+    **options: Any,
+) -> Float[Tensor, "batch queries heads head_dim"]:
+    """Attention in which each query sees the keys in common that the mask opens, and of the keys behind those only its own.
+
+    That is what a candidate sees. One mask over all of it would hold the square of the number of candidates, nearly all of it closed; a
+    few hundred queries at a time, with their own keys behind the common ones, keep time and memory linear.
+    """
+    common, parts = mask.shape[-1], []
+    for start in range(0, query.shape[2], OWN_ROWS):
+        part = slice(start, start + OWN_ROWS)
+        states = [
+            torch.cat([of[:, :, :common], of[:, :, common:][:, :, part]], dim=2) if query.shape[2] > OWN_ROWS else of
+            for of in (key, value)
+        ]
+        opened = mask[:, :, part]
+        alone = torch.eye(opened.shape[2], dtype=torch.bool, device=mask.device).expand(*opened.shape[:-1], -1)
+        parts.append(forward(module, query[:, :, part], *states, torch.cat([opened, alone], dim=-1), **options)[0])
+    return torch.cat(parts, dim=1)
+
+
 def capped(
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -95,14 +127,14 @@ def capped(
     scaling: float | None = None,
     dropout: float = 0.0,
     **_options: Any,
-) -> Float[Tensor, "batch seq heads head_dim"]:
+) -> tuple[Float[Tensor, "batch seq heads head_dim"], None]:
     """Attention with a soft cap on its scores, which SDPA does not know: cap * tanh(score / cap)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = masked(torch.tanh(scores / softcap) * softcap, mask)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return (nn.functional.dropout(weights, dropout) @ value).transpose(1, 2).contiguous()
+    return (nn.functional.dropout(weights, dropout) @ value).transpose(1, 2).contiguous(), None
 
 
 def masked(scores: Float[Tensor, "batch heads seq keys"], mask: Tensor | None) -> Float[Tensor, "batch heads seq keys"]:

@@ -91,7 +91,8 @@ def continue_branches(
     Gradient flows into the branches and, through the cached keys and values, into the gold pass.
     """
     assert reading.cache is not None, "the gold pass was read without keep_cache"
-    masks = {kind: branch_rows(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
+    # Over gold tokens alone: to our attention entry, keys behind a mask are their queries' own.
+    masks = {kind: gold_before(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
     marks = {name: torch.zeros_like(branches.tokens) for name in TOKEN_MARKS if name in inputs}
     with own_attention(model), keeping_cache(model):
         out = backbone(model)(
@@ -194,17 +195,20 @@ def own_masks(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bo
 def branch_rows(
     model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, kind: str
 ) -> Bool[Tensor, "batch branches keys"]:
-    """Which gold tokens, and behind them which branches, each branch sees in a layer of this kind.
+    """Which gold tokens, and behind them which branches, each branch sees in a layer of this kind: of branches itself alone."""
+    gold = gold_before(model, inputs, branches, kind)
+    alone = torch.eye(branches.width, dtype=torch.bool, device=gold.device).expand(len(gold), -1, -1)
+    return torch.cat([gold, alone], dim=-1)
 
-    The real tokens before the one it replaces, as far back as the layer looks, and itself. Unused slots see themselves too, so that
-    no row of the softmax is empty.
-    """
-    batch, width = branches.tokens.shape
+
+def gold_before(
+    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, kind: str
+) -> Bool[Tensor, "batch branches seq"]:
+    """Which gold tokens each branch sees in a layer of this kind: the real ones before the one it replaces, as far back as the layer
+    looks. An unused slot sees itself alone."""
     steps = torch.arange(inputs["input_ids"].shape[1], device=branches.tokens.device)
     distance = branches.replaces[..., None] - steps
-    gold = (distance > 0) & real_tokens(inputs)[:, None, :] & within(model, kind, distance)
-    alone = torch.eye(width, dtype=torch.bool, device=steps.device).expand(batch, width, width)
-    return torch.cat([gold, alone], dim=-1)
+    return (distance > 0) & real_tokens(inputs)[:, None, :] & within(model, kind, distance)
 
 
 def within(model: PreTrainedModel, kind: str, distance: Int[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
