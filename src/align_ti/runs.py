@@ -121,6 +121,11 @@ class RunFolder:
         return self.root / "cost.json"
 
     @property
+    def phases(self) -> Path:
+        """Where the time of a step goes, if training.phases asked for it."""
+        return self.root / "phases.json"
+
+    @property
     def training(self) -> Path:
         """What was trained on how much: steps, records, and parameters by part."""
         return self.root / "training.json"

@@ -24,7 +24,7 @@ from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
-from align_ti.training.watch import RunRecorder
+from align_ti.training.watch import RunRecorder, StepPhases
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -45,6 +45,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         del options["gradient_checkpointing"]
     # Ours compiles parts of the models in place; theirs would wrap the student.
     del options["torch_compile"]
+    del options["phases"]
     if options.pop("group_by_length"):
         # transformers 5.0 knows the option under its older name.
         newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
@@ -102,7 +103,7 @@ def distil(
         for model in filter(None, (parts.student, parts.teacher)):
             compile_tokenwise(unwrapped(model))
     parameters = parts.trained()
-    recorder = RunRecorder(run, steps)
+    recorder, phases = RunRecorder(run, steps), StepPhases() if recipe.training.phases else None
     trainer = AlignTITrainer(
         model=parts.student,
         teacher_model=parts.teacher,
@@ -113,6 +114,7 @@ def distil(
         teacher_processing_class=parts.teacher_processor,
         scores=recipe.layer_scores,
         callbacks=[recorder],
+        phases=phases,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
@@ -134,6 +136,8 @@ def distil(
         )
         records = len(train) if isinstance(train, Sized) else None
         write_json(run.training, {"steps": trainer.state.global_step, "records": records, "parameters": parameters})
+        if phases is not None and (summary := phases.summary()) is not None:
+            write_json(run.phases, summary)
         write_card(run, run.draft)
         run.draft.rename(run.student)
     state.wait_for_everyone()
