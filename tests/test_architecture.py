@@ -39,7 +39,7 @@ ALLOWED = {
         "training",
         "errors",
     },
-    "demo": {"config", "data", "digits", "models", "phases", "pipeline", "runs", "errors"},
+    "demo": {"config", "data", "digits", "models", "phases", "pipeline", "report", "runs", "errors"},
     "cli": {
         "checkpoints",
         "config",

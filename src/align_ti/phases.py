@@ -10,11 +10,11 @@ stopwatch.seconds  # {"forward": 1.2, "other": 0.1}
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,11 @@ class Stopwatch:
 
     Args:
         clock: tells the time in seconds.
-        names: the phases that are counted; the time of any other is part of the phase around it. None: all are counted.
+        of: "step" counts what `phase` names, "run" what `part` names; the time of the other kind belongs to what is around it.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, names: Collection[str] | None = None) -> None:
-        self.clock, self.names = clock, names
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, of: Literal["step", "run"] = "step") -> None:
+        self.clock, self.of = clock, of
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._border = self._lap_began = clock()
@@ -56,6 +56,11 @@ class Stopwatch:
         """Ends the innermost phase."""
         self._count()
         self._open.pop()
+
+    def so_far(self) -> dict[str, float]:
+        """The seconds of each phase up to now, those of open phases included."""
+        self._count()
+        return dict(self.seconds)
 
     def lap(self) -> Lap:
         """What was counted since the last lap, and a new start; phases that are open stay open."""
@@ -99,11 +104,15 @@ _RUNNING: ContextVar[Stopwatch | None] = ContextVar("align_ti_stopwatch", defaul
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """A block that the running stopwatch counts as this phase; without one, next to nothing happens."""
+    """A block that a running stopwatch of steps counts as this phase; without one, next to nothing happens."""
     stopwatch = _RUNNING.get()
-    if stopwatch is None or (stopwatch.names is not None and name not in stopwatch.names):
-        return _NOTHING
-    return stopwatch.phase(name)
+    return _NOTHING if stopwatch is None or stopwatch.of != "step" else stopwatch.phase(name)
+
+
+def part(name: str) -> AbstractContextManager[None]:
+    """A block that a running stopwatch of a run counts as this part; without one, next to nothing happens."""
+    stopwatch = _RUNNING.get()
+    return _NOTHING if stopwatch is None or stopwatch.of != "run" else stopwatch.phase(name)
 
 
 def settled_clock(devices: Iterable[torch.device]) -> Callable[[], float]:

@@ -135,6 +135,11 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def spent(self) -> Path:
+        """Seconds of each part of a demo, added up over the calls that it took."""
+        return self.root / "spent.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

@@ -136,3 +136,30 @@ def cost_bars(values: Mapping[str, float], labels: Mapping[str, str], unit: str,
         ax.set_xlabel(unit)
         ax.margins(x=0.15)
         return svg(figure, title)
+
+
+def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
+    """Mean milliseconds of each phase of a step, a bar for each run; phases from top to bottom in the order of a step."""
+    with mpl.rc_context(STYLE):
+        names = list(dict.fromkeys(phase for run in phases.values() for phase in run["phases"]))
+        height = 0.8 / len(phases)
+        figure, ax = axes(10, 0.9 + len(names) * max(0.3, 0.2 * len(phases)))
+        for position, (run, content) in enumerate(phases.items()):
+            found = [(place, content["phases"][name]) for place, name in enumerate(names) if name in content["phases"]]
+            bars = ax.barh(
+                [place + (position - (len(phases) - 1) / 2) * height for place, _ in found],
+                [1000 * one["mean_seconds"] for _, one in found],
+                height * 0.92,
+                color=COLOURS.get(run, "#0072b2"),
+                label=f"{labels[run]}: {1000 * content['step']['mean_seconds']:.3g} ms",
+            )
+            shares = [f"{1000 * one['mean_seconds']:.3g}  ({100 * one['share']:.0f} %)" for _, one in found]
+            ax.bar_label(bars, shares, padding=3, fontsize=8)
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel("milliseconds of a step (mean), share of the step in brackets")
+        ax.margins(x=0.12)
+        if len(phases) > 1:
+            ax.legend(frameon=False, loc="lower right", title="whole step")
+        return svg(figure, "Where a step's time goes")

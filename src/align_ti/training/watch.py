@@ -113,7 +113,7 @@ class StepPhases(TrainerCallback):
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock = clock
-        self.stopwatch = Stopwatch(names=STEP)
+        self.stopwatch = Stopwatch()
         self.steps = array("d")
         self.spent = {name: array("d") for name in STEP}
 
@@ -122,7 +122,7 @@ class StepPhases(TrainerCallback):
         """Inside the block phases are counted, the vision towers of the models among them."""
         watched = list(models)
         devices = {parameter.device for model in watched for parameter in model.parameters()}
-        self.stopwatch = Stopwatch(settled_clock(devices) if self.clock is None else self.clock, names=STEP)
+        self.stopwatch = Stopwatch(settled_clock(devices) if self.clock is None else self.clock)
         towers = {id(part): part for model in watched if (part := tower(model)) is not None}
         with ExitStack() as stack:
             for part in towers.values():
