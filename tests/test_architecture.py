@@ -24,7 +24,7 @@ ALLOWED = {
     "interactions": {"data", "models", "errors"},
     "evaluation": {"config", "data", "losses", "models", "errors"},
     "training": {"config", "data", "interactions", "losses", "models", "phases", "runs", "errors"},
-    "report": {"runs"},
+    "report": {"phases", "runs"},
     "preflight": {"config", "data", "losses", "models", "report", "runs", "training", "errors"},
     "pipeline": {
         "config",

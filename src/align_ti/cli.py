@@ -28,7 +28,7 @@ from rich.text import Text
 
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
-from align_ti.phases import Stopwatch
+from align_ti.phases import Stopwatch, phase_names
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
@@ -548,7 +548,7 @@ def show_phases(runs: Mapping[str, RunFolder]) -> None:
     for name in found if len(found) > 1 else ["ms"]:
         table.add_column(name, justify="right")
         table.add_column("%", justify="right")
-    for phase in dict.fromkeys(phase for one in found.values() for phase in one["phases"]):
+    for phase in phase_names(found.values()):
         cells = [one["phases"].get(phase) for one in found.values()]
         table.add_row(phase, *(text for cell in cells for text in milliseconds_and_share(cell)))
     table.add_section()

@@ -173,16 +173,7 @@ def compare_methods(
             train[index]
             advance("prepare training data", index + 1, len(train))
     for name, objective in objectives(layer).items():
-        recipe = Recipe(
-            out=str(out / name),
-            seed=seed,
-            student=Student(path=str(data / "student")),
-            teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
-            data=Data(train=str(data / "train.json"), cache="memory"),
-            objective=objective,
-            training=training,
-            evaluation=EVALUATION,
-        )
+        recipe = method_recipe(out / name, data, objective, seed, training)
 
         def stepped(step: int, steps: int, name: str = name) -> None:
             advance(f"train: {LABELS[name]}", step, steps)
@@ -204,6 +195,20 @@ def compare_methods(
         "provenance": provenance(),
     }
     return summary
+
+
+def method_recipe(out: Path, data: Path, objective: Objective, seed: int, training: Training) -> Recipe:
+    """The run of one method: the shipped pair on the benchmark that lies in `data`."""
+    return Recipe(
+        out=str(out),
+        seed=seed,
+        student=Student(path=str(data / "student")),
+        teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
+        data=Data(train=str(data / "train.json"), cache="memory"),
+        objective=objective,
+        training=training,
+        evaluation=EVALUATION,
+    )
 
 
 def claim(out: Path, choices: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ stopwatch.seconds  # {"forward": 1.2, "other": 0.1}
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,12 @@ def part(name: str) -> AbstractContextManager[None]:
     """A block that a running stopwatch of a run counts as this part; without one, next to nothing happens."""
     stopwatch = _RUNNING.get()
     return _NOTHING if stopwatch is None or stopwatch.of != "run" else stopwatch.phase(name)
+
+
+def phase_names(runs: Collection[Mapping[str, Any]]) -> list[str]:
+    """Every phase that any of the runs' `phases.json` has, in the order of the one that has most."""
+    longest_first = sorted(runs, key=lambda run: -len(run["phases"]))
+    return list(dict.fromkeys(name for run in longest_first for name in run["phases"]))
 
 
 def settled_clock(devices: Iterable[torch.device]) -> Callable[[], float]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from align_ti.phases import phase_names
 from align_ti.report import plots
 from align_ti.runs import RunFolder, read_json, write_text
 
@@ -68,7 +69,7 @@ def write_report(root: Path) -> Path:
         figures={name: Markup(figure) for name, figure in figures.items()},
         main=summary["labels"][main],
         phases=phases,
-        phase_names=list(dict.fromkeys(phase for one in phases.values() for phase in one["phases"])),
+        phase_names=phase_names(phases.values()),
         examples=examples(run, summary),
         provenance=summary.get("provenance") or (read_json(run.provenance) if run.provenance.exists() else None),
     )

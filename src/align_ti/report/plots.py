@@ -11,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from align_ti.phases import phase_names
+
 # Okabe-Ito: told apart by colour-blind readers too.
 COLOURS = {
     "teacher": "#7f7f7f",
@@ -22,6 +24,7 @@ COLOURS = {
     "student": "#009e73",
 }
 TERMS = {"sft": "#e69f00", "kd": "#56b4e9", "iva": "#cc79a7", "tpa": "#009e73"}
+CYCLE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -138,10 +141,10 @@ def cost_bars(values: Mapping[str, float], labels: Mapping[str, str], unit: str,
         return svg(figure, title)
 
 
-def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
+def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str] | None = None) -> str:
     """Mean milliseconds of each phase of a step, a bar for each run; phases from top to bottom in the order of a step."""
     with mpl.rc_context(STYLE):
-        names = list(dict.fromkeys(phase for run in phases.values() for phase in run["phases"]))
+        names = phase_names(phases.values())
         height = 0.8 / len(phases)
         figure, ax = axes(10, 0.9 + len(names) * max(0.3, 0.2 * len(phases)))
         for position, (run, content) in enumerate(phases.items()):
@@ -150,8 +153,8 @@ def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
                 [place + (position - (len(phases) - 1) / 2) * height for place, _ in found],
                 [1000 * one["mean_seconds"] for _, one in found],
                 height * 0.92,
-                color=COLOURS.get(run, "#0072b2"),
-                label=f"{labels[run]}: {1000 * content['step']['mean_seconds']:.3g} ms",
+                color=COLOURS.get(run, CYCLE[position % len(CYCLE)]),
+                label=f"{run if labels is None else labels[run]}: {1000 * content['step']['mean_seconds']:.3g} ms",
             )
             shares = [f"{1000 * one['mean_seconds']:.3g}  ({100 * one['share']:.0f} %)" for _, one in found]
             ax.bar_label(bars, shares, padding=3, fontsize=8)
