@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from align_ti.cli import show_phases, show_spent
 from align_ti.config import Recipe
 from align_ti.models.families import tower
 from align_ti.phases import OTHER, Stopwatch, part, phase, settled_clock
@@ -285,3 +286,33 @@ def test_the_page_shows_what_a_demo_spent(tmp_path):
     assert "<td>draw the &lt;i&gt;</td><td>3.0</td><td>75.0 %</td>" in page
     assert "write the report" not in page
     assert "spent" not in write_report(run_folder(tmp_path)).read_text()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_prints_phases_in_the_order_of_the_fullest_run(tmp_path, capsys):
+    runs = {"SFT [b]": ("data", "other"), "Align-TI": ("data", "capture", "other"), "none": ()}
+    for name, names in runs.items():
+        (tmp_path / name).mkdir()
+        if names:
+            (tmp_path / name / "phases.json").write_text(json.dumps(told(*names)))
+    show_phases({name: RunFolder(tmp_path / name) for name in runs})
+    lines = capsys.readouterr().out.splitlines()
+    assert "mean of 17 steps" in lines[-1]
+    assert any("SFT [b]" in line and "Align-TI" in line for line in lines)
+    rows = [line.strip("│ ").split() for line in lines if line.startswith("│")]
+    assert [row[0] for row in rows] == ["data", "capture", "other", "step"]
+    assert [cell for cell in rows[1] if cell != "│"] == ["capture", "-", "-", "22.50", "33.3"]
+    assert [cell for cell in rows[3] if cell != "│"] == ["step", "45.00", "100.0", "67.50", "100.0"]
+
+
+def test_the_command_line_prints_nothing_where_no_phases_were_counted(tmp_path, capsys):
+    show_phases({"student": RunFolder(tmp_path)})
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_line_adds_up_what_a_demo_spent(capsys):
+    show_spent({"train: SFT": 30.0, "other": 10.0})
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("train: SFT", "30.0", "75.0", "40.0"))

@@ -543,7 +543,7 @@ def show_phases(runs: Mapping[str, RunFolder]) -> None:
     if not found:
         return
     steps = next(iter(found.values()))["steps"]
-    table = Table(title=f"where a training step's time goes, mean of {steps} steps")
+    table = Table(title="milliseconds of a training step", caption=f"mean of {steps} steps")
     table.add_column("phase")
     for name in found if len(found) > 1 else ["ms"]:
         table.add_column(name, justify="right")

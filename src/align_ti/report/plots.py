@@ -146,7 +146,7 @@ def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
     with mpl.rc_context(STYLE):
         names = phase_names(phases.values())
         height = 0.8 / len(phases)
-        figure, ax = axes(10, 0.9 + len(names) * max(0.3, 0.2 * len(phases)))
+        figure, ax = axes(10, 0.9 + len(names) * max(0.28, 0.16 * len(phases)))
         for position, (run, content) in enumerate(phases.items()):
             found = [(place, content["phases"][name]) for place, name in enumerate(names) if name in content["phases"]]
             bars = ax.barh(
@@ -154,15 +154,21 @@ def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
                 [1000 * one["mean_seconds"] for _, one in found],
                 height * 0.92,
                 color=COLOURS.get(run, CYCLE[position % len(CYCLE)]),
-                label=f"{run if labels is None else labels[run]}: {1000 * content['step']['mean_seconds']:.3g} ms",
+                label=f"{run if labels is None else labels[run]}: {milliseconds(content['step'])} ms",
             )
-            shares = [f"{1000 * one['mean_seconds']:.3g}  ({100 * one['share']:.0f} %)" for _, one in found]
+            shares = [f"{milliseconds(one)}  ({100 * one['share']:.0f} %)" for _, one in found]
             ax.bar_label(bars, shares, padding=3, fontsize=8)
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         ax.set_xlabel("milliseconds of a step (mean), share of the step in brackets")
-        ax.margins(x=0.12)
+        ax.margins(x=0.12, y=0.02)
         if len(phases) > 1:
             ax.legend(frameon=False, loc="lower right", title="whole step")
         return svg(figure, "Where a step's time goes")
+
+
+def milliseconds(phase: Mapping[str, float]) -> str:
+    """The mean of a phase in milliseconds, to three digits or to the millisecond."""
+    value = 1000 * phase["mean_seconds"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
