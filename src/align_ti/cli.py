@@ -28,10 +28,12 @@ from rich.text import Text
 
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
+from align_ti.phases import Stopwatch, phase_names
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
     from align_ti.preflight.report import Report
+    from align_ti.runs import RunFolder
 
 app = typer.Typer(
     name="align-ti",
@@ -67,24 +69,30 @@ def demo(
     split: Annotated[
         str, typer.Option(help="Measure on 'test', or on 'validation' while settings are chosen.")
     ] = "test",
+    phases: Annotated[bool, typer.Option("--phases", help="Also tell where the time of a training step goes.")] = False,
 ) -> None:
     """Distil a small model on real handwriting three ways and compare them.
 
     Draws the digits benchmark, measures the shipped teacher, scores its layers, trains one student by SFT, by SFT + vanilla KD and by
-    Align-TI from the same start, measures all of them on held-out handwriting, and writes report.html and summary.json.
+    Align-TI from the same start, measures all of them on held-out handwriting, writes report.html and summary.json, and tells how
+    long each part took.
     """
     if split not in {"test", "validation"}:
         raise ConfigError(f"--split is {split!r}; accepted: 'test' or 'validation'.")
-    quiet()
-    from align_ti.demo import TRAINING, run_demo
-    from align_ti.report.page import write_report
+    stopwatch = Stopwatch(of="run")
+    with stopwatch.phase("load the libraries"):
+        quiet()
+        from align_ti.demo import TRAINING, objectives, run_demo
+        from align_ti.runs import RunFolder
 
-    training = TRAINING if steps is None else Training(**{**TRAINING.model_dump(), "max_steps": steps})
+    changed: dict[str, Any] = {"phases": phases, **({} if steps is None else {"max_steps": steps})}
+    training = Training(**{**TRAINING.model_dump(), **changed})
     with bars() as advance:
-        summary = run_demo(out, seed, training=training, split=split, advance=advance)
-        page = write_report(out)
+        summary = run_demo(out, seed, training=training, split=split, advance=advance, stopwatch=stopwatch)
     show_summary(summary)
-    console.print(f"report: {page}\nsummary: {out / 'summary.json'}")
+    show_phases({summary["labels"][name]: RunFolder(out / name) for name in objectives(0)})
+    show_spent(summary["spent_seconds"])
+    console.print(f"report: {RunFolder(out).report}\nsummary: {RunFolder(out).summary}")
 
 
 @app.command()
@@ -122,6 +130,7 @@ def train(
     if not PartialState().is_main_process:
         return
     console.print(f"student: {run.student}")
+    show_phases({"student": run})
     if run.summary.exists():
         show_summary(read_json(run.summary))
         console.print(f"report: {write_report(run.root)}")
@@ -523,6 +532,47 @@ def show_summary(summary: dict[str, Any]) -> None:
         ("peak_memory_mib", ".0f", "peak MiB"),
     ):
         table.add_row(title, *(shown(summary[key].get(name), form) for name in names))
+    console.print(table)
+
+
+def show_phases(runs: Mapping[str, RunFolder]) -> None:
+    """Where the time of a training step goes, in the runs that counted it: mean milliseconds of each phase and its share."""
+    from align_ti.runs import read_json
+
+    found = {name: read_json(run.phases) for name, run in runs.items() if run.phases.exists()}
+    if not found:
+        return
+    steps = next(iter(found.values()))["steps"]
+    table = Table(title="milliseconds of a training step", caption=f"mean of {steps} steps")
+    table.add_column("phase")
+    for name in found if len(found) > 1 else ["ms"]:
+        table.add_column(name, justify="right")
+        table.add_column("%", justify="right")
+    for phase in phase_names(found.values()):
+        cells = [one["phases"].get(phase) for one in found.values()]
+        table.add_row(phase, *(text for cell in cells for text in milliseconds_and_share(cell)))
+    table.add_section()
+    whole = [{**one["step"], "share": 1.0} for one in found.values()]
+    table.add_row("step", *(text for cell in whole for text in milliseconds_and_share(cell)))
+    console.print(table)
+
+
+def milliseconds_and_share(cell: Mapping[str, float] | None) -> tuple[str, str]:
+    """Two cells of the table of phases; dashes where a run has no such phase."""
+    return ("-", "-") if cell is None else (f"{1000 * cell['mean_seconds']:.2f}", f"{100 * cell['share']:.1f}")
+
+
+def show_spent(spent: Mapping[str, float]) -> None:
+    """How long each part of a demo took, all calls together."""
+    whole = sum(spent.values())
+    table = Table(title="what the demo spent")
+    table.add_column("part")
+    for column in ("s", "%"):
+        table.add_column(column, justify="right")
+    for name, seconds in spent.items():
+        table.add_row(name, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}")
+    table.add_section()
+    table.add_row("all", f"{whole:.1f}", "100.0")
     console.print(table)
 
 

@@ -398,6 +398,8 @@ class Training(Knobs):
     """Steps between two checkpoints."""
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept."""
+    phases: bool = False
+    """Count where the time of each step goes and write it to phases.json; on an accelerator this slows the run a little."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the log goes besides the run folder."""
 

@@ -5,7 +5,8 @@ benchmark -> teacher and start measured -> layers scored -> SFT, SFT + KD, Align
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from align_ti.data.sources import read_conversations
 from align_ti.digits.files import Sizes, write_benchmark
 from align_ti.errors import RunError
 from align_ti.models.loading import load_processor
+from align_ti.phases import OTHER, Stopwatch, part
 from align_ti.pipeline.measuring import evaluate_model, score_teacher, summarise
 from align_ti.pipeline.training import distil
+from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, provenance, read_json, write_json
 
 Advance = Callable[[str, int, int], None]
@@ -63,8 +66,9 @@ def run_demo(
     training: Training = TRAINING,
     split: str = "test",
     advance: Advance = lambda stage, done, total: None,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """The whole job; what is finished in the folder already is not done again.
+    """The whole job, report included; what is finished in the folder already is not done again.
 
     Args:
         out: the run folder.
@@ -73,6 +77,7 @@ def run_demo(
         training: how long and how fast each method trains.
         split: "test", or "validation" while settings are chosen.
         advance: progress.
+        stopwatch: counts the parts of the run; given, it may have counted some already.
 
     Returns:
         The content of `summary.json`.
@@ -91,7 +96,45 @@ def run_demo(
             "split": split,
         },
     )
-    root, data = RunFolder(out), out / "data"
+    root = RunFolder(out)
+    with spending(root, Stopwatch(of="run") if stopwatch is None else stopwatch) as spent:
+        summary = compare_methods(root, seed, sizes, training, split, advance)
+        write_json(root.summary, {**summary, "spent_seconds": spent()})
+        with part("write the report"):
+            write_report(out)
+        # Once more, now that the report's own time is known.
+        summary["spent_seconds"] = spent()
+        write_json(root.summary, summary)
+    return summary
+
+
+@contextmanager
+def spending(root: RunFolder, stopwatch: Stopwatch) -> Iterator[Callable[[], dict[str, float]]]:
+    """Counts the block on the stopwatch; gives a function that tells the seconds of each part, those of earlier calls included.
+
+    They are kept in the folder, after a stop too, since a demo that goes on does not do again what it did before.
+    """
+    before: dict[str, float] = read_json(root.spent) if root.spent.exists() else {}
+
+    def spent() -> dict[str, float]:
+        now = stopwatch.so_far()
+        total = {name: round(before.get(name, 0.0) + now.get(name, 0.0), 2) for name in {**before, **now}}
+        total[OTHER] = total.pop(OTHER)
+        write_json(root.spent, total)
+        return total
+
+    with stopwatch.running():
+        try:
+            yield spent
+        finally:
+            spent()
+
+
+def compare_methods(
+    root: RunFolder, seed: int, sizes: Sizes, training: Training, split: str, advance: Advance
+) -> dict[str, Any]:
+    """Data, teacher and start measured, three methods trained and measured: the content of `summary.json`."""
+    out, data = root.root, root.root / "data"
     if not data.is_dir():
         done, total = [0], sizes.train + sizes.validation + sizes.test
 
@@ -99,7 +142,8 @@ def run_demo(
             done[0] += count
             advance("draw the benchmark", done[0], total)
 
-        write_benchmark(data, seed, sizes, drawn)
+        with part("draw the benchmark"):
+            write_benchmark(data, seed, sizes, drawn)
 
     conversations = read_conversations(data / f"{split}.json")
     results: dict[str, dict[str, Any]] = {}
@@ -122,28 +166,21 @@ def run_demo(
     layer = best_layer(root, data, seed, advance)
 
     runs: dict[str, RunFolder] = {}
-    processor = load_processor(str(data / "student"))
-    train = EncodedConversations(read_conversations(data / "train.json"), processor, cache=True)
-    for index in range(len(train)):
-        train[index]
-        advance("prepare training data", index + 1, len(train))
+    with part("prepare training data"):
+        processor = load_processor(str(data / "student"))
+        train = EncodedConversations(read_conversations(data / "train.json"), processor, cache=True)
+        for index in range(len(train)):
+            train[index]
+            advance("prepare training data", index + 1, len(train))
     for name, objective in objectives(layer).items():
-        recipe = Recipe(
-            out=str(out / name),
-            seed=seed,
-            student=Student(path=str(data / "student")),
-            teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
-            data=Data(train=str(data / "train.json"), cache="memory"),
-            objective=objective,
-            training=training,
-            evaluation=EVALUATION,
-        )
+        recipe = method_recipe(out / name, data, objective, seed, training)
 
         def stepped(step: int, steps: int, name: str = name) -> None:
             advance(f"train: {LABELS[name]}", step, steps)
 
         # No check: the pair is shipped, and the tests prove on it what a check looks for.
-        runs[name] = distil(recipe, data=train, steps=stepped, check=False)
+        with part(f"train: {LABELS[name]}"):
+            runs[name] = distil(recipe, data=train, steps=stepped, check=False)
         measure(name, runs[name].student)
 
     summary = summarise("Align-TI on real handwriting", seed, results, LABELS, runs)
@@ -157,8 +194,21 @@ def run_demo(
         "branch_share": branch_share(runs["align_ti"]),
         "provenance": provenance(),
     }
-    write_json(root.summary, summary)
     return summary
+
+
+def method_recipe(out: Path, data: Path, objective: Objective, seed: int, training: Training) -> Recipe:
+    """The run of one method: the shipped pair on the benchmark that lies in `data`."""
+    return Recipe(
+        out=str(out),
+        seed=seed,
+        student=Student(path=str(data / "student")),
+        teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
+        data=Data(train=str(data / "train.json"), cache="memory"),
+        objective=objective,
+        training=training,
+        evaluation=EVALUATION,
+    )
 
 
 def claim(out: Path, choices: dict[str, Any]) -> None:
@@ -182,7 +232,10 @@ def best_layer(root: RunFolder, data: Path, seed: int, advance: Advance) -> int:
     """The teacher's layer with the highest instruction-relevance score on training pictures."""
     if not root.layer_scores.exists():
         advance("score the teacher's layers", 0, 1)
-        scores = score_teacher(str(data / "teacher"), read_conversations(data / "train.json"), SCORES, seed, "float32")
+        with part("score the teacher's layers"):
+            scores = score_teacher(
+                str(data / "teacher"), read_conversations(data / "train.json"), SCORES, seed, "float32"
+            )
         layer = max(scores, key=lambda key: scores[key])
         write_json(root.layer_scores, {"layer": layer, "scores": {str(key): value for key, value in scores.items()}})
         advance("score the teacher's layers", 1, 1)

@@ -121,6 +121,11 @@ class RunFolder:
         return self.root / "cost.json"
 
     @property
+    def phases(self) -> Path:
+        """Where the time of a step goes, if training.phases asked for it."""
+        return self.root / "phases.json"
+
+    @property
     def training(self) -> Path:
         """What was trained on how much: steps, records, and parameters by part."""
         return self.root / "training.json"
@@ -128,6 +133,11 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def spent(self) -> Path:
+        """Seconds of each part of a demo, added up over the calls that it took."""
+        return self.root / "spent.json"
 
     @property
     def report(self) -> Path:

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from align_ti.errors import ModelError
 from align_ti.models.families import attention_modules, full_attention_layers, language_model
+from align_ti.phases import phase
 
 NAME = "align_ti_sdpa"
 """Our entry in transformers' attention interface: SDPA that can be watched and accepts boolean 4-D masks."""
@@ -58,7 +59,9 @@ class Watch:
                 behind = query.shape[2] - self.queries.shape[1]
                 queries = nn.functional.pad(self.queries, (0, behind)).to(query.device)
                 # A model spread over devices reads each layer on its own.
-                self.means[layer] = mean_attention(query, key, mask, queries, scaling, softcap).to(self.queries.device)
+                with phase("capture"):
+                    mean = mean_attention(query, key, mask, queries, scaling, softcap)
+                self.means[layer] = mean.to(self.queries.device)
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("align_ti_watch", default=None)

@@ -20,6 +20,7 @@ from align_ti.evaluation.runner import divergence, evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.loading import best_device, load_model, load_processor
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
+from align_ti.phases import part
 from align_ti.pipeline.checking import Seen, log_warnings
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
@@ -32,7 +33,8 @@ def score_teacher(
     path: str, conversations: Sequence[Conversation], settings: Scores, seed: int = 0, dtype: str = "auto"
 ) -> dict[int, float]:
     """The instruction-relevance score (IRS) of each layer of a model, on a sample of the records."""
-    model, processor = load_model(path, dtype, best_device()), load_processor(path)
+    with part("load models"):
+        model, processor = load_model(path, dtype, best_device()), load_processor(path)
     collate = Collator(processor.tokenizer.pad_token_id)
     groups = same_image_groups(conversations, settings.images, settings.instructions, seed)
     batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
@@ -57,17 +59,20 @@ def evaluate_model(
         ModelError: a model cannot be loaded, or the two cannot be compared.
     """
     first = Teacher(path=path, dtype=dtype) if isinstance(path, str) else path  # type: ignore[arg-type]
-    model, processor = load_teacher(first, best_device()), load_processor(first.path)
-    other, own = None, None
-    if teacher is not None:
-        second = Teacher(path=teacher, dtype=teacher_dtype) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
-        own = own_processor(processor, load_processor(second.path))
-        other = load_teacher(second, best_device())
-        shared_tokens(model, other, processor, own)
-        check_pair(model, other, shared_inputs=own is None)
-    result = evaluate(model, processor, conversations, settings, advance)
+    with part("load models"):
+        model, processor = load_teacher(first, best_device()), load_processor(first.path)
+        other, own = None, None
+        if teacher is not None:
+            second = Teacher(path=teacher, dtype=teacher_dtype) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
+            own = own_processor(processor, load_processor(second.path))
+            other = load_teacher(second, best_device())
+            shared_tokens(model, other, processor, own)
+            check_pair(model, other, shared_inputs=own is None)
+    with part("measure: answers"):
+        result = evaluate(model, processor, conversations, settings, advance)
     if other is not None:
-        result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
+        with part("measure: divergence"):
+            result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sized
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, InterruptedRunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
+from align_ti.phases import part
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
 from align_ti.pipeline.parts import Parts, load_parts
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
@@ -24,7 +26,9 @@ from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
-from align_ti.training.watch import RunRecorder
+from align_ti.training.watch import WARM_UP, RunRecorder, StepPhases
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -45,6 +49,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         del options["gradient_checkpointing"]
     # Ours compiles parts of the models in place; theirs would wrap the student.
     del options["torch_compile"]
+    del options["phases"]
     if options.pop("group_by_length"):
         # transformers 5.0 knows the option under its older name.
         newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
@@ -90,7 +95,8 @@ def distil(
     if run.student.exists():
         return run
     set_seed(recipe.seed)
-    parts = load_parts(recipe)
+    with part("load models"):
+        parts = load_parts(recipe)
     train: TrainingData
     if data is not None:
         train = data
@@ -102,7 +108,7 @@ def distil(
         for model in filter(None, (parts.student, parts.teacher)):
             compile_tokenwise(unwrapped(model))
     parameters = parts.trained()
-    recorder = RunRecorder(run, steps)
+    recorder, phases = RunRecorder(run, steps), StepPhases() if recipe.training.phases else None
     trainer = AlignTITrainer(
         model=parts.student,
         teacher_model=parts.teacher,
@@ -113,6 +119,7 @@ def distil(
         teacher_processing_class=parts.teacher_processor,
         scores=recipe.layer_scores,
         callbacks=[recorder],
+        phases=phases,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
@@ -134,6 +141,8 @@ def distil(
         )
         records = len(train) if isinstance(train, Sized) else None
         write_json(run.training, {"steps": trainer.state.global_step, "records": records, "parameters": parameters})
+        if phases is not None:
+            write_phases(run, phases)
         write_card(run, run.draft)
         run.draft.rename(run.student)
     state.wait_for_everyone()
@@ -150,6 +159,21 @@ def save_student(run: RunFolder, parts: Parts, trainer: AlignTITrainer) -> None:
     if trainer.is_world_process_zero():
         # A pickle, which nobody needs to use the student.
         (run.draft / "training_args.bin").unlink(missing_ok=True)
+
+
+def write_phases(run: RunFolder, phases: StepPhases) -> None:
+    """Writes where the time of a step went, or says why there is nothing to tell."""
+    summary = phases.summary()
+    if summary is None:
+        logger.warning(
+            "training.phases is true, but only %d step(s) were made in this call, and the first %d are left out as warm-up; %s was not "
+            "written; train for more steps.",
+            len(phases.steps),
+            WARM_UP,
+            run.phases,
+        )
+    else:
+        write_json(run.phases, summary)
 
 
 def last_checkpoint(root: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from align_ti.phases import phase_names
 from align_ti.report import plots
 from align_ti.runs import RunFolder, read_json, write_text
 
@@ -55,6 +57,9 @@ def write_report(root: Path) -> Path:
         figures["memory"] = plots.cost_bars(
             memory, summary["labels"], f"MiB, {summary['memory']}, above the start", "Peak memory"
         )
+    phases = phases_of(run, trained)
+    if phases:
+        figures["phases"] = plots.phase_bars(phases, summary["labels"])
     # Everything from data is escaped; only our own SVG is markup.
     environment = Environment(
         loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -63,6 +68,8 @@ def write_report(root: Path) -> Path:
         summary=summary,
         figures={name: Markup(figure) for name, figure in figures.items()},
         main=summary["labels"][main],
+        phases=phases,
+        phase_names=phase_names(phases.values()),
         examples=examples(run, summary),
         provenance=summary.get("provenance") or (read_json(run.provenance) if run.provenance.exists() else None),
     )
@@ -74,6 +81,13 @@ def metrics_of(run: RunFolder, name: str) -> list[dict[str, Any]]:
     """The training log of one method: in its own folder below a demo, in the run folder itself otherwise."""
     below = RunFolder(run.root / name)
     return (below if below.metrics.exists() else run).read_metrics()
+
+
+def phases_of(run: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Where a step's time goes, by method, for those that counted it; found where their logs are."""
+    folders = {name: RunFolder(run.root / name) for name in names}
+    found = {name: below if below.metrics.exists() else run for name, below in folders.items()}
+    return {name: read_json(folder.phases) for name, folder in found.items() if folder.phases.exists()}
 
 
 def examples(run: RunFolder, summary: dict[str, Any]) -> list[Example]:

@@ -11,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from align_ti.phases import phase_names
+
 # Okabe-Ito: told apart by colour-blind readers too.
 COLOURS = {
     "teacher": "#7f7f7f",
@@ -22,6 +24,7 @@ COLOURS = {
     "student": "#009e73",
 }
 TERMS = {"sft": "#e69f00", "kd": "#56b4e9", "iva": "#cc79a7", "tpa": "#009e73"}
+CYCLE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -136,3 +139,36 @@ def cost_bars(values: Mapping[str, float], labels: Mapping[str, str], unit: str,
         ax.set_xlabel(unit)
         ax.margins(x=0.15)
         return svg(figure, title)
+
+
+def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str] | None = None) -> str:
+    """Mean milliseconds of each phase of a step, a bar for each run; phases from top to bottom in the order of a step."""
+    with mpl.rc_context(STYLE):
+        names = phase_names(phases.values())
+        height = 0.8 / len(phases)
+        figure, ax = axes(10, 0.9 + len(names) * max(0.28, 0.16 * len(phases)))
+        for position, (run, content) in enumerate(phases.items()):
+            found = [(place, content["phases"][name]) for place, name in enumerate(names) if name in content["phases"]]
+            bars = ax.barh(
+                [place + (position - (len(phases) - 1) / 2) * height for place, _ in found],
+                [1000 * one["mean_seconds"] for _, one in found],
+                height * 0.92,
+                color=COLOURS.get(run, CYCLE[position % len(CYCLE)]),
+                label=f"{run if labels is None else labels[run]}: {milliseconds(content['step'])} ms",
+            )
+            shares = [f"{milliseconds(one)}  ({100 * one['share']:.0f} %)" for _, one in found]
+            ax.bar_label(bars, shares, padding=3, fontsize=8)
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel("milliseconds of a step (mean), share of the step in brackets")
+        ax.margins(x=0.12, y=0.02)
+        if len(phases) > 1:
+            ax.legend(frameon=False, loc="lower right", title="whole step")
+        return svg(figure, "Where a step's time goes")
+
+
+def milliseconds(phase: Mapping[str, float]) -> str:
+    """The mean of a phase in milliseconds, to three digits or to the millisecond."""
+    value = 1000 * phase["mean_seconds"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

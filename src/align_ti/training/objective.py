@@ -36,6 +36,7 @@ from align_ti.models.continuation import (
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
 from align_ti.models.recomputation import reuse_possible
 from align_ti.models.standins import Projection, tower_once
+from align_ti.phases import phase
 
 Masses = dict[str, Shaped[Tensor, ""]]
 """What each term's total is divided by: sft and kd response tokens, iva samples with visual and instruction tokens, tpa response
@@ -136,28 +137,31 @@ def distillation_loss(
     masses = {name: every_mass[name] for name in terms}
     whole = masses if step_masses is None else step_masses(masses)
     weights = gold_weights(labels, roles, objective, attention, plan, batch.get("pictures"))
-    student_rows, teacher_rows, row_labels, row_weights = gather_rows(weights, plan, labels, student_pass, teacher_pass)
-    dtype = torch.promote_types(student_rows.dtype, torch.float32)
-    # A mass is a count; where it is 0 the total is 0 too, and dividing by 1 keeps it so.
-    result = weighted_row_loss(
-        Rows(
-            student=student_rows,
-            student_head=Projection(student),
-            teacher=teacher_rows,
-            teacher_head=None if compared is None else Projection(compared),
-            labels=row_labels,
-            shared=pairing.shared,
-        ),
-        {
-            name: RowWeights(
-                weights=row_weights[name],
-                coefficient=getattr(objective, name).weight / whole[name].to(dtype).clamp(min=1),
-                temperature={"sft": None, "kd": objective.kd.temperature}.get(name, 1.0),
-            )
-            for name in terms
-        },
-        objective.chunk_rows,
-    )
+    with phase("divergence"):
+        student_rows, teacher_rows, row_labels, row_weights = gather_rows(
+            weights, plan, labels, student_pass, teacher_pass
+        )
+        dtype = torch.promote_types(student_rows.dtype, torch.float32)
+        # A mass is a count; where it is 0 the total is 0 too, and dividing by 1 keeps it so.
+        result = weighted_row_loss(
+            Rows(
+                student=student_rows,
+                student_head=Projection(student),
+                teacher=teacher_rows,
+                teacher_head=None if compared is None else Projection(compared),
+                labels=row_labels,
+                shared=pairing.shared,
+            ),
+            {
+                name: RowWeights(
+                    weights=row_weights[name],
+                    coefficient=getattr(objective, name).weight / whole[name].to(dtype).clamp(min=1),
+                    temperature={"sft": None, "kd": objective.kd.temperature}.get(name, 1.0),
+                )
+                for name in terms
+            },
+            objective.chunk_rows,
+        )
     return DistillationOutput(
         loss=result.loss,
         terms={name: result.totals[name] / masses[name].to(dtype).clamp(min=1) for name in terms},
@@ -295,20 +299,24 @@ def run_passes(
     tpa = objective.tpa if "tpa" in objective.active else None
     layer = objective.iva.layer if "iva" in objective.active else None
     source = None if tpa is None or candidates is not None else tpa.source
-    plan, teacher_pass = None, None
+    plan, teacher_first, teacher_pass = None, None, None
     with watch_instruction(theirs, layer) as watch:
-        student_first = first_pass(ours, tpa, drawn_from=source == "student")
-        with torch.no_grad():
-            teacher_first = None if theirs is None else first_pass(theirs, tpa, drawn_from=source == "teacher")
+        with phase("student forward"):
+            student_first = first_pass(ours, tpa, drawn_from=source == "student")
+        if theirs is not None:
+            with torch.no_grad(), phase("teacher forward"):
+                teacher_first = first_pass(theirs, tpa, drawn_from=source == "teacher")
         if tpa is not None:
-            if candidates is None:
-                drawn_from = {"student": (ours, student_first), "teacher": (theirs, teacher_first), "gold": None}
-                candidates = draw_candidates(drawn_from[tpa.source], ours, tpa, generator)
-            plan = plan_candidates(ours.model, {**ours.inputs, "roles": ours.roles}, candidates, tpa, pairing)
-        student_pass = second_pass(ours, student_first, None if plan is None else plan.branches)
+            with phase("candidates"):
+                if candidates is None:
+                    drawn_from = {"student": (ours, student_first), "teacher": (theirs, teacher_first), "gold": None}
+                    candidates = draw_candidates(drawn_from[tpa.source], ours, tpa, generator)
+                plan = plan_candidates(ours.model, {**ours.inputs, "roles": ours.roles}, candidates, tpa, pairing)
+        with phase(second_phase("student", student_first)):
+            student_pass = second_pass(ours, student_first, None if plan is None else plan.branches)
         if theirs is not None:
             branches = None if plan is None else branches_for(theirs, plan.branches, found)
-            with torch.no_grad():
+            with torch.no_grad(), phase(second_phase("teacher", teacher_first)):
                 teacher_pass = second_pass(theirs, teacher_first, branches)
     attention = None if watch is None or theirs is None else watch.means[watch.layers[0]][:, : theirs.roles.shape[1]]
     device = ours.roles.device
@@ -342,7 +350,7 @@ def first_pass(of: View, tpa: Tpa | None, *, drawn_from: bool) -> Reading | None
         return read(of.model, of.inputs, keep_cache=tpa is not None)
     if not drawn_from:
         return None
-    with torch.no_grad():
+    with torch.no_grad(), phase("candidates"):
         return read(of.model, of.inputs, keep_cache=False)
 
 
@@ -354,6 +362,11 @@ def second_pass(of: View, first: Reading | None, branches: Branches | None) -> P
     if branches is None or branches.width == 0:
         return Pass(first.hidden, None)
     return Pass(first.hidden, continue_branches(of.model, of.inputs, first, branches))
+
+
+def second_phase(whose: str, first: Reading | None) -> str:
+    """The name of a model's second pass as a phase: in the packed form it is the forward pass itself."""
+    return f"{whose} forward" if first is None or first.cache is None else f"{whose} second pass"
 
 
 def is_packed(model: PreTrainedModel, tpa: Tpa) -> bool:

@@ -26,6 +26,7 @@ from align_ti.models.families import head, widest_float
 from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
+from align_ti.phases import OTHER, phase
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import (
     DistillationOutput,
@@ -35,6 +36,7 @@ from align_ti.training.objective import (
     distillation_loss,
     plan_candidates,
 )
+from align_ti.training.watch import StepPhases
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class AlignTITrainer(Trainer):
             student's, each model reads its own.
         data_collator: by default one that pads with the processor's pad token.
         scores: the size of the sample that layers are scored on.
+        phases: given, it counts where the time of each step goes.
         trainer_options: anything else that transformers' Trainer takes, such as callbacks.
     """
 
@@ -104,6 +107,7 @@ class AlignTITrainer(Trainer):
         data_collator: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
         scores: Scores | None = None,
         teacher_processing_class: ProcessorMixin | None = None,
+        phases: StepPhases | None = None,
         **trainer_options: Any,
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
@@ -140,6 +144,10 @@ class AlignTITrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
+        self.phases = phases
+        if phases is not None:
+            # First, so that a step's time holds nothing of the other callbacks.
+            trainer_options["callbacks"] = [phases, *(trainer_options.get("callbacks") or [])]
         super().__init__(
             model=model,
             args=args,
@@ -266,6 +274,14 @@ class AlignTITrainer(Trainer):
         sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
         return sampler
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers; the time of each step is counted if `phases` was given."""
+        if self.phases is None:
+            return super().train(*arguments, **options)
+        assert self.model is not None
+        with self.phases.running(filter(None, (unwrapped(self.model), self.teacher_model))):
+            return super().train(*arguments, **options)
+
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -275,7 +291,10 @@ class AlignTITrainer(Trainer):
 
         TPA's mass depends on the candidates, so under accumulation they are drawn here, by a forward pass without gradient.
         """
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.phases is not None:
+            self.phases.begin_step()
+        with phase("data"):
+            batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_totals = None
         if len(batches) > 1:
             objective = self.resolve_layer()
@@ -294,12 +313,13 @@ class AlignTITrainer(Trainer):
             student = unwrapped(self.accelerator.unwrap_model(self.model))
             # An evaluation leaves the student in eval mode, and draws would depend on whether there was one.
             student.train()
-            with self.accelerator.autocast():
-                if "candidates" not in batch:
-                    batch["candidates"] = candidates_for(
-                        student, self.teacher_model, batch, objective.tpa, self.generator()
-                    )
-            plan = plan_candidates(student, batch, batch["candidates"], objective.tpa, self.pairing)
+            with phase("candidates"):
+                with self.accelerator.autocast():
+                    if "candidates" not in batch:
+                        batch["candidates"] = candidates_for(
+                            student, self.teacher_model, batch, objective.tpa, self.generator()
+                        )
+                plan = plan_candidates(student, batch, batch["candidates"], objective.tpa, self.pairing)
         masses = batch_masses(batch["labels"], batch["roles"], plan)
         return {name: masses[name] for name in objective.active}
 
@@ -335,6 +355,19 @@ class AlignTITrainer(Trainer):
             self.eval_draws += 1
         # A tuple of integers hashes to the same number in every process and Python.
         return torch.Generator(self.args.device).manual_seed(hash(place) % 2**63)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As in transformers: the batch on its device."""
+        with phase("data"):
+            return super()._prepare_inputs(inputs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in transformers: the loss of one batch, and its gradients added up; what is no phase inside it is backward."""
+        with phase("backward"):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -372,7 +405,8 @@ class AlignTITrainer(Trainer):
                     self.pairing,
                 )
 
-        output = through_wrapper(model, whole, loss)
+        with phase(OTHER):
+            output = through_wrapper(model, whole, loss)
         (self.train_sums if training else self.eval_sums).add(output)
         # Data parallelism averages gradients over processes; the sum over processes is meant.
         value = output.loss * self.args.world_size if training else output.loss

@@ -5,18 +5,38 @@ from __future__ import annotations
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align_ti.models.families import tower
+from align_ti.models.standins import standing_in
+from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import RunFolder
 
 WARM_UP = 5
 """First steps of a run that the time of a step leaves out: allocation and compilation happen in them."""
+
+STEP = (
+    "data",
+    "vision",
+    "student forward",
+    "teacher forward",
+    "capture",
+    "candidates",
+    "student second pass",
+    "teacher second pass",
+    "divergence",
+    "backward",
+    "optimizer",
+    OTHER,
+)
+"""The phases of a step, in the order in which they are shown; docs/training.md says what is in each."""
 
 
 class RunRecorder(TrainerCallback):
@@ -80,3 +100,85 @@ class RunRecorder(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+class StepPhases(TrainerCallback):
+    """Where the time of each optimizer step goes, for `AlignTITrainer(phases=...)`.
+
+    A step lasts from asking for its batches to the end of its update; the log, checkpoints and evaluations after it belong to none.
+
+    Args:
+        clock: tells the time in seconds; by default one that waits for the models' accelerators.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock
+        self.stopwatch = Stopwatch()
+        self.steps = array("d")
+        self.spent = {name: array("d") for name in STEP}
+
+    @contextmanager
+    def running(self, models: Iterable[PreTrainedModel]) -> Iterator[None]:
+        """Inside the block phases are counted, the vision towers of the models among them."""
+        watched = list(models)
+        devices = {parameter.device for model in watched for parameter in model.parameters()}
+        self.stopwatch = Stopwatch(settled_clock(devices) if self.clock is None else self.clock)
+        towers = {id(part): part for model in watched if (part := tower(model)) is not None}
+        with ExitStack() as stack:
+            for part in towers.values():
+                stack.enter_context(standing_in(part, in_phase("vision", part.forward)))
+            stack.enter_context(self.stopwatch.running())
+            yield
+
+    def begin_step(self) -> None:
+        """Leaves out what lies between two steps."""
+        self.stopwatch.lap()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The batches are there. What follows is forward and backward, in phases of their own, and the update.
+        self.stopwatch.enter("optimizer")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stopwatch.leave()
+        lap = self.stopwatch.lap()
+        self.steps.append(lap.seconds)
+        for name, seconds in self.spent.items():
+            seconds.append(lap.phases.get(name, 0.0))
+
+    def summary(self) -> dict[str, Any] | None:
+        """The content of `phases.json`: seconds of a step after the first few, as a whole and by phase; None if there were too few.
+
+        The means of the phases add up to the step's; medians need not. `share` is the phase's part of the mean step.
+        """
+        whole = self.steps[WARM_UP:]
+        if not whole:
+            return None
+        spent = {name: seconds[WARM_UP:] for name, seconds in self.spent.items()}
+        return {
+            "steps": len(whole),
+            "steps_left_out": WARM_UP,
+            "step": averages(whole),
+            "phases": {
+                name: {**averages(seconds), "share": round(sum(seconds) / sum(whole), 6)}
+                for name, seconds in spent.items()
+                if any(seconds)
+            },
+        }
+
+
+def averages(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and mean, to the microsecond."""
+    return {
+        "median_seconds": round(statistics.median(seconds), 6),
+        "mean_seconds": round(statistics.fmean(seconds), 6),
+    }
+
+
+def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a phase."""
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        with phase(name):
+            return function(*arguments, **options)
+
+    return timed
