@@ -72,7 +72,7 @@ def eager_focus(model, sample, layer: int) -> Tensor | None:
     return out.attentions[layer][0].mean(0)[instruction].mean(0)[visual]
 
 
-def iva(student, teacher, batch, layer: int, separately: bool = False) -> Tensor:
+def iva(student, teacher, batch, layer: int, separately: bool = False, share: float = 1.0) -> Tensor:
     values = []
     for sample in samples(batch):
         alpha = eager_focus(teacher, sample, layer)
@@ -84,6 +84,11 @@ def iva(student, teacher, batch, layer: int, separately: bool = False) -> Tensor
         if separately:
             alpha = torch.cat([part / part.sum() if part.sum() > 0 else part for part in alpha.split(4)])
         weights = alpha / alpha.sum()
+        if share < 1:
+            held = torch.zeros(())
+            for token in weights.argsort(descending=True):
+                held, weights[token] = held + weights[token], weights[token] if held < share else 0.0
+            weights = weights / weights.sum()
         rows = (sample["roles"][0] == 1).nonzero().flatten()
         values.append((weights * kl(logits(teacher, sample)[rows], logits(student, sample)[rows])).sum())
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)

@@ -123,6 +123,37 @@ def test_visual_weights_of_a_sample_sum_to_one_or_to_nothing(seed, images):
     assert bool((weights[~visual] == 0).all())
 
 
+@given(
+    seed=st.integers(0, 200),
+    share=st.floats(0.05, 1.0, exclude_max=True),
+    images=st.sampled_from(["together", "separately"]),
+)
+def test_a_share_of_the_attention_keeps_the_fewest_tokens_that_hold_it(seed, share, images):
+    random = torch.Generator().manual_seed(seed)
+    attention = torch.rand(4, 9, generator=random, dtype=torch.float64) + 1e-6
+    visual = torch.rand(4, 9, generator=random) < 0.6
+    instruction = (torch.rand(4, 9, generator=random) < 0.15) & ~visual
+    whole = visual_weights(attention, visual, instruction, images)
+    part = visual_weights(attention, visual, instruction, images, share=share)
+    for all_of_it, kept in zip(whole, part, strict=True):
+        if not all_of_it.any():
+            assert not kept.any()
+            continue
+        held = all_of_it[kept > 0]
+        assert float(held.sum()) >= share - 1e-12
+        assert float(held.sum() - held.min()) < share
+        assert held.min() >= all_of_it[kept == 0].max() if bool((kept == 0).any()) else True
+        torch.testing.assert_close(kept[kept > 0], held / held.sum())
+
+
+def test_a_share_of_the_attention_of_one_is_all_of_it():
+    attention = torch.rand(2, 7, dtype=torch.float64)
+    visual = torch.tensor([[True] * 5 + [False] * 2] * 2)
+    instruction = ~visual
+    whole = visual_weights(attention, visual, instruction)
+    assert torch.equal(visual_weights(attention, visual, instruction, share=1.0), whole)
+
+
 def test_attention_is_read_in_float32_under_autocast():
     # Autocast turned the product of float32 queries and keys back into bfloat16, which put weights off by per cents.
     torch.manual_seed(0)

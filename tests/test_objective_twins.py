@@ -76,6 +76,8 @@ def test_iva_equals_its_definition(pair, name, side, images):
     batch = tiny.batch(tiny.COMPOSITIONS[name], seed=5, side=side)
     out = distillation_loss(student, teacher, batch, only(iva=Iva(layer=1, images=images)))
     assert_same(student, out.loss, plain.iva(student, teacher, batch, 1, images == "separately"), EAGER)
+    fewer = distillation_loss(student, teacher, batch, only(iva=Iva(layer=1, images=images, share=0.6)))
+    assert_same(student, fewer.loss, plain.iva(student, teacher, batch, 1, images == "separately", 0.6), EAGER)
 
 
 @pytest.mark.parametrize("form", ["reuse", "packed"])

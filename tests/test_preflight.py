@@ -144,7 +144,7 @@ def test_a_sound_pair_passes_every_check(costed):
             torch.float64,
             {
                 "objective": {
-                    "iva": {"layer": 0, "images": "separately"},
+                    "iva": {"layer": 0, "images": "separately", "share": 0.7},
                     "tpa": {"form": "packed"},
                     "kd": {"temperature": 2.0},
                 }

@@ -68,6 +68,9 @@ class Iva(Knobs):
     on a sample of the training data."""
     images: Literal["together", "separately"] = "together"
     """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Compare only the visual tokens that are looked at most, as many as together hold this share of the attention; 1: all. Fewer rows
+    go through the vocabulary. Below 1 the term is another one: its weights are renormalised over the tokens that are left."""
     resample: bool = False
     """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows and weights to the
     student's grid. Otherwise different numbers are an error."""

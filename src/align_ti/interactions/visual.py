@@ -15,13 +15,14 @@ def visual_weights(
     instruction: Bool[Tensor, "batch seq"],
     images: Literal["together", "separately"] = "together",
     pictures: Int[Tensor, "batch seq"] | None = None,
+    share: float = 1.0,
 ) -> Float[Tensor, "batch seq"]:
     """w_i = alpha_i / sum of alpha over the sample's visual tokens; 0 elsewhere.
 
     The weights of a sample sum to 1, or to 0 if no instruction token sees a visual one. A picture behind the last instruction
     token is not looked at and has no weight. With `separately` each picture is normalised on its own, and all pictures that are looked
     at count the same. `pictures` holds the number of each visual token's picture, from 1; without it a picture is a run of adjacent
-    visual tokens.
+    visual tokens. With a `share` below 1, the most looked-at tokens that together hold it are kept, and renormalised.
 
     Source: Align-TI (arXiv:2602.09483), the weights of the IVA term.
     """
@@ -29,7 +30,19 @@ def visual_weights(
     alpha = torch.where(seen, attention, 0.0)
     if images == "separately":
         alpha = alpha / picture_totals(alpha, seen, pictures).masked_fill(~seen, 1.0)
-    return alpha / alpha.sum(-1, keepdim=True).masked_fill(~seen.any(-1, keepdim=True), 1.0)
+    weights = alpha / alpha.sum(-1, keepdim=True).masked_fill(~seen.any(-1, keepdim=True), 1.0)
+    if share == 1:
+        return weights
+    weights = most_looked_at(weights, share)
+    return weights / weights.sum(-1, keepdim=True).masked_fill(~seen.any(-1, keepdim=True), 1.0)
+
+
+def most_looked_at(weights: Float[Tensor, "batch seq"], share: float) -> Float[Tensor, "batch seq"]:
+    """The weights with all but the fewest set to 0 that together reach this share of a sample's sum."""
+    ranked, order = weights.sort(dim=-1, descending=True, stable=True)
+    # A token is dropped if those before it reach the share already; the first always stays.
+    dropped = ranked.cumsum(-1) - ranked >= share * ranked.sum(-1, keepdim=True)
+    return weights.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
 
 
 def seen_visual(visual: Bool[Tensor, "batch seq"], instruction: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:

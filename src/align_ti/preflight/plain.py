@@ -66,6 +66,7 @@ def iva(
     *,
     separately: bool,
     pictures: Int[Tensor, " seq"] | None = None,
+    share: float = 1.0,
 ) -> float:
     """KL at the visual rows, unshifted, each weighted by its share of the attention that the instruction pays."""
     ours, theirs = ([step for step in range(len(of)) if of[step] == VISUAL] for of in roles)
@@ -73,7 +74,14 @@ def iva(
     runs = (visual_runs(roles[0].tolist()) if pictures is None else by_picture(pictures)) if separately else [ours]
     ranks = [[ours.index(step) for step in run] for run in runs]
     seen = [run for run in ranks if float(weights[run].sum()) > 0]
-    return float(sum((weights[run] / weights[run].sum() * values[run]).sum() for run in seen) / max(len(seen), 1))
+    counted = {rank: float(weights[rank] / weights[run].sum()) / len(seen) for run in seen for rank in run}
+    kept, reached = 0.0, 0.0
+    for rank in sorted(counted, key=lambda rank: -counted[rank]):
+        # The most looked-at tokens that together hold the share; those behind them count nothing.
+        if share < 1 and reached >= share:
+            break
+        kept, reached = kept + counted[rank] * float(values[rank]), reached + counted[rank]
+    return kept / reached if counted else 0.0
 
 
 def response_ranks(roles: Int[Tensor, " seq"], steps: Sequence[int]) -> list[int]:

@@ -294,7 +294,9 @@ def again(models: Models, batch: Mapping[str, Any], objective: Objective, name: 
     focus = plain.instruction_focus(models["teacher"], model_inputs(theirs), roles[1], layer)
     pictures = None if "pictures" not in ours else ours["pictures"][0]
     separately = objective.iva.images == "separately"
-    return plain.iva(student, teacher, focus, roles, separately=separately, pictures=pictures)
+    return plain.iva(
+        student, teacher, focus, roles, separately=separately, pictures=pictures, share=objective.iva.share
+    )
 
 
 def both_tpa(

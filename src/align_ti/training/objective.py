@@ -485,7 +485,9 @@ def gold_weights(
     weights = {"sft": predicts, "kd": predicts}
     if attention is not None:
         visual, instruction = roles == VISUAL, roles == INSTRUCTION
-        weights["iva"] = visual_weights(attention, visual, instruction, objective.iva.images, pictures)
+        weights["iva"] = visual_weights(
+            attention, visual, instruction, objective.iva.images, pictures, objective.iva.share
+        )
     if plan is not None:
         weights["tpa"] = plan.gold_weights
     return {name: weights[name] for name in objective.active}
