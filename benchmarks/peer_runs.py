@@ -279,10 +279,11 @@ RIVALS: dict[str, Callable[[Work, str], Trainer]] = {
 
 
 class Clock(TrainerCallback):
-    """The moment at which each step ended, and the loss that was logged for it."""
+    """The moment at which each step ended, the processor time spent until then, and the loss that was logged for it."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.busy: list[float] = []
         self.losses: list[float] = []
         self.branch_shares: list[float] = []
 
@@ -290,6 +291,7 @@ class Clock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self.busy.append(time.process_time())
 
     def on_log(
         self,
@@ -307,15 +309,21 @@ class Clock(TrainerCallback):
 
 
 def measured(rival: str, work: Work, out: str) -> dict[str, Any]:
-    """Samples a second from the end of the first step to that of the last, peak memory above that of models and samples, and losses."""
+    """Samples a second and processor seconds a sample, both from the end of the first step to that of the last; peak memory above that
+    of models and samples; losses.
+
+    The processor seconds are those of all threads. Other work on the machine hardly changes them, so they tell when a speed is not to
+    be trusted.
+    """
     set_seed(SEED)
     trainer, clock = RIVALS[rival](work, out), Clock()
     trainer.add_callback(clock)
     with peak_memory() as peak:
         trainer.train()
-    steps = len(clock.ends) - 1
+    samples = work.batch * (len(clock.ends) - 1)
     result = {
-        "samples_per_second": work.batch * steps / (clock.ends[-1] - clock.ends[0]),
+        "samples_per_second": samples / (clock.ends[-1] - clock.ends[0]),
+        "processor_seconds_per_sample": (clock.busy[-1] - clock.busy[0]) / samples,
         "peak_memory_mib": peak.mib,
         "memory": peak.of,
         "losses": clock.losses,

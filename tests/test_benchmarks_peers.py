@@ -80,9 +80,15 @@ def test_other_work_is_not_compared():
         peers.check_same_work("cpu", runs(2.1))
 
 
+def one_run(speed: float, memory: float | None) -> dict[str, float | None]:
+    return {"samples_per_second": speed, "processor_seconds_per_sample": 2 / speed, "peak_memory_mib": memory}
+
+
 def test_ratios_are_of_the_same_round():
-    ours = [{"samples_per_second": speed, "peak_memory_mib": 50.0} for speed in (4.0, 2.0, 6.0)]
-    theirs = [{"samples_per_second": speed, "peak_memory_mib": 100.0} for speed in (2.0, 1.0, 6.0)]
+    ours = [one_run(speed, 50.0) for speed in (4.0, 2.0, 6.0)]
+    theirs = [one_run(speed, 100.0) for speed in (2.0, 1.0, 6.0)]
     found = peers.against(ours, theirs)
     assert found["our_speed_over_theirs"] == {"median": 2.0, "min": 1.0, "max": 2.0}
+    assert found["our_processor_time_over_theirs"] == {"median": 0.5, "min": 0.5, "max": 1.0}
     assert found["our_memory_over_theirs"]["median"] == 0.5
+    assert peers.against(ours, [one_run(1.0, None)] * 3)["our_memory_over_theirs"] is None
