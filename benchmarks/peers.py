@@ -183,11 +183,11 @@ def ratios(name: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str,
 
 
 def show(pairs: dict[str, Any]) -> None:
-    """The table for people."""
+    """The table for people: medians; the JSON has their ranges."""
     for pair, content in pairs.items():
-        table = Table(title=f"{pair}: batch {content['batch']}, {content['steps']} steps, ratios are ours over theirs")
+        table = Table(title=f"{pair}: batch {content['batch']}, {content['steps']} steps, {OURS} over each")
         for column in ("", "samples/s", "peak MiB", "speed", "processor time", "memory", "first loss"):
-            table.add_column(column, justify="left" if not column else "right")
+            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for name, row in content["runs"].items():
             cells = [
                 row["samples_per_second"],
@@ -201,8 +201,8 @@ def show(pairs: dict[str, Any]) -> None:
 
 
 def cell(value: dict[str, float] | None) -> str:
-    """Median and range."""
-    return "" if value is None else f"{value['median']:g} ({value['min']:g} to {value['max']:g})"
+    """The median, or nothing where there is none."""
+    return "" if value is None else f"{value['median']:g}"
 
 
 def main() -> None:
