@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -185,8 +186,11 @@ def ratios(name: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str,
 def show(pairs: dict[str, Any]) -> None:
     """The table for people: medians; the JSON has their ranges."""
     for pair, content in pairs.items():
-        table = Table(title=f"{pair}: batch {content['batch']}, {content['steps']} steps, {OURS} over each")
-        for column in ("", "samples/s", "peak MiB", "speed", "processor time", "memory", "first loss"):
+        table = Table(
+            box=box.SIMPLE,
+            title=f"{pair}: batch {content['batch']}, {content['steps']} steps, ratios: {OURS} over each",
+        )
+        for column in ("", "samples/s", "peak MiB", "speed", "CPU time", "memory", "loss"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for name, row in content["runs"].items():
             cells = [
@@ -196,13 +200,13 @@ def show(pairs: dict[str, Any]) -> None:
                 row.get("our_processor_time_over_theirs"),
                 row.get("our_memory_over_theirs"),
             ]
-            table.add_row(name, *(cell(value) for value in cells), f"{row['losses'][0]:.5f}")
+            table.add_row(name, *(cell(value) for value in cells), f"{row['losses'][0]:.4g}")
         Console().print(table)
 
 
 def cell(value: dict[str, float] | None) -> str:
     """The median, or nothing where there is none."""
-    return "" if value is None else f"{value['median']:g}"
+    return "" if value is None else f"{value['median']:.4g}"
 
 
 def main() -> None:
