@@ -201,8 +201,7 @@ def show(pairs: dict[str, Any]) -> None:
                 row.get("our_memory_over_theirs"),
             ]
             table.add_row(name, *(cell(value) for value in cells), f"{row['losses'][0]:.4g}")
-        console = Console()
-        console.print(table, width=max(100, console.width), crop=False)
+        Console(width=max(100, Console().width)).print(table)
 
 
 def cell(value: dict[str, float] | None) -> str:
