@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 import time
@@ -31,6 +30,12 @@ def check_device(device: str) -> None:
         )
 
 
+def dtype_of(device: str, name: str | None = None) -> torch.dtype:
+    """The named type of the models' numbers; by default float32 on a processor and bfloat16 on an accelerator."""
+    dtype: torch.dtype = getattr(torch, name or ("float32" if device == "cpu" else "bfloat16"))
+    return dtype
+
+
 def synchronize() -> None:
     """Waits for the accelerator, where there is one."""
     if torch.cuda.is_available():
@@ -38,8 +43,7 @@ def synchronize() -> None:
 
 
 def seconds_of(work: Work) -> float:
-    """Wall-clock seconds of one call; garbage is collected before."""
-    gc.collect()
+    """Wall-clock seconds of one call."""
     synchronize()
     started = time.perf_counter()
     work()
@@ -65,7 +69,7 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 def seconds_by_round(works: Mapping[str, Work], rounds: Mapping[str, int]) -> dict[str, list[float]]:
     """Seconds of each work in each of its rounds; those with fewer rounds take part in the first ones."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for index in range(max(rounds.values())):
+    for index in range(max(rounds.values(), default=0)):
         for name in rotated([name for name in works if index < rounds[name]], index):
             seconds[name].append(round(seconds_of(works[name]), 5))
     return seconds

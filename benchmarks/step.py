@@ -22,7 +22,7 @@ from rich.table import Table
 
 from align_ti.cli import quiet
 from align_ti.runs import write_json
-from benchmarks.rounds import check_device, machine, mib_of, ratios, seconds_by_round, summary
+from benchmarks.rounds import check_device, dtype_of, machine, mib_of, ratios, seconds_by_round, summary
 from benchmarks.shapes import ACCELERATOR, CPU, Shape, parameters
 from benchmarks.variants import DEFAULT, OPTIONAL, Variant, make_variants
 
@@ -173,7 +173,7 @@ def main() -> None:
     check_device(chosen.device)
     start = machine(chosen.device)
     shape = SHAPES[chosen.shape]
-    dtype = getattr(torch, chosen.dtype or ("float32" if chosen.device == "cpu" else "bfloat16"))
+    dtype = dtype_of(chosen.device, chosen.dtype)
     made = make_variants(tuple(chosen.variants), shape, chosen.device, dtype)
     variants = {variant.name: variant for variant in made}
     losses = losses_of(variants, dtype)

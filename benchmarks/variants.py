@@ -140,7 +140,8 @@ def watched_layer(bench: Bench) -> int:
 
 def our_loss(bench: Bench, objective: Objective, *, one_tower: bool = True) -> Callable[[], Tensor]:
     """The package's loss, with what the trainer finds once about the pair found beforehand."""
-    pairing = dataclasses.replace(pair_up(bench.student, bench.teacher), one_tower=one_tower)
+    found = pair_up(bench.student, bench.teacher)
+    pairing = dataclasses.replace(found, one_tower=one_tower and found.one_tower)
     generator = torch.Generator(bench.student.device).manual_seed(0)
 
     def loss() -> Tensor:

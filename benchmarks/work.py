@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from align_ti.cli import quiet
 from align_ti.runs import write_json
-from benchmarks.rounds import check_device, machine, seconds_of
+from benchmarks.rounds import check_device, dtype_of, machine, seconds_of
 from benchmarks.step import SHAPES, sizes
 from benchmarks.variants import DEFAULT, OPTIONAL, Variant, make_variants
 
@@ -221,7 +221,7 @@ def main() -> None:
     quiet()
     check_device(chosen.device)
     start = machine(chosen.device)
-    dtype = torch.float32 if chosen.device == "cpu" else torch.bfloat16
+    dtype = dtype_of(chosen.device)
     ceiling = ceilings(chosen.device, dtype)
     made = make_variants(tuple(chosen.variants), SHAPES[chosen.shape], chosen.device, dtype)
     works = {variant.name: phases(variant) for variant in made}
