@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,15 @@ aten = torch.ops.aten
 GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """Operations that read no more of their first input than they give."""
 
-ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-"""Operations that touch no memory."""
+UNTOUCHING = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+}
+"""Operations that touch no memory, although their schema does not say so."""
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_rest: Any, out_val: Any = None, **_options: Any) -> int:
@@ -66,10 +74,16 @@ class Work:
     product_bytes: int = 0
     other_bytes: int = 0
     operations: int = 0
+    bytes_by_operation: Counter[str] = dataclasses.field(default_factory=Counter, compare=False)
 
     def __add__(self, other: Work) -> Work:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Work(*(one + two for one, two in pairs))
+        return Work(
+            self.flops + other.flops,
+            self.product_bytes + other.product_bytes,
+            self.other_bytes + other.other_bytes,
+            self.operations + other.operations,
+            self.bytes_by_operation + other.bytes_by_operation,
+        )
 
     @property
     def bytes(self) -> int:
@@ -84,11 +98,12 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.products = set(products)
         self.product_bytes = self.other_bytes = self.operations = 0
+        self.by_operation: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if is_view(func) or packet in ALLOCATING:
+        if is_view(func) or packet in UNTOUCHING:
             return out
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -96,6 +111,7 @@ class Traffic(TorchDispatchMode):
             given[0] = made[0]
         moved = sum(size(tensor) for tensor in [*given, *made])
         self.operations += 1
+        self.by_operation[str(packet)] += moved
         if packet in self.products:
             self.product_bytes += moved
         else:
@@ -118,7 +134,10 @@ def count(call: Callable[[], Any]) -> tuple[Any, Work]:
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with flops, Traffic(flops.flop_registry) as traffic:
         out = call()
-    return out, Work(flops.get_total_flops(), traffic.product_bytes, traffic.other_bytes, traffic.operations)
+    work = Work(
+        flops.get_total_flops(), traffic.product_bytes, traffic.other_bytes, traffic.operations, traffic.by_operation
+    )
+    return out, work
 
 
 def phases(variant: Variant) -> dict[str, Work]:
@@ -169,7 +188,11 @@ def floors(work: Work, ceiling: dict[str, float]) -> dict[str, float]:
 def described(parts: dict[str, Work], ceiling: dict[str, float], baseline: Work | None) -> dict[str, Any]:
     """One variant's entry of the results."""
     step = whole(parts)
-    entry: dict[str, Any] = {name: dataclasses.asdict(work) for name, work in {**parts, "step": step}.items()}
+    counts = ("flops", "product_bytes", "other_bytes", "operations")
+    entry: dict[str, Any] = {
+        name: {of: getattr(work, of) for of in counts} for name, work in {**parts, "step": step}.items()
+    }
+    entry["most_bytes_by_operation"] = dict(step.bytes_by_operation.most_common(12))
     entry["floor_seconds"] = floors(step, ceiling)
     if baseline is not None:
         entry["against_vanilla_kd"] = {

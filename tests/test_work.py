@@ -22,9 +22,9 @@ NAMES = ("vanilla_kd", "ours_kd", "align_ti_0.25", "align_ti_0.25_two_towers")
 
 KNOWN = {
     ("ours_kd", "flops"): 0.658,
-    ("ours_kd", "bytes"): 0.82,
+    ("ours_kd", "bytes"): 0.832,
     ("align_ti_0.25", "flops"): 0.956,
-    ("align_ti_0.25", "bytes"): 1.502,
+    ("align_ti_0.25", "bytes"): 1.516,
 }
 """What these ratios to vanilla KD were when they were last looked at; lower them when the step gets cheaper."""
 
@@ -86,11 +86,15 @@ def test_a_product_counts_its_flops_and_bytes():
     out, work = count(lambda: left @ right)
     assert out.shape == (8, 4)
     assert work == Work(flops=2 * 8 * 16 * 4, product_bytes=4 * (8 * 16 + 16 * 4 + 8 * 4), operations=1)
+    assert (work + work).bytes_by_operation == {"aten.mm": 2 * work.bytes}
 
 
 def test_views_cost_nothing_and_repeated_elements_are_read_once():
     ones = torch.ones(4, 6)
     assert count(lambda: ones.T[1:].expand(3, 5, 4))[1] == Work()
+    weights = torch.ones(2, 6)
+    _, rows = count(lambda: torch.nn.functional.linear(ones[None], weights))
+    assert rows.bytes == 4 * (4 * 6 + 2 * 6 + 4 * 2)
     _, work = count(lambda: ones[:1].expand(100, 6) * 2)
     assert work == Work(other_bytes=4 * (4 * 6 + 100 * 6), operations=1)
 
