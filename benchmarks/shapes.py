@@ -78,7 +78,7 @@ CPU = Shape(
     response=150,
     batch=2,
 )
-"""A student of 15 M and a teacher of 53 M parameters, 729 visual + 60 + 150 tokens."""
+"""A student of 15 M and a teacher of 52 M parameters, 729 visual + 60 + 150 tokens."""
 
 ACCELERATOR = Shape(
     student=Decoder(hidden=1024, layers=28, heads=16, key_heads=8, head_dim=128, intermediate=3072),
