@@ -96,22 +96,29 @@ def iva(student, teacher, batch, layer: int, separately: bool = False, share: fl
 
 def tpa(student, teacher, batch, candidates, left_out=(END, IMAGE)) -> Tensor:
     """One full forward of both models for every candidate, duplicates and gold tokens too."""
+    kept = (candidates != left_out[0]) & (candidates != left_out[1])
+    return weighted_tpa(student, teacher, batch, candidates, kept / kept.sum(-1, keepdim=True).clamp(min=1).double())
+
+
+def weighted_tpa(student, teacher, batch, candidates, weights) -> Tensor:
+    """The same with a weight for each candidate; a position where none has weight does not count."""
     values = []
     for index, sample in enumerate(samples(batch)):
-        tried = candidates[index][batch["attention_mask"][index].bool()]
+        real = batch["attention_mask"][index].bool()
         for step in (sample["roles"][0] == 3).nonzero().flatten():
-            kept = [token for token in tried[step] if int(token) not in left_out]
             rows = []
-            for token in kept:
+            for token, weight in zip(candidates[index][real][step], weights[index][real][step], strict=True):
+                if weight == 0:
+                    continue
                 ids = sample["input_ids"][:, : step + 1].clone()
                 ids[0, step] = token
                 # Pictures behind the cut belong to later turns.
                 seen = {"input_ids": ids}
                 if "pixel_values" in sample and (pictures := int((ids == IMAGE).sum()) // 4):
                     seen["pixel_values"] = sample["pixel_values"][:pictures]
-                rows.append(kl(logits(teacher, seen)[step], logits(student, seen)[step]))
+                rows.append(weight * kl(logits(teacher, seen)[step], logits(student, seen)[step]))
             if rows:
-                values.append(torch.stack(rows).mean())
+                values.append(torch.stack(rows).sum())
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
 
 

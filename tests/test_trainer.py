@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from align_ti.config import Iva, Objective, Recipe, Tpa
 from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
+from align_ti.interactions.transitions import Candidates
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.models.pairing import own_processor, reads_the_same, shared_ids
 from align_ti.pipeline.measuring import train_and_measure
@@ -111,6 +112,39 @@ def test_a_batch_of_four_equals_four_batches_of_one(folder, tmp_path):
         for one, two in zip(logs[0], other, strict=True):
             for term in ("loss", "sft", "kd", "iva", "tpa"):
                 assert one[term] == pytest.approx(two[term], rel=1e-4), term
+
+
+def weigh_candidates(samples):
+    """As pad_candidates, with a weight for each candidate that follows from the sample alone."""
+    batch = pad_candidates(samples)
+    tokens = batch["candidates"]
+    weights = ((tokens % 7) + 1.0) / 14 * (tokens != samples[0]["input_ids"][-1])
+    return {**batch, "candidates": Candidates(tokens, weights)}
+
+
+def test_weights_of_candidates_travel_with_accumulated_batches(folder, tmp_path):
+    weights = []
+    for size in (4, 1):
+        run = trainer(folder, tmp_path / str(size), size, 4 // size)
+        run.data_collator = weigh_candidates
+        run.train()
+        weights.append(run.model.state_dict())
+    for name, value in weights[0].items():
+        assert float((value - weights[1][name]).norm()) < 1e-5 * (1 + float(value.norm())), name
+
+
+@pytest.mark.parametrize("draw", ["without_replacement", "top_and_tail", "stratified"])
+def test_every_way_to_draw_trains_under_accumulation(folder, tmp_path, draw):
+    objective = Objective(iva=Iva(layer=0), tpa=Tpa(draw=draw, candidates=3))
+    run = trainer(folder, tmp_path, 2, 2, steps=2, objective=objective)
+    run.data_collator = lambda samples: {k: v for k, v in pad_candidates(samples).items() if k != "candidates"}
+    seen = []
+    inner = run.known_masses
+    run.known_masses = lambda batch, objective: (inner(batch, objective), seen.append(batch["candidates"]))[0]
+    run.train()
+    lines = [line for line in run.state.log_history if "branch_share" in line]
+    assert len(seen) == 4 and all(found.weights is not None for found in seen)
+    assert len(lines) == 2 and all(line["tpa"] > 0 and 0 < line["branch_share"] <= 1 for line in lines)
 
 
 WORKER = """

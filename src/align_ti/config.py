@@ -85,7 +85,13 @@ class Tpa(Knobs):
     candidates: int = Field(default=4, ge=1)
     """Tokens tried at each response position (n)."""
     source: Literal["student", "teacher", "gold"] = "student"
-    """Whose distribution candidates are drawn from, with replacement; gold: the answer's own next token, drawn from nobody."""
+    """Whose distribution candidates are drawn from; gold: the answer's own next token, drawn from nobody."""
+    draw: Literal["with_replacement", "without_replacement", "top_and_tail", "stratified"] = "with_replacement"
+    """How candidates are drawn and weighed; what is expected of the term is the same. with_replacement: equal weights, the paper's.
+    without_replacement: distinct tokens, 8 at most. top_and_tail: the gold token and the `enumerated` most probable ones exactly, the
+    others drawn from the rest. stratified: draws spread evenly over the distribution, the gold token's share exact."""
+    enumerated: int = Field(default=0, ge=0)
+    """How many of the candidates are the most probable tokens, under top_and_tail. The gold token is no part of them."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Sampling temperature of the draw; no effect on the divergence."""
     top_k: int | None = Field(default=None, ge=1)
@@ -105,6 +111,28 @@ class Tpa(Knobs):
         if isinstance(options, Mapping) and isinstance(options.get("left_out"), list):
             return {**options, "left_out": tuple(options["left_out"])}
         return options
+
+    @model_validator(mode="after")
+    def _draw_fits(self) -> Tpa:
+        if self.source == "gold" and self.draw != "with_replacement":
+            raise ValueError(
+                f"draw is {self.draw}, but source is gold, where nothing is drawn; leave draw out, or give source: student or teacher"
+            )
+        if self.enumerated and self.draw != "top_and_tail":
+            raise ValueError(
+                f"enumerated is {self.enumerated}, but draw is {self.draw}; give draw: top_and_tail, or leave enumerated out"
+            )
+        if self.enumerated >= self.candidates:
+            raise ValueError(
+                f"enumerated is {self.enumerated} of {self.candidates} candidates, so none is left for the tail, and the estimate "
+                "would be biased; give fewer enumerated or more candidates"
+            )
+        if self.draw == "without_replacement" and self.candidates > 8:
+            raise ValueError(
+                f"candidates is {self.candidates}; draw: without_replacement takes 8 at most, as its weights go through all 2^n "
+                "subsets; give fewer, or draw: stratified"
+            )
+        return self
 
 
 class Objective(Knobs):

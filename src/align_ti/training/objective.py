@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,8 @@ from align_ti.config import Objective, Tpa
 from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL, model_inputs
 from align_ti.errors import BatchError, ConfigError
 from align_ti.interactions.correspondence import Correspondence, check_grids, check_visual, correspond, resampled
-from align_ti.interactions.transitions import Transitions, draw, plan_transitions
+from align_ti.interactions.estimators import draw_weighted
+from align_ti.interactions.transitions import Candidates, Transitions, draw, plan_transitions, sampling_distribution
 from align_ti.interactions.visual import aligned_samples, visual_weights
 from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, weighted_row_loss
 from align_ti.models import families
@@ -88,7 +89,7 @@ def distillation_loss(
     teacher: PreTrainedModel | None,
     batch: Mapping[str, Any],
     objective: Objective,
-    candidates: Int[Tensor, "batch seq candidates"] | None = None,
+    candidates: Candidates | Int[Tensor, "batch seq candidates"] | None = None,
     generator: torch.Generator | None = None,
     step_masses: Callable[[Masses], Masses] | None = None,
     pairing: Pairing | None = None,
@@ -102,7 +103,8 @@ def distillation_loss(
             2 instruction, 3 response; `pictures` (the number of each visual token's picture) is read if it is there. A teacher
             with a processor of its own finds its inputs and `roles` under `teacher`, with the same responses.
         objective: terms and weights. `iva.layer` must be a number here (`score_layers` finds it).
-        candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn.
+        candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn. A plain
+            tensor: those that are not left out share the position's weight.
         generator: draws the candidates; on the device of the model that they are drawn from.
         step_masses: turns this batch's masses into those of the whole optimizer step, for gradient accumulation and data
             parallelism; by default the batch is the step.
@@ -287,7 +289,7 @@ def run_passes(
     ours: View,
     theirs: View | None,
     objective: Objective,
-    candidates: Int[Tensor, "batch seq candidates"] | None,
+    candidates: Candidates | Int[Tensor, "batch seq candidates"] | None,
     generator: torch.Generator | None,
     pairing: Pairing,
     found: Correspondence | None,
@@ -310,7 +312,7 @@ def run_passes(
             with phase("candidates"):
                 if candidates is None:
                     drawn_from = {"student": (ours, student_first), "teacher": (theirs, teacher_first), "gold": None}
-                    candidates = draw_candidates(drawn_from[tpa.source], ours, tpa, generator)
+                    candidates = draw_candidates(drawn_from[tpa.source], ours, tpa, generator, pairing)
                 plan = plan_candidates(ours.model, {**ours.inputs, "roles": ours.roles}, candidates, tpa, pairing)
         with phase(second_phase("student", student_first)):
             student_pass = second_pass(ours, student_first, None if plan is None else plan.branches)
@@ -376,56 +378,98 @@ def is_packed(model: PreTrainedModel, tpa: Tpa) -> bool:
 
 @torch.no_grad()
 def draw_candidates(
-    drawn_from: tuple[View | None, Reading | None] | None, ours: View, tpa: Tpa, generator: torch.Generator | None
-) -> Int[Tensor, "batch seq candidates"]:
+    drawn_from: tuple[View | None, Reading | None] | None,
+    ours: View,
+    tpa: Tpa,
+    generator: torch.Generator | None,
+    pairing: Pairing,
+) -> Candidates:
     """Tokens to try at each of the student's response positions, drawn from a model's distribution there; the gold tokens if no
     model is given."""
     ids: Tensor = ours.inputs["input_ids"]
-    candidates = ids[..., None].expand(-1, -1, 1 if drawn_from is None else tpa.candidates).clone()
     if drawn_from is None:
-        return candidates
+        return Candidates(ids[..., None].clone())
     source, reading = drawn_from
     assert source is not None
     assert reading is not None
     # In both sequences the responses are the same tokens in the same order.
     sample, step = (source.roles == RESPONSE).nonzero(as_tuple=True)
+    response = ours.roles == RESPONSE
     # The row that predicts a token is the position before it.
     hidden, project = reading.hidden[sample, step - 1], Projection(source.model)
-    chunk = max(1, CHUNK_LOGITS // project.out_features)
+    # The teacher may be on another device than the generator.
+    device = hidden.device if generator is None else generator.device
+    gold, chunk = ids[response].to(device), max(1, CHUNK_LOGITS // project.out_features)
+    # What the student has no row for is no candidate either.
+    left_out = (
+        *left_out_tokens(ours.model, tpa, pairing),
+        *range(Projection(ours.model).out_features, project.out_features),
+    )
     drawn = [
-        draw(
-            # The teacher may be on another device than the generator.
-            project(rows).to(rows.device if generator is None else generator.device),
-            tpa.candidates,
-            temperature=tpa.temperature,
-            top_k=tpa.top_k,
-            top_p=tpa.top_p,
-            generator=generator,
-        )
-        for rows in hidden.split(chunk)
+        draw_as(tpa, project(rows).to(device), its, left_out, generator)
+        for rows, its in zip(hidden.split(chunk), gold.split(chunk), strict=True)
     ]
-    candidates[ours.roles == RESPONSE] = torch.cat(drawn).to(ids.device)
-    return candidates
+    tokens, weights = (laid_out(torch.cat(parts), response) for parts in zip(*drawn, strict=True))
+    return Candidates(tokens, None if tpa.draw == "with_replacement" else weights)
 
 
-def check_candidates(candidates: Tensor, roles: Int[Tensor, "batch seq"], tokens: int) -> None:
+def draw_as(
+    tpa: Tpa,
+    logits: Float[Tensor, "rows vocab"],
+    gold: Int[Tensor, " rows"],
+    left_out: tuple[int, ...],
+    generator: torch.Generator | None,
+) -> tuple[Int[Tensor, "rows slots"], Float[Tensor, "rows slots"]]:
+    """The candidates of some rows as the options say, with their weights; equal ones for plain draws, left-out tokens included."""
+    options = (tpa.temperature, tpa.top_k, tpa.top_p)
+    if tpa.draw == "with_replacement":
+        tokens = draw(
+            logits, tpa.candidates, temperature=options[0], top_k=options[1], top_p=options[2], generator=generator
+        )
+        return tokens, torch.ones(tokens.shape, device=tokens.device)
+    probability = sampling_distribution(logits, *options)
+    return draw_weighted(
+        probability, gold, tpa.candidates, left_out, tpa.draw, enumerated=tpa.enumerated, generator=generator
+    )
+
+
+def laid_out(
+    values: Shaped[Tensor, "rows slots"], response: Bool[Tensor, "batch seq"]
+) -> Shaped[Tensor, "batch seq slots"]:
+    """Values of response positions at their places in the batch, 0 elsewhere."""
+    out = torch.zeros((*response.shape, values.shape[-1]), dtype=values.dtype, device=response.device)
+    out[response] = values.to(response.device)
+    return out
+
+
+def check_candidates(candidates: Candidates | Tensor, roles: Int[Tensor, "batch seq"], tokens: int) -> None:
     """Refuse candidates that do not fit the batch or the vocabulary; they are to be [batch, seq, n].
 
     Raises:
-        BatchError: wrong shape, or a token id outside the vocabulary at a response position.
+        BatchError: wrong shape, a token id outside the vocabulary at a response position, or a weight there that is none.
     """
-    if candidates.dim() != 3 or candidates.shape[:2] != roles.shape or candidates.shape[2] == 0:
+    given = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
+    tried, response = given.tokens, roles == RESPONSE
+    if tried.dim() != 3 or tried.shape[:2] != roles.shape or tried.shape[2] == 0:
         raise BatchError(
-            f"candidates is {tuple(candidates.shape)}; [batch, seq, n] with batch, seq = {tuple(roles.shape)} and n of 1 or "
+            f"candidates is {tuple(tried.shape)}; [batch, seq, n] with batch, seq = {tuple(roles.shape)} and n of 1 or "
             "more is accepted."
         )
-    outside = ((candidates < 0) | (candidates >= tokens)).any(-1) & (roles == RESPONSE)
+    outside = ((tried < 0) | (tried >= tokens)).any(-1) & response
     if outside.any():
         sample, step = outside.nonzero()[0].tolist()
         raise BatchError(
-            f"sample {sample}, token {step}: candidates {candidates[sample, step].tolist()}; token ids from 0 to {tokens - 1} "
+            f"sample {sample}, token {step}: candidates {tried[sample, step].tolist()}; token ids from 0 to {tokens - 1} "
             "are accepted."
         )
+    if given.weights is not None:
+        wrong = ~((given.weights >= 0) & given.weights.isfinite()).all(-1) & response
+        if wrong.any():
+            sample, step = wrong.nonzero()[0].tolist()
+            raise BatchError(
+                f"sample {sample}, token {step}: weights of candidates {given.weights[sample, step].tolist()}; finite numbers of 0 or "
+                "more are accepted."
+            )
 
 
 def candidates_for(
@@ -434,7 +478,8 @@ def candidates_for(
     batch: Mapping[str, Any],
     tpa: Tpa,
     generator: torch.Generator | None = None,
-) -> Int[Tensor, "batch seq candidates"]:
+    pairing: Pairing | None = None,
+) -> Candidates:
     """The candidates of a batch, drawn beforehand by a pass without gradient.
 
     For gradient accumulation: TPA's mass over the whole step is known only when every batch of it has its candidates.
@@ -447,13 +492,13 @@ def candidates_for(
             source = view(teacher, batch.get("teacher", batch))
         with torch.no_grad():
             drawn_from = (source, read(source.model, source.inputs, keep_cache=False))
-    return draw_candidates(drawn_from, ours, tpa, generator)
+    return draw_candidates(drawn_from, ours, tpa, generator, Pairing() if pairing is None else pairing)
 
 
 def plan_candidates(
     student: PreTrainedModel,
     batch: Mapping[str, Any],
-    candidates: Int[Tensor, "batch seq candidates"],
+    candidates: Candidates | Int[Tensor, "batch seq candidates"],
     tpa: Tpa,
     pairing: Pairing | None = None,
 ) -> Transitions:

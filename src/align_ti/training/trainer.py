@@ -317,7 +317,7 @@ class AlignTITrainer(Trainer):
                 with self.accelerator.autocast():
                     if "candidates" not in batch:
                         batch["candidates"] = candidates_for(
-                            student, self.teacher_model, batch, objective.tpa, self.generator()
+                            student, self.teacher_model, batch, objective.tpa, self.generator(), self.pairing
                         )
                 plan = plan_candidates(student, batch, batch["candidates"], objective.tpa, self.pairing)
         masses = batch_masses(batch["labels"], batch["roles"], plan)
