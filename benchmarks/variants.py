@@ -27,7 +27,12 @@ DEFAULT = (
     "align_ti_0.25_two_towers",
     "released_design",
 )
-OPTIONAL = ("align_ti_0.25_teacher_bfloat16", "align_ti_0.25_compiled", "released_design_drawing")
+OPTIONAL = (
+    "align_ti_0.25_teacher_bfloat16",
+    "align_ti_0.25_compiled",
+    "align_ti_0.25_iva_share_0.5",
+    "released_design_drawing",
+)
 """Variants that run only when they are named."""
 
 NUM_CANDIDATES = 4
@@ -114,14 +119,21 @@ def make_variant(name: str, bench: Bench) -> Variant:
     if name.startswith("released_design"):
         return Variant(name, bench, released_loss(bench, drawing=name.endswith("drawing")), 1.0)
     share = float(name.split("_")[2])
-    return align_ti(bench, share, one_tower=not name.endswith("two_towers"), name=name)
+    visual = 0.5 if name.endswith("iva_share_0.5") else 1.0
+    return align_ti(bench, share, one_tower=not name.endswith("two_towers"), visual_share=visual, name=name)
 
 
 def align_ti(
-    bench: Bench, share: float, count: int = NUM_CANDIDATES, *, one_tower: bool = True, name: str = "align_ti"
+    bench: Bench,
+    share: float,
+    count: int = NUM_CANDIDATES,
+    *,
+    one_tower: bool = True,
+    visual_share: float = 1.0,
+    name: str = "align_ti",
 ) -> Variant:
     """Our whole loss, with the given share of `count` candidates needing a row of their own."""
-    objective = Objective(iva=Iva(layer=watched_layer(bench)), tpa=Tpa(candidates=count))
+    objective = Objective(iva=Iva(layer=watched_layer(bench), share=visual_share), tpa=Tpa(candidates=count))
     candidates = make_candidates(bench.batch, bench.shape, count, share)
     loss = our_loss(bench, objective, one_tower=one_tower)
 

@@ -427,6 +427,20 @@ def test_padded_heads_are_compared_on_the_real_tokens():
     assert out.terms["tpa"].item() == pytest.approx(tpa.item(), rel=EXACT)
 
 
+def test_ids_that_only_the_teachers_padding_has_are_no_candidates():
+    # Drawn from a teacher whose head is padded further, they were looked up in the student's embeddings, which have no such row.
+    family = FAMILIES["llava-clip-llama"]
+    student, teacher = family.model(1), padded_head(family.model(2, hidden=48, layers=3), 64)
+    pairing = pair_up(student, teacher, Named({f"t{number}": number for number in range(45)}))
+    batch, _ = case("llava-clip-llama", MIXED)
+    for kind in ("with_replacement", "stratified"):
+        objective = only(tpa=Tpa(source="teacher", candidates=8, temperature=5.0, draw=kind))
+        for seed in range(3):
+            random = torch.Generator().manual_seed(seed)
+            out = distillation_loss(student, teacher, batch, objective, generator=random, pairing=pairing)
+            assert out.loss.isfinite() and out.masses["tpa"] > 0
+
+
 def test_tokens_of_one_side_alone_are_no_candidates_and_no_labels():
     family, student, teacher = pair("llava-clip-llama")
     ours = {f"t{number}": number for number in range(VOCABULARY)}

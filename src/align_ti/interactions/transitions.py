@@ -90,12 +90,13 @@ def plan_transitions(
     response: Bool[Tensor, "batch seq"],
     input_ids: Int[Tensor, "batch seq"],
     left_out: Iterable[int],
+    known: int | None = None,
 ) -> Transitions:
     """Rows and weights of the term, without any row that can be saved.
 
-    At each response position, candidates in `left_out` are dropped and the others share the position's weight of 1, or count as
-    their own weights say. Equal candidates become one row with their weights added. A candidate equal to the gold token needs no row
-    of its own: the gold pass holds its next-token distribution at that very position.
+    At each response position, candidates in `left_out`, and ids from `known` on, are dropped; the others share the position's weight of
+    1, or count as their own weights say. Equal candidates become one row with their weights added. A candidate equal to the gold token
+    needs no row of its own: the gold pass holds its next-token distribution at that very position.
 
     Source: Align-TI (arXiv:2602.09483), the Monte Carlo estimate of the TPA term.
     """
@@ -103,6 +104,8 @@ def plan_transitions(
     given = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
     tried = given.tokens[sample, step]
     kept = ~torch.isin(tried, torch.tensor(sorted(set(left_out)), dtype=tried.dtype, device=tried.device))
+    if known is not None:
+        kept &= tried < known
     if given.weights is None:
         share = kept.to(widest_float(tried.device)) / kept.sum(-1, keepdim=True).clamp(min=1)
     else:

@@ -504,7 +504,9 @@ def plan_candidates(
 ) -> Transitions:
     """The rows and weights that the candidates of a batch come to."""
     left_out = left_out_tokens(student, tpa, Pairing() if pairing is None else pairing)
-    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out)
+    # A teacher whose vocabulary is padded further may draw ids that the student has no row for.
+    known = Projection(student).out_features
+    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out, known)
 
 
 def left_out_tokens(student: PreTrainedModel, tpa: Tpa, pairing: Pairing) -> tuple[int, ...]:
