@@ -15,9 +15,9 @@ from align_ti.interactions.transitions import draw
 from align_ti.losses import weighted
 from align_ti.losses.divergence import (
     forward_kl,
-    forward_kl_with_gradient,
+    forward_kl_with_slope,
     negative_log_likelihood,
-    negative_log_likelihood_with_gradient,
+    negative_log_likelihood_with_slope,
 )
 from align_ti.losses.weighted import EVERY, Rows, RowWeights, weighted_row_loss
 
@@ -82,21 +82,35 @@ def test_the_gradient_written_down_is_that_of_autograd(seed, temperature):
     teacher[0, 3] = float("-inf")
     student.requires_grad_()
     labels = torch.randint(0, 7, (5,))
-    for plain, (values, gradient) in (
-        (forward_kl(student, teacher, temperature), forward_kl_with_gradient(student.detach(), teacher, temperature)),
-        (negative_log_likelihood(student, labels), negative_log_likelihood_with_gradient(student.detach(), labels)),
+    for plain, (values, slope), factor in (
+        (
+            forward_kl(student, teacher, temperature),
+            forward_kl_with_slope(student.detach(), teacher, temperature),
+            temperature,
+        ),
+        (negative_log_likelihood(student, labels), negative_log_likelihood_with_slope(student.detach(), labels), 1.0),
     ):
         torch.testing.assert_close(values, plain)
-        torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), student)[0])
+        torch.testing.assert_close(factor * slope, torch.autograd.grad(plain.sum(), student)[0])
+
+
+def test_what_is_infinite_or_no_number_is_so_with_the_slope_too():
+    inf, nan = float("inf"), float("nan")
+    teacher = torch.tensor([[0.0, 1.0, -inf], [0.0, 1.0, 2.0], [0.0, nan, 1.0], [0.0, -inf, 1.0]])
+    student = torch.tensor([[0.5, 0.5, 3.0], [0.0, -inf, 1.0], [0.0, 1.0, 2.0], [0.0, -inf, 2.0]])
+    values, slope = forward_kl_with_slope(student, teacher)
+    torch.testing.assert_close(values, forward_kl(student, teacher), equal_nan=True)
+    assert values.isfinite().tolist() == [True, False, False, True] and values[1] == inf
+    assert bool(slope[[0, 1, 3]].isfinite().all())
 
 
 def test_logits_that_are_compared_stay_as_they_are():
     # The passes work in place, on memory of their own.
     student, teacher = torch.randn(2, 5, 7)
     before = student.clone(), teacher.clone()
-    forward_kl_with_gradient(student, teacher)
-    forward_kl_with_gradient(student, teacher, 2.0)
-    negative_log_likelihood_with_gradient(student, torch.arange(5))
+    forward_kl_with_slope(student, teacher)
+    forward_kl_with_slope(student, teacher, 2.0)
+    negative_log_likelihood_with_slope(student, torch.arange(5))
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
@@ -144,7 +158,7 @@ def test_chunks_with_their_gradient_equal_autograd_over_all_rows(seed, chunk, bl
         given_rows = replace(given_rows, student_head=Through(given_rows.student_head))
     leaves = [given_rows.student, *given_rows.student_head.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weighted, "BLOCK_LOGITS", block)
+        patch.setattr(weighted, "BLOCK_LOGITS", {"cpu": block})
         result = weighted_row_loss(given_rows, terms, chunk)
     got = torch.autograd.grad(3 * result.loss, leaves)
     expected, values = plain_loss(given_rows, terms)

@@ -39,29 +39,37 @@ def negative_log_likelihood(
     return -at_least_float32(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
-def forward_kl_with_gradient(
+def forward_kl_with_slope(
     student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows vocab"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """`forward_kl` of each row and its gradient with respect to the student's logits, in four tensors of the rows' size.
+    """`forward_kl` of each row and its slope: the gradient with respect to the student's logits, divided by the temperature.
 
-    With p and q the softened distributions: d/dz = temperature * (q - p).
+    With p and q the softened distributions: d/dz = temperature * (q - p), and the slope is q - p.
     """
-    log_p = (at_least_float32(teacher) / temperature if temperature != 1 else at_least_float32(teacher)).log_softmax(-1)
-    log_q = (at_least_float32(student) / temperature if temperature != 1 else at_least_float32(student)).log_softmax(-1)
+    log_p, log_q = softened(teacher, temperature), softened(student, temperature)
     wide = torch.promote_types(log_p.dtype, log_q.dtype)
     log_p, log_q = log_p.to(wide), log_q.to(wide)
     p = log_p.exp()
-    # The log probabilities are spent after this, so that their memory holds what is made of them.
-    values = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum(-1) * temperature**2
-    return values, log_q.exp_().sub_(p).mul_(temperature)
+    with torch.autocast(p.device.type, enabled=False):  # which would take this product in half precision
+        # The log probabilities are spent here, so that their memory holds what is made of them.
+        values = torch.linalg.vecdot(log_p.sub_(log_q), p) * temperature**2
+    odd = ~values.isfinite()
+    if odd.any():
+        # Where a token is ruled out, 0 * inf is to be 0; looked after row by row, since it is rare and costs two passes.
+        values[odd] = forward_kl(student[odd].to(wide), teacher[odd].to(wide), temperature)
+    return values, log_q.exp_().sub_(p)
 
 
-def negative_log_likelihood_with_gradient(
+def softened(logits: Float[Tensor, "rows vocab"], temperature: float) -> Float[Tensor, "rows vocab"]:
+    """Log probabilities at this temperature, in new memory, in float32 or wider."""
+    wide = at_least_float32(logits)
+    return (wide if temperature == 1 else wide / temperature).log_softmax(-1)
+
+
+def negative_log_likelihood_with_slope(
     logits: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
     """`negative_log_likelihood` of each row and its gradient with respect to the logits: the distribution less 1 at the label."""
-    log_q = at_least_float32(logits).log_softmax(-1)
-    index = labels[:, None]
+    log_q, index = softened(logits, 1.0), labels[:, None]
     values = -log_q.gather(-1, index).squeeze(-1)
-    gradient = log_q.exp_()
-    return values, gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
+    return values, log_q.exp_().scatter_add_(-1, index, log_q.new_full(index.shape, -1.0))

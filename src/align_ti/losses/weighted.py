@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from align_ti.losses.divergence import (
     forward_kl,
-    forward_kl_with_gradient,
+    forward_kl_with_slope,
     negative_log_likelihood,
-    negative_log_likelihood_with_gradient,
+    negative_log_likelihood_with_slope,
 )
 
-CHUNK_LOGITS = 2**23
-"""Logits of one model that exist at a time when no chunk size is given: 32 MiB in float32."""
+CHUNK_LOGITS = {"cpu": 2**24, "accelerator": 2**27}
+"""Logits of one model that exist at a time when no chunk size is given: 64 MiB in float32 on a CPU, 256 MiB in bfloat16 elsewhere. Each
+chunk reads and writes the gradient of the whole head, so an accelerator needs more rows for its products to be what takes the time."""
 
-BLOCK_LOGITS = 2**18
-"""Logits compared at a time on a CPU: 1 MiB in float32, so that the passes over them stay in a core's cache."""
+BLOCK_LOGITS = {"cpu": 2**18, "accelerator": 2**25}
+"""Logits compared at a time: on a CPU 1 MiB in float32, so that the passes over them stay in a core's cache; elsewhere 128 MiB, four
+times over while they are compared."""
 
 
 Shared = slice | Int[Tensor, " shared"]
@@ -101,13 +103,18 @@ def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: i
     head = rows.student_head
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_LOGITS // vocabulary(head))
+        chunk_rows = rows_at_a_time(CHUNK_LOGITS, vocabulary(head), rows.student.device)
     names = list(terms)
     wanted = torch.is_grad_enabled() and (rows.student.requires_grad or bool(parameters))
     loss, totals = _ChunkedRows.apply(  # type: ignore[no-untyped-call]
         rows, [terms[name] for name in names], chunk_rows, wanted, rows.student, *parameters
     )
     return RowLoss(loss=loss, totals=dict(zip(names, totals.unbind(), strict=True)))
+
+
+def rows_at_a_time(logits: Mapping[str, int], tokens: int, device: torch.device) -> int:
+    """Rows that hold as many logits as the device's limit says."""
+    return max(1, logits["cpu" if device.type == "cpu" else "accelerator"] // tokens)
 
 
 def vocabulary(head: Head) -> int:
@@ -301,23 +308,26 @@ def compare(
 ) -> dict[float | None, Float[Tensor, " rows"]]:
     """The divergence of each row at each temperature that has a scale.
 
-    `gradient`, which may be the memory of the logits, is filled with the gradient of the sum of scale * divergence. On a CPU a few rows
-    are done at a time, so that the passes over them stay in a core's cache.
+    `gradient`, which may be the memory of the logits, is filled with the gradient of the sum of scale * divergence. A few rows are done
+    at a time, so that the passes over them stay in a CPU's cache.
     """
-    step = max(1, len(logits) if logits.is_cuda else BLOCK_LOGITS // logits.shape[-1])
+    step = rows_at_a_time(BLOCK_LOGITS, logits.shape[-1], logits.device)
     found: dict[float | None, list[Tensor]] = {temperature: [] for temperature in scales}
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
         mine, its = logits[part], None if teacher is None else teacher[part]
-        slope: Tensor | None = None
+        slopes: list[tuple[Tensor, Tensor]] = []
         for temperature, scale in scales.items():
-            values, one = divergence(mine, its, labels[part], temperature, shared, gradient is not None)
+            values, slope = divergence(mine, its, labels[part], temperature, shared, gradient is not None)
             found[temperature].append(values)
-            if one is not None:
-                one.mul_(scale[part].to(one)[:, None])
-                slope = one if slope is None else slope.add_(one)
-        if gradient is not None and slope is not None:
-            gradient[part] = slope
+            if slope is not None:
+                slopes.append((slope, ((temperature or 1.0) * scale[part]).to(slope)[:, None]))
+        if gradient is not None:
+            # Only now, for the logits may be what it is written over.
+            (slope, scale), *others = slopes
+            torch.mul(slope, scale, out=gradient[part])
+            for slope, scale in others:
+                gradient[part].add_(slope.mul_(scale))
     return {temperature: torch.cat(values) for temperature, values in found.items()}
 
 
@@ -329,17 +339,18 @@ def divergence(
     shared: Shared,
     with_gradient: bool,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"] | None]:
-    """Each row's likelihood (no temperature) or KL over the shared tokens, and its gradient at all logits if it is wanted."""
+    """Each row's likelihood (no temperature) or KL over the shared tokens, and if wanted its slope: the gradient at all logits, divided
+    by the temperature."""
     if temperature is None:
         if not with_gradient:
             return negative_log_likelihood(logits, labels), None
-        return negative_log_likelihood_with_gradient(logits, labels)
+        return negative_log_likelihood_with_slope(logits, labels)
     assert teacher is not None, "a term compares distributions, but there are no teacher rows"
     if not with_gradient:
         return forward_kl(logits[:, shared], teacher[:, shared], temperature), None
-    values, gradient = forward_kl_with_gradient(logits[:, shared], teacher[:, shared], temperature)
-    if isinstance(shared, slice) and gradient.shape == logits.shape:
-        return values, gradient
-    whole = gradient.new_zeros(logits.shape)
-    whole[:, shared] = gradient
+    values, slope = forward_kl_with_slope(logits[:, shared], teacher[:, shared], temperature)
+    if isinstance(shared, slice) and slope.shape == logits.shape:
+        return values, slope
+    whole = slope.new_zeros(logits.shape)
+    whole[:, shared] = slope
     return values, whole

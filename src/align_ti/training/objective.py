@@ -23,7 +23,7 @@ from align_ti.interactions.correspondence import Correspondence, check_grids, ch
 from align_ti.interactions.estimators import draw_weighted
 from align_ti.interactions.transitions import Candidates, Transitions, draw, plan_transitions, sampling_distribution
 from align_ti.interactions.visual import aligned_samples, visual_weights
-from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, weighted_row_loss
+from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, rows_at_a_time, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.attention import Watch, watching
 from align_ti.models.continuation import (
@@ -399,7 +399,7 @@ def draw_candidates(
     hidden, project = reading.hidden[sample, step - 1], Projection(source.model)
     # The teacher may be on another device than the generator.
     device = hidden.device if generator is None else generator.device
-    gold, chunk = ids[response].to(device), max(1, CHUNK_LOGITS // project.out_features)
+    gold, chunk = ids[response].to(device), rows_at_a_time(CHUNK_LOGITS, project.out_features, hidden.device)
     # What the student has no row for is no candidate either.
     left_out = (
         *left_out_tokens(ours.model, tpa, pairing),
