@@ -24,7 +24,7 @@ from align_ti.cli import quiet
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, mib_of, ratios, seconds_by_round, summary
 from benchmarks.shapes import ACCELERATOR, CPU, Shape, parameters
-from benchmarks.variants import DEFAULT, OPTIONAL, Variant, make_variants
+from benchmarks.variants import VARIANTS, Variant, make_variants
 
 SHAPES = {"cpu": CPU, "accelerator": ACCELERATOR}
 BASELINE = "vanilla_kd"
@@ -160,7 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default bfloat16 on an accelerator")
-    parser.add_argument("--variants", nargs="+", choices=DEFAULT + OPTIONAL, default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slow-rounds", type=int, default=2, help="rounds of the released design")
     parser.add_argument("--memory-rounds", type=int, default=2)

@@ -29,7 +29,7 @@ from align_ti.cli import quiet
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, seconds_of
 from benchmarks.step import SHAPES, sizes
-from benchmarks.variants import DEFAULT, OPTIONAL, Variant, make_variants
+from benchmarks.variants import VARIANTS, Variant, make_variants
 
 aten = torch.ops.aten
 GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}
@@ -234,8 +234,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    countable = tuple(name for name in DEFAULT + OPTIONAL if not name.endswith("compiled"))
-    parser.add_argument("--variants", nargs="+", choices=countable, default=list(DEFAULT), metavar="NAME")
+    countable = tuple(name for name in VARIANTS if not name.endswith("compiled"))
+    parser.add_argument("--variants", nargs="+", choices=countable, default=list(countable), metavar="NAME")
     return parser.parse_args()
 
 

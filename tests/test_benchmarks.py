@@ -13,7 +13,7 @@ from benchmarks.rounds import ratios, rotated, seconds_by_round, summary
 from benchmarks.scaling import AXES, Axis, Point, Setting, along, drawn, estimated_gib, exponent, growth, straight
 from benchmarks.shapes import CPU, Decoder, Shape, Tower, make_batch, make_candidates, make_pair, parameters
 from benchmarks.step import TARGETS, compared, losses_of, measured, targets_of
-from benchmarks.variants import DEFAULT, OPTIONAL, align_ti, make_bench, make_variants, scripted
+from benchmarks.variants import VARIANTS, align_ti, make_bench, make_variants, scripted
 
 from align_ti.config import Iva, Objective, Tpa
 from align_ti.training import objective
@@ -128,7 +128,7 @@ def test_the_processor_shape_is_the_one_that_is_named():
 
 
 def test_every_variant_takes_a_step_and_those_of_one_loss_agree():
-    names = tuple(name for name in DEFAULT + OPTIONAL if not name.endswith("compiled"))
+    names = tuple(name for name in VARIANTS if not name.endswith("compiled"))
     variants = {variant.name: variant for variant in make_variants(names, TINY)}
     losses = losses_of(variants, torch.float32)
     assert losses["vanilla_kd"] == pytest.approx(losses["ours_kd"], rel=1e-5)
