@@ -74,12 +74,12 @@ AXES = {
     "response": Axis(
         "response tokens",
         shapes_of("response", (32, 150, 300, 600, 1024)),
-        "linear, and quadratic in the attention of the decoders and of the candidates",
+        "linear, and quadratic in the attention of the decoders",
     ),
     "candidates": Axis(
         "candidates a position (n), each with a row",
         {count: Point(count=count, share=1.0) for count in (1, 2, 4, 8, 16)},
-        "linear above the cost of the gold pass; quadratic where candidates attend under a dense mask over each other",
+        "linear above the cost of the gold pass",
     ),
     "vocabulary": Axis("vocabulary", shapes_of("vocabulary", (32_000, 64_000, 128_000, 256_000)), "linear"),
     "batch": Axis("samples a batch", shapes_of("batch", (1, 2, 4, 8)), "linear"),

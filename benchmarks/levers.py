@@ -1,0 +1,209 @@
+"""Single levers, each with and without: what the choices of the fast path rest on.
+
+    python -m benchmarks.levers --out results/levers.json
+
+- divergence: value and gradient of KL over 1,024 rows of 32,000 logits: by autograd, written down over whole chunks, in blocks that
+  stay in a cache, and compiled.
+- chunk: the row loss of 2,048 rows by the number of rows projected at a time.
+- attention: one layer's attention of the candidates, forward and backward: under one dense mask, in parts with their own keys, and as
+  two parts merged by log-sum-exp (private operators of PyTorch on a CPU, here alone).
+- padding: the share of candidate slots that are padding in the digits training, if every candidate had a row.
+
+Seconds are the median of several calls in turn; other work on the machine makes them void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ti.cli import quiet
+from align_ti.data.roles import RESPONSE, encode
+from align_ti.data.sources import read_conversations
+from align_ti.demo import TRAINING
+from align_ti.digits.files import write_benchmark
+from align_ti.losses import weighted
+from align_ti.losses.divergence import forward_kl, forward_kl_with_slope
+from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
+from align_ti.models import attention
+from align_ti.models.loading import load_processor
+from align_ti.runs import write_json
+from benchmarks.rounds import machine, seconds_by_round, summary
+
+VOCABULARY, CHUNK = 32_000, 512
+Work = Callable[[], Any]
+
+
+def timed(works: dict[str, Work], rounds: int) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the seconds of each, in turn, after one call that does not count."""
+    for work in works.values():
+        work()
+    seconds = seconds_by_round(works, dict.fromkeys(works, rounds))
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def divergence(rounds: int) -> dict[str, Any]:
+    """Value and gradient of the divergence at the logits."""
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 1024, VOCABULARY)
+    compiled = torch.compile(forward_kl_with_slope, dynamic=True)
+
+    def by_autograd() -> None:
+        for mine, its in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
+            leaf = mine.detach().requires_grad_()
+            torch.autograd.grad(forward_kl(leaf, its).sum(), leaf)
+
+    def written(rows: int, function: Callable[[Tensor, Tensor], Any]) -> None:
+        for mine, its in zip(student.split(rows), teacher.split(rows), strict=True):
+            function(mine, its)
+
+    block = weighted.rows_at_a_time(weighted.BLOCK_LOGITS, VOCABULARY, student.device)
+    return timed(
+        {
+            "by autograd": by_autograd,
+            f"written down, {CHUNK} rows at a time": lambda: written(CHUNK, forward_kl_with_slope),
+            f"written down, {block} rows at a time": lambda: written(block, forward_kl_with_slope),
+            f"compiled, {CHUNK} rows at a time": lambda: written(CHUNK, compiled),
+        },
+        rounds,
+    )
+
+
+def chunk(rounds: int) -> dict[str, Any]:
+    """The row loss by rows projected at a time."""
+    torch.manual_seed(0)
+    rows = Rows(
+        student=torch.randn(2048, 256, requires_grad=True),
+        student_head=nn.Linear(256, VOCABULARY, bias=False),
+        teacher=torch.randn(2048, 512),
+        teacher_head=nn.Linear(512, VOCABULARY, bias=False).requires_grad_(False),
+        labels=torch.zeros(2048, dtype=torch.long),
+    )
+    terms = {"kl": RowWeights(weights=torch.rand(2048), coefficient=torch.tensor(1.0), temperature=1.0)}
+
+    def loss(size: int) -> Work:
+        return lambda: weighted_row_loss(rows, terms, size)
+
+    return timed({f"{size} rows": loss(size) for size in (64, 128, 256, 512, 1024)}, rounds)
+
+
+def second_pass_attention(candidates: int, rounds: int) -> dict[str, Any]:
+    """Attention of this many candidates a sample over 939 gold keys and each over its own, forward and backward.
+
+    Raises:
+        AssertionError: the ways differ.
+    """
+    torch.manual_seed(0)
+    batch, heads, key_heads, gold, size = 2, 4, 2, 939, 64
+    replaces = torch.randint(789, gold, (batch, candidates)).sort().values
+    mask = (torch.arange(gold) < replaces[..., None])[:, None]
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True  # type: ignore[assignment]
+    query = torch.randn(batch, heads, candidates, size, requires_grad=True)
+    key, value = (torch.randn(batch, key_heads, gold + candidates, size, requires_grad=True) for _ in range(2))
+    alone = torch.eye(candidates, dtype=torch.bool).expand(batch, 1, -1, -1)
+    whole = torch.cat([mask, alone], dim=-1)
+
+    def parts() -> Tensor:
+        return attention.attend(module, query, key, value, mask)[0]
+
+    def dense() -> Tensor:
+        return attention.attend(module, query, key, value, whole)[0]
+
+    def merged() -> Tensor:
+        wide = [of.repeat_interleave(heads // key_heads, dim=1) for of in (key, value)]
+        states = [part for of in wide for part in (of[:, :, :gold], of[:, :, gold:])]
+        return _Merged.apply(query, *states, mask).transpose(1, 2)  # type: ignore[no-any-return]
+
+    ways = {"one dense mask": dense, "parts of 256": parts, "merged by log-sum-exp": merged}
+    found = {}
+    for name, way in ways.items():
+        out = way()
+        found[name] = [out, *torch.autograd.grad(out.square().sum(), [query, key, value])]
+    for name in ways:
+        for one, other in zip(found[name], found["one dense mask"], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    def both(way: Callable[[], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(way().sum(), [query, key, value])
+
+    return timed({name: both(way) for name, way in ways.items()}, rounds)
+
+
+class _Merged(torch.autograd.Function):
+    """Attention over common keys by PyTorch's CPU kernel, and over one own key, joined by their log-sum-exp.
+
+    Given the joined output and its log-sum-exp, the kernel's own backward gives the gradient of the common part of the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, own_key: Tensor, value: Tensor, own: Tensor, mask: Tensor
+    ) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        closed = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, common = kernel(query, key, value, 0.0, False, attn_mask=closed, scale=scale)
+        score = (query * own_key).sum(-1) * scale
+        joined = torch.logaddexp(common, score)
+        weight = (score - joined).exp()[..., None]
+        out = torch.lerp(out, own, weight)
+        ctx.save_for_backward(query, key, own_key, value, own, closed, out, joined, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, own_key, value, own, closed, out, joined, weight = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        to_query, to_key, to_value = kernel(
+            gradient.contiguous(), query, key, value, out, joined, 0.0, False, attn_mask=closed, scale=scale
+        )
+        of_score = (gradient * (own - out)).sum(-1, keepdim=True) * weight * scale
+        return to_query + of_score * own_key, to_key, of_score * query, to_value, gradient * weight, None
+
+
+def padding() -> dict[str, Any]:
+    """Response tokens of a batch against the longest response times the samples, over the digits training data."""
+    size = TRAINING.per_device_train_batch_size
+    with TemporaryDirectory() as folder:
+        write_benchmark(Path(folder))
+        processor = load_processor(str(Path(folder) / "student"))
+        records = read_conversations(Path(folder) / "train.json")[: 20 * size]
+        lengths = [int((encode(record, processor)["roles"] == RESPONSE).sum()) for record in records]
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    shares = [1 - sum(batch) / (max(batch) * len(batch)) for batch in batches]
+    return {"batch": size, "batches": len(batches), "padded_share": round(statistics.mean(shares), 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    chosen = parser.parse_args()
+    quiet()
+    start = machine("cpu")
+    content = {
+        "divergence": divergence(chosen.rounds),
+        "chunk": chunk(chosen.rounds),
+        "attention": {str(count): second_pass_attention(count, chosen.rounds) for count in (150, 600, 2400)},
+        "padding": padding(),
+        "rounds": chosen.rounds,
+        **start,
+    }
+    write_json(chosen.out, content)
+    for name in ("divergence", "chunk"):
+        print(name, {way: found["median"] for way, found in content[name].items()})
+    print({count: {way: one["median"] for way, one in found.items()} for count, found in content["attention"].items()})
+    print(content["padding"])
+
+
+if __name__ == "__main__":
+    main()

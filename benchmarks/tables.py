@@ -1,0 +1,274 @@
+"""The tables of docs/performance.md and of what the README says about cost, from the files under results/: no number is typed by hand.
+
+python -m benchmarks.tables            # writes them into the page
+python -m benchmarks.tables --check    # fails if the page says anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+RESULTS = ROOT / "results"
+
+WORDS = {
+    "vanilla_kd": "vanilla KD as people write it",
+    "ours_kd": "our vanilla KD (SFT + KD)",
+    "align_ti_1.00": "Align-TI, every candidate with a row",
+    "align_ti_0.50": "Align-TI, half of them",
+    "align_ti_0.25": "Align-TI, a quarter",
+    "align_ti_0.25_two_towers": "a quarter, the tower run for each model",
+    "align_ti_0.25_iva_share_0.5": "a quarter, `iva.share: 0.5`",
+    "align_ti_0.25_compiled": "a quarter, `torch_compile`",
+    "align_ti_0.25_teacher_bfloat16": "a quarter, teacher in bfloat16",
+    "released_design": "the released design",
+    "released_design_given": "the released design, its drawing left out",
+    "align_ti_kd": "ours, KD alone",
+    "align_ti_full": "ours, all of Align-TI (more work)",
+    "trl_gold": "TRL `GOLDTrainer`",
+    "trl_distillation_update": "the update of TRL's `DistillationTrainer`",
+}
+
+SIZES = {
+    "visual": "visual tokens",
+    "response": "response tokens",
+    "candidates": "candidates n",
+    "vocabulary": "vocabulary",
+}
+
+
+def read(name: str) -> Any:
+    """One file of results."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where none was measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def step_table() -> str:
+    """Time and memory of every variant."""
+    variants = read("step.json")["variants"]
+    return table(
+        ("a step", "seconds", "quartiles", "x vanilla KD", "peak MiB", "x vanilla KD"),
+        (
+            (
+                WORDS[name],
+                number(one["seconds"]["median"]),
+                f"{one['seconds']['lower']:.2f} - {one['seconds']['upper']:.2f}",
+                number(one["against_vanilla_kd"]["time"]["median"]),
+                number(one["mib"], 0),
+                number(one["against_vanilla_kd"]["memory"]["median"]),
+            )
+            for name, one in variants.items()
+        ),
+    )
+
+
+SHORT = ("vanilla_kd", "ours_kd", "align_ti_0.25", "align_ti_1.00", "released_design")
+"""The variants that the README shows."""
+
+
+def short_table() -> str:
+    """Time and memory against vanilla KD of a few variants."""
+    variants = read("step.json")["variants"]
+    return table(
+        ("a training step", "time", "memory"),
+        (
+            (WORDS[name], *(number(variants[name]["against_vanilla_kd"][of]["median"]) for of in ("time", "memory")))
+            for name in SHORT
+        ),
+    )
+
+
+def targets_table() -> str:
+    """What was aimed at, and what was found."""
+    return table(
+        ("target", "of", "at most", "found", "met"),
+        (
+            (
+                f"{WORDS[row['variant']]} / {WORDS[row['against']]}",
+                row["of"],
+                f"{row['accepted']}",
+                "-" if row["found"] is None else number(row["found"]["median"], 3),
+                {True: "yes", False: "no", None: "not measured"}[row["met"]],
+            )
+            for row in read("step.json")["targets"]
+        ),
+    )
+
+
+def work_table() -> str:
+    """Counted work, the floor that follows, and how far the measured step is from it."""
+    work, step = read("work.json")["variants"], read("step.json")["variants"]
+    return table(
+        ("a step", "GFLOP", "x vanilla KD", "GB moved beside products", "floor, s", "measured, s", "measured / floor"),
+        (
+            (
+                WORDS[name],
+                number(one["step"]["flops"] / 1e9, 0),
+                number(one.get("against_vanilla_kd", {}).get("flops")),
+                number(one["step"]["other_bytes"] / 1e9, 1),
+                number(one["floor_seconds"]["sum"]),
+                number(step[name]["seconds"]["median"] if name in step else None),
+                number(step[name]["seconds"]["median"] / one["floor_seconds"]["sum"] if name in step else None),
+            )
+            for name, one in work.items()
+        ),
+    )
+
+
+def phases_table(case: str) -> str:
+    """Where a step's time goes, by phase and method."""
+    told = read("phases.json")["cases"][case]
+    names = list(dict.fromkeys(name for one in told.values() for name in one["phases"]))
+    rows = [
+        (
+            name,
+            *(
+                number(1000 * one["phases"][name]["mean_seconds"], 1) if name in one["phases"] else ""
+                for one in told.values()
+            ),
+        )
+        for name in names
+    ]
+    whole = ("the step", *(number(1000 * one["step"]["mean_seconds"], 1) for one in told.values()))
+    return table(("ms a step (mean)", *told), [*rows, whole])
+
+
+def peers_table() -> str:
+    """Ours against TRL's trainers: the same work, rounds in turn."""
+    rows = []
+    for pair, content in read("peers.json")["pairs"].items():
+        for name, one in content["runs"].items():
+            ratios = [one.get(f"our_{of}_over_theirs") for of in ("speed", "processor_time", "memory")]
+            rows.append(
+                (
+                    f"{pair}: {WORDS.get(name, name)}",
+                    number(one["samples_per_second"]["median"]),
+                    number(one["peak_memory_mib"]["median"], 0),
+                    *(number(ratio["median"] if ratio else None) for ratio in ratios),
+                )
+            )
+    return table(
+        ("pair: trainer", "samples/s", "peak MiB", "our speed / its", "our CPU time / its", "our memory / its"), rows
+    )
+
+
+def scaling_table() -> str:
+    """How time and memory grow along each axis."""
+    rows = []
+    for name, axis in read("scaling.json")["axes"].items():
+        points = [size for size, point in axis["points"].items() if "seconds" in point["align_ti"]]
+        fits = axis["growth"]["align_ti"]
+        first, last = (axis["points"][size]["align_ti"] for size in (points[0], points[-1]))
+        rows.append(
+            (
+                f"{SIZES.get(name, name)} {points[0]} - {points[-1]}",
+                f"{first['seconds']['median']:.2f} - {last['seconds']['median']:.2f}",
+                f"{first['mib']:.0f} - {last['mib']:.0f}",
+                number(fits.get("seconds", {}).get("exponent")),
+                number(fits.get("mib", {}).get("exponent")),
+                number(fits.get("seconds", {}).get("r2"), 3),
+            )
+        )
+    return table(("axis", "seconds", "MiB", "growth of time", "growth of memory", "R2 of a straight line"), rows)
+
+
+def variance_table() -> str:
+    """The variance of the TPA estimators at the rows that plain draws of 4 cost."""
+    steps = read("variance.json")["steps"]
+    names = list(dict.fromkeys(name for one in steps.values() for name in one["variance_at_equal_rows"]))
+    rows = (
+        (
+            step,
+            number(one["estimators"]["with_replacement"]["4"]["rows"]),
+            *(number(one["variance_at_equal_rows"].get(name)) for name in names),
+        )
+        for step, one in steps.items()
+    )
+    return table(("training step", "rows a position", *names), rows)
+
+
+def levers_table() -> str:
+    """Each single lever with and without."""
+    found = read("levers.json")
+    groups = [
+        ("KL and its gradient, 1,024 rows", found["divergence"]),
+        ("the row loss of 2,048 rows, chunks of", found["chunk"]),
+    ]
+    groups += [(f"attention of {count} candidates a sample", ways) for count, ways in found["attention"].items()]
+    rows = [
+        (f"{label}: {way}", number(1000 * one["median"], 0), f"{1000 * one['lower']:.0f} - {1000 * one['upper']:.0f}")
+        for label, ways in groups
+        for way, one in ways.items()
+    ]
+    return table(("lever", "ms", "quartiles"), rows)
+
+
+def share_table() -> str:
+    """The share of plain draws that needs a row, along the digits training."""
+    steps = read("variance.json")["steps"]
+    rows = (number(one["estimators"]["with_replacement"]["4"]["rows"] / 4) for one in steps.values())
+    return table(("training step", *steps), [("share", *rows)])
+
+
+def demo_table() -> str:
+    """What the demo spends, and on what."""
+    spent = read("demo/seed-0.json")["spent_seconds"]
+    return table(("part of `make demo`", "seconds"), ((name, number(seconds, 1)) for name, seconds in spent.items()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step_table,
+    "short": short_table,
+    "targets": targets_table,
+    "work": work_table,
+    "phases-demo": lambda: phases_table("demo"),
+    "phases-cpu": lambda: phases_table("cpu"),
+    "peers": peers_table,
+    "scaling": scaling_table,
+    "variance": variance_table,
+    "share": share_table,
+    "levers": levers_table,
+    "demo": demo_table,
+}
+
+
+def filled(page: str) -> str:
+    """The page with every table as the results have it."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([a-z-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    chosen = parser.parse_args()
+    for path in (PAGE, README):
+        page = path.read_text(encoding="utf-8")
+        wanted = filled(page)
+        if not chosen.check:
+            path.write_text(wanted, encoding="utf-8")
+        elif wanted != page:
+            raise SystemExit(f"{path.name} is not what results/ says; run `python -m benchmarks.tables`.")
+
+
+if __name__ == "__main__":
+    main()
