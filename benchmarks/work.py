@@ -58,9 +58,15 @@ def attention_backward_flops(
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
+def product_flops(_total: Any, left: Any, right: Any, **_options: Any) -> int:
+    """FLOPs of a product that is added to a sum in place, from shapes; the counter knows the form that makes a new tensor alone."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
 # The counter hands tensors, not shapes, to formulas that ask for it.
 attention_flops._get_raw = attention_backward_flops._get_raw = True  # type: ignore[attr-defined]
 FORMULAS = {
+    aten.addmm_: product_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }

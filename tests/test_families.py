@@ -207,6 +207,19 @@ def test_the_projection_is_the_models_own(name):
             torch.testing.assert_close(linear(hidden), student(**inputs).logits[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cap", [16.0, 30.0, 32.0, 64.0])
+def test_a_cap_is_seen_in_half_precision_too(cap):
+    # On logits between -1 and 1 a cap that is a power of two is the identity of bfloat16.
+    _, student, _ = pair("paligemma")
+    low = copy.deepcopy(student).to(torch.bfloat16)
+    assert Projection(low).linear is None
+    low.config.get_text_config().final_logit_softcapping = cap
+    for config in {id(part.config): part.config for part in low.modules() if hasattr(part, "config")}.values():
+        if getattr(config, "final_logit_softcapping", None) is not None:
+            config.final_logit_softcapping = cap
+    assert Projection(low).linear is None
+
+
 def test_a_cap_behind_the_head_is_part_of_the_distribution():
     # A fused path that ignored a soft cap trained on another distribution than the model's.
     _, student, _ = pair("paligemma")

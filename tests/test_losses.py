@@ -220,6 +220,14 @@ def test_a_hook_on_the_head_is_heard():
     assert not torch.isclose(plain, changed)
 
 
+def test_a_backward_hook_on_the_head_is_heard():
+    given_rows, terms, heard = rows(0), weights(0), []
+    handle = given_rows.student_head.register_full_backward_hook(lambda *_given: heard.append(1))
+    weighted_row_loss(given_rows, terms).loss.backward()
+    handle.remove()
+    assert heard
+
+
 def test_autocast_is_heard():
     given_rows = rows(0)
     single = replace(

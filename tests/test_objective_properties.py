@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from align_ti.config import Iva, Kd, Objective, Sft, Tpa
 from align_ti.data.roles import model_inputs
 from align_ti.errors import BatchError, ConfigError, ModelError
 from align_ti.interactions.transitions import plan_transitions
+from align_ti.models import recomputation
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.recomputation import recomputed_layers
 from align_ti.training.objective import distillation_loss
@@ -275,6 +277,23 @@ def test_under_checkpointing_backward_holds_one_layer_at_a_time():
             distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
         sizes.append(sum(saved.values()))
     assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_under_checkpointing_the_candidates_keys_are_let_go(monkeypatch):
+    # What a layer was called with held the cache, and every layer the states of those before it, until backward.
+    batch = tiny.batch(tiny.COMPOSITIONS["several turns"])
+    student, held = checkpointed(use_reentrant=False), []
+    put = recomputation.put
+
+    def noted(cache, index, keys, values):
+        if keys.requires_grad and keys.shape[2] > batch["input_ids"].shape[1]:
+            held.append(weakref.ref(keys))
+        put(cache, index, keys, values)
+
+    monkeypatch.setattr(recomputation, "put", noted)
+    out = distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
+    assert len(held) == 2 and not any(keys() is not None for keys in held)
+    out.loss.backward()
 
 
 def test_half_precision_is_as_close_to_float64_as_the_plain_loss_in_half_precision():

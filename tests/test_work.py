@@ -8,6 +8,8 @@ from benchmarks.shapes import Decoder, Shape, Tower
 from benchmarks.variants import make_variants
 from benchmarks.work import Work, count, floors, phases, whole
 
+from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
+
 SMALL = Shape(
     student=Decoder(hidden=64, layers=2, heads=2, key_heads=1, head_dim=32, intermediate=256),
     teacher=Decoder(hidden=128, layers=3, heads=4, key_heads=2, head_dim=32, intermediate=512),
@@ -21,10 +23,10 @@ SMALL = Shape(
 NAMES = ("vanilla_kd", "ours_kd", "align_ti_0.25", "align_ti_0.25_two_towers")
 
 KNOWN = {
-    ("ours_kd", "flops"): 0.648,
-    ("ours_kd", "bytes"): 0.765,
-    ("align_ti_0.25", "flops"): 0.91,
-    ("align_ti_0.25", "bytes"): 1.235,
+    ("ours_kd", "flops"): 0.658,
+    ("ours_kd", "bytes"): 0.766,
+    ("align_ti_0.25", "flops"): 0.956,
+    ("align_ti_0.25", "bytes"): 1.232,
 }
 """What these ratios to vanilla KD were when they were last looked at; lower them when the step gets cheaper."""
 
@@ -71,6 +73,21 @@ def test_one_more_pass_of_the_student_would_be_seen(variants, work, name):
 def test_a_second_pass_of_the_tower_would_be_seen(work):
     seen = ratio(work["align_ti_0.25_two_towers"], "flops", work["vanilla_kd"])
     assert seen > KNOWN["align_ti_0.25", "flops"] * MARGIN
+
+
+def test_the_heads_products_are_all_counted():
+    # A product that adds to a sum in place counted for nothing, and flattered us.
+    rows, hidden, vocabulary = 40, 8, 50
+    given = Rows(
+        student=torch.randn(rows, hidden, requires_grad=True),
+        student_head=torch.nn.Linear(hidden, vocabulary, bias=False),
+        teacher=None,
+        teacher_head=None,
+        labels=torch.zeros(rows, dtype=torch.long),
+    )
+    terms = {"sft": RowWeights(weights=torch.ones(rows), coefficient=torch.tensor(1.0), temperature=None)}
+    _, found = count(lambda: weighted_row_loss(given, terms, 7).loss.backward())
+    assert found.flops == 3 * 2 * rows * hidden * vocabulary
 
 
 def test_logits_of_every_token_would_be_seen(variants, work):

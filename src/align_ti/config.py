@@ -147,7 +147,7 @@ class Objective(Knobs):
     iva: Iva = Iva()
     tpa: Tpa = Tpa()
     chunk_rows: int | None = Field(default=None, ge=1)
-    """Rows projected to the vocabulary at a time; by default as many as fit into 64 MiB on a CPU, 256 MiB elsewhere."""
+    """Rows projected to the vocabulary at a time; by default 2^24 logits on a CPU, 2^27 elsewhere."""
 
     @model_validator(mode="after")
     def _some_term(self) -> Objective:

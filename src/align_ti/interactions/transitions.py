@@ -33,6 +33,10 @@ class Candidates:
                 "[batch, seq, n] are accepted."
             )
 
+    def to(self, device: torch.device) -> Candidates:
+        """The same on a device."""
+        return Candidates(self.tokens.to(device), None if self.weights is None else self.weights.to(device))
+
 
 @torch.no_grad()
 def draw(
@@ -57,7 +61,8 @@ def sampling_distribution(
 
     `top_k` is applied before `top_p`. A token as probable as the k-th is kept, so ties are never cut at random.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if temperature == 1 else logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

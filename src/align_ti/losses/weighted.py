@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from align_ti.losses.divergence import (
     forward_kl,
@@ -153,15 +154,13 @@ class _Linear:
 
     owns_logits = True
 
-    def __init__(self, linear: nn.Linear, parameters: Sequence[nn.Parameter], chunk_rows: int) -> None:
+    def __init__(self, linear: nn.Linear, parameters: Sequence[nn.Parameter], rows: int) -> None:
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.trained = [parameter is linear.weight for parameter in parameters]
-        self.chunk_rows, self.memory = chunk_rows, self.weight.new_empty(0)
+        self.memory = self.weight.new_empty(rows, len(self.weight))
 
     def forward(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """The logits, in memory that the next call uses again: fresh memory has to be cleared by the system each time."""
-        if len(self.memory) < len(hidden):
-            self.memory = hidden.new_empty(len(hidden), len(self.weight))
         logits = torch.mm(hidden, self.weight.T, out=self.memory[: len(hidden)])
         return logits if self.bias is None else logits.add_(self.bias)
 
@@ -221,7 +220,11 @@ def projected(
     linear = head if isinstance(head, nn.Linear) else getattr(head, "linear", None)
     if linear is None or not is_plain(linear, hidden):
         return _ThroughAutograd(head, parameters, wanted)
-    return _Linear(linear, parameters, chunk_rows)
+    return _Linear(linear, parameters, min(chunk_rows, len(hidden)))
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what is to be called around it."""
 
 
 def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
@@ -229,7 +232,8 @@ def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
     own = [linear.weight, *([] if linear.bias is None else [linear.bias])]
     return (
         type(linear) is nn.Linear
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and not any(getattr(linear, hooks) for hooks in HOOKS)
+        and "forward" not in vars(linear)
         and all(type(weight) is nn.Parameter and weight.dtype == hidden.dtype for weight in own)
         and not torch.is_autocast_enabled(hidden.device.type)
     )
@@ -292,6 +296,7 @@ class _ChunkedRows(torch.autograd.Function):
         return (coefficients * totals).sum(), totals
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor, _totals_grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = loss_grad * ctx.unit
         scaled = [(grad * scale.to(grad)).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)]

@@ -7,6 +7,7 @@ the second pass reads the first one's keys and values, gradient and all, and no 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align_ti.models.attention import attention_of, running_on
@@ -72,22 +74,21 @@ def recomputing(
     """
     kept: Any = layer._gradient_checkpointing_func
     # The other kind of checkpoint sees no gradient through what a function merely refers to, such as the cache.
-    through = (
-        kept
-        if getattr(kept, "keywords", {}).get("use_reentrant") is False
-        else partial(checkpoint, use_reentrant=False)
-    )
-    cache, attention = options.get("past_key_values"), attention_of(model)
+    through: Any = partial(checkpoint, **{**getattr(kept, "keywords", {}), "use_reentrant": False})
+    attention, cache = attention_of(model), options.pop("past_key_values", None)
     before = fork(cache) if isinstance(cache, DynamicCache) else None
 
     def run(*inputs: Any) -> tuple[Any, list[int], list[Tensor]]:
-        own = fork(before) if before is not None else None
+        own = {} if before is None else {"past_key_values": fork(before)}
         with running_on(model, attention), switched_off(layer):
-            out = forward(*inputs, **({**options, "past_key_values": own} if own is not None else options))
-        grown = [] if own is None or before is None else written(before, own)
-        return out, grown, [state for index in grown for state in states(own, index)]
+            out = forward(*inputs, **options, **own)
+        grown = [] if before is None else written(before, own["past_key_values"])
+        return out, grown, [state for index in grown for state in states(own["past_key_values"], index)]
 
     out, grown, found = through(run, *given)
+    if before is not None and grown:
+        # What a layer writes is all that it reads; the states of others, kept for backward, would be kept by every layer once more.
+        keep_only(before, grown)
     for index, keys, values in zip(grown, found[::2], found[1::2], strict=True):
         assert isinstance(cache, DynamicCache)
         put(cache, index, keys, values)
@@ -97,19 +98,20 @@ def recomputing(
 def fork(cache: DynamicCache) -> DynamicCache:
     """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
     forked = DynamicCache()
-    for index in range(len(cache.layers)):
-        put(forked, index, *states(cache, index))
+    # A layer grows by taking new tensors in place of its own, so a shallow copy of it is enough.
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
 
 
-def states(cache: DynamicCache | None, index: int) -> tuple[Tensor, Tensor]:
+def keep_only(cache: DynamicCache, indices: list[int]) -> None:
+    """Empties all other layers of the cache."""
+    cache.layers = [layer if index in indices else DynamicLayer() for index, layer in enumerate(cache.layers)]
+
+
+def states(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer."""
-    assert cache is not None
     layer: Any = cache.layers[index]
-    keys, values = layer.keys, layer.values
-    assert keys is not None
-    assert values is not None
-    return keys, values
+    return layer.keys, layer.values
 
 
 def put(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
@@ -126,5 +128,5 @@ def written(before: DynamicCache, after: DynamicCache) -> list[int]:
     return [
         index
         for index in range(len(after.layers))
-        if index >= len(before.layers) or states(after, index)[0] is not states(before, index)[0]
+        if states(after, index)[0] is not (states(before, index)[0] if index < len(before.layers) else None)
     ]

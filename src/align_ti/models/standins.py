@@ -73,8 +73,12 @@ class Projection:
         layer = head(self.model)
         if not isinstance(layer, nn.Linear):
             return None
-        given = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-        made = torch.linspace(-1, 1, layer.out_features, dtype=given.dtype, device=given.device)[None, None]
+        weight = layer.weight
+        given = torch.linspace(-1, 2, layer.in_features, dtype=weight.dtype, device=weight.device)[None]
+        # Over all magnitudes, so that a cap or a cut anywhere shows.
+        size = torch.logspace(-3, 4, layer.out_features, device=weight.device)
+        sign = 1 - 2 * (torch.arange(layer.out_features, device=weight.device) % 2)
+        made = (size * sign).to(weight.dtype)[None, None]
         seen: list[Tensor] = []
 
         def noted(hidden: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ class Projection:
 
         with torch.no_grad(), standing_in(layer, noted):
             out = self(given)
-        untouched = len(seen) == 1 and seen[0].shape[-1] == given.shape[-1] and bool((seen[0] == given).all())
+        untouched = len(seen) == 1 and torch.equal(seen[0].flatten(), given.flatten())
         return layer if untouched and out.shape == made[0].shape and torch.equal(out, made[0]) else None
 
     def parameters(self) -> list[nn.Parameter]:

@@ -23,7 +23,7 @@ from align_ti.interactions.correspondence import Correspondence, check_grids, ch
 from align_ti.interactions.estimators import draw_weighted
 from align_ti.interactions.transitions import Candidates, Transitions, draw, plan_transitions, sampling_distribution
 from align_ti.interactions.visual import aligned_samples, visual_weights
-from align_ti.losses.weighted import CHUNK_LOGITS, Rows, RowWeights, rows_at_a_time, weighted_row_loss
+from align_ti.losses.weighted import Rows, RowWeights, rows_at_a_time, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.attention import Watch, watching
 from align_ti.models.continuation import (
@@ -38,6 +38,9 @@ from align_ti.models.pairing import Pairing, check_pair, shared_tokens
 from align_ti.models.recomputation import reuse_possible
 from align_ti.models.standins import Projection, tower_once
 from align_ti.phases import phase
+
+DRAWN_LOGITS = {"cpu": 2**24, "accelerator": 2**25}
+"""Logits that candidates are drawn from at a time; drawing holds several tensors of their size in float32 or wider."""
 
 Masses = dict[str, Shaped[Tensor, ""]]
 """What each term's total is divided by: sft and kd response tokens, iva samples with visual and instruction tokens, tpa response
@@ -128,6 +131,8 @@ def distillation_loss(
     check_batch(ours.inputs["input_ids"], labels, roles, families.real_tokens(ours.inputs))
     check_known(labels, pairing, Projection(student).out_features)
     if candidates is not None:
+        # A trainer moves tensors to its device, but not what candidates with weights are wrapped in.
+        candidates = candidates.to(roles.device)
         check_candidates(candidates, roles, Projection(student).out_features)
     found = None if theirs is None or "teacher" not in batch else places_of(ours, theirs, objective)
 
@@ -399,7 +404,7 @@ def draw_candidates(
     hidden, project = reading.hidden[sample, step - 1], Projection(source.model)
     # The teacher may be on another device than the generator.
     device = hidden.device if generator is None else generator.device
-    gold, chunk = ids[response].to(device), rows_at_a_time(CHUNK_LOGITS, project.out_features, hidden.device)
+    gold, chunk = ids[response].to(device), rows_at_a_time(DRAWN_LOGITS, project.out_features, hidden.device)
     # What the student has no row for is no candidate either.
     left_out = (
         *left_out_tokens(ours.model, tpa, pairing),
@@ -506,7 +511,8 @@ def plan_candidates(
     left_out = left_out_tokens(student, tpa, Pairing() if pairing is None else pairing)
     # A teacher whose vocabulary is padded further may draw ids that the student has no row for.
     known = Projection(student).out_features
-    return plan_transitions(candidates, batch["roles"] == RESPONSE, batch["input_ids"], left_out, known)
+    roles: Tensor = batch["roles"]
+    return plan_transitions(candidates.to(roles.device), roles == RESPONSE, batch["input_ids"], left_out, known)
 
 
 def left_out_tokens(student: PreTrainedModel, tpa: Tpa, pairing: Pairing) -> tuple[int, ...]:

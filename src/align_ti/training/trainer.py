@@ -184,13 +184,18 @@ class AlignTITrainer(Trainer):
         """Refuse forms of sharding in which parts of the student cannot be called as the loss does.
 
         Raises:
-            ConfigError: FSDP of version 2, or FSDP with accumulation while TPA draws its candidates beforehand.
+            ConfigError: FSDP of version 2; FSDP with its own checkpointing, or with accumulation, where TPA has weight.
         """
         if not self.is_fsdp_enabled:
             return
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
             raise ConfigError(
                 "training is sharded by FSDP 2, whose hooks the loss bypasses; FSDP 1 (fsdp_version: 1), DDP, or one GPU are accepted."
+            )
+        if self.accelerator.state.fsdp_plugin.activation_checkpointing and "tpa" in self.objective.active:
+            raise ConfigError(
+                "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
+                "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
             )
         if self.args.gradient_accumulation_steps > 1 and "tpa" in self.objective.active:
             raise ConfigError(
