@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -211,7 +212,14 @@ def arguments() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--axes", nargs="+", choices=tuple(AXES), default=list(AXES), metavar="AXIS")
+    parser.add_argument(
+        "--axes",
+        nargs="+",
+        choices=tuple(AXES),
+        default=list(AXES),
+        metavar="AXIS",
+        help="others are kept as the file has them",
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="on an accelerator models are in bfloat16"
     )
@@ -227,12 +235,15 @@ def main() -> None:
     start = machine(chosen.device)
     setting = Setting(chosen.device, chosen.rounds, chosen.limit_gib)
     known: dict[Point, Any] = {}
-    results = {name: along(AXES[name], setting, known) for name in chosen.axes}
+    kept = json.loads(chosen.out.read_text(encoding="utf-8"))["axes"] if chosen.out.exists() else {}
+    found = kept | {
+        name: {**along(AXES[name], setting, known), **start, "rounds": chosen.rounds} for name in chosen.axes
+    }
+    results = {name: found[name] for name in AXES if name in found}
     content = {
         "axes": results,
         "base": {**dataclasses.asdict(BASE), "visual": BASE.visual, "share": SHARE, "candidates": COUNT},
         "dtype": str(dtype_of(chosen.device)).removeprefix("torch."),
-        "rounds": chosen.rounds,
         "limit_gib": chosen.limit_gib,
         "not_measured": [
             *(["an accelerator"] if chosen.device == "cpu" else []),

@@ -152,7 +152,8 @@ def phases_table(case: str) -> str:
 def peers_table() -> str:
     """Ours against TRL's trainers: the same work, rounds in turn."""
     rows = []
-    for pair, content in read("peers.json")["pairs"].items():
+    runs = read("peers.json")["pairs"] | {"digits, again": read("peers-digits.json")["pairs"]["digits"]}
+    for pair, content in runs.items():
         for name, one in content["runs"].items():
             ratios = [one.get(f"our_{of}_over_theirs") for of in ("speed", "processor_time", "memory")]
             rows.append(
@@ -216,7 +217,12 @@ def levers_table() -> str:
         for label, ways in groups
         for way, one in ways.items()
     ]
-    return table(("lever", "ms", "quartiles"), rows)
+    padded = (
+        "candidate slots that are padding, digits training",
+        f"{100 * found['padding']['padded_share']:.0f} %",
+        "",
+    )
+    return table(("lever", "ms", "quartiles"), [*rows, padded])
 
 
 def share_table() -> str:

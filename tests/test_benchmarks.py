@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from benchmarks.levers import second_pass_attention
 from benchmarks.rivals import interleave, released_design, ribbon_mask, vanilla_kd
 from benchmarks.rounds import ratios, rotated, seconds_by_round, summary
 from benchmarks.scaling import AXES, Axis, Point, Setting, along, drawn, estimated_gib, exponent, growth, straight
@@ -149,6 +150,11 @@ def test_losses_that_do_not_agree_stop_the_measurement():
 def test_an_unknown_variant_is_named():
     with pytest.raises(ValueError, match=r"align_ti_2\.00 is no variant"):
         make_variants(("align_ti_2.00",), TINY)
+
+
+def test_the_ways_to_attend_for_candidates_are_one_number():
+    # The command compares them before it takes their time.
+    assert set(second_pass_attention(7, 1)) == {"one dense mask", "parts of 256", "merged by log-sum-exp"}
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
