@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and of what the README says about cost, from the files under results/: no number is typed by hand.
+"""The tables of docs/performance.md and of what the README says about cost, from the files under results/: none is typed by hand.
 
 python -m benchmarks.tables            # writes them into the page
 python -m benchmarks.tables --check    # fails if the page says anything else

@@ -147,7 +147,8 @@ class Objective(Knobs):
     iva: Iva = Iva()
     tpa: Tpa = Tpa()
     chunk_rows: int | None = Field(default=None, ge=1)
-    """Rows projected to the vocabulary at a time; by default 2^24 logits on a CPU, 2^27 elsewhere."""
+    """Rows projected to the vocabulary at a time; by default as many as hold 2^24 logits on a CPU, 2^27 elsewhere.
+    No effect on the result."""
 
     @model_validator(mode="after")
     def _some_term(self) -> Objective:
