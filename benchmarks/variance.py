@@ -33,8 +33,8 @@ from align_ti.data.sources import read_conversations
 from align_ti.demo import TRAINING
 from align_ti.digits.files import write_benchmark
 from align_ti.interactions.estimators import draw_weighted
-from align_ti.interactions.transitions import pad_branches
 from align_ti.losses.divergence import forward_kl
+from align_ti.models.branches import Branches
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.loading import load_model, load_processor
 from align_ti.models.pairing import Pairing
@@ -99,15 +99,11 @@ def exhaustive(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[s
     parts = []
     for tokens in torch.arange(probability.shape[-1]).split(chunk):
         many = len(tokens)
-        branches, _ = pad_branches(
-            sample.repeat_interleave(many),
-            step.repeat_interleave(many),
-            tokens.repeat(len(sample)),
-            torch.ones(many * len(sample)),
-            len(ids),
+        branches = Branches.of(
+            sample.repeat_interleave(many), tokens.repeat(len(sample)), step.repeat_interleave(many), len(ids)
         )
         logits = [
-            head(continue_branches(of.model, of.inputs, reading, branches)[branches.used])
+            head(continue_branches(of.model, of.inputs, reading, branches))
             for head, of, reading in zip(heads, both, first, strict=True)
         ]
         parts.append(forward_kl(*logits).double().view(len(sample), many))

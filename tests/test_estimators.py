@@ -225,8 +225,8 @@ def test_one_batch_equals_its_samples_accumulated_with_the_same_draws(way):
 def test_a_first_copy_without_weight_does_not_lose_the_token():
     tokens, weights = torch.tensor([[[7, 7, 9]]]), torch.tensor([[[0.0, 0.25, 0.75]]])
     plan = plan_transitions(Candidates(tokens, weights), torch.ones(1, 1, dtype=bool), torch.tensor([[9]]), ())
-    assert plan.branches.tokens.tolist() == [[7]]
-    assert plan.branch_weights.tolist() == [[0.25]]
+    assert plan.branches.tokens.tolist() == [7]
+    assert plan.branch_weights.tolist() == [0.25]
     assert plan.gold_weights.tolist() == [[0.75]]
     assert (int(plan.mass), int(plan.kept)) == (1, 2)
 

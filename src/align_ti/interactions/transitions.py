@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from align_ti.errors import BatchError
-from align_ti.models.continuation import Branches
+from align_ti.models.branches import Branches
 from align_ti.models.families import widest_float
 
 
@@ -84,7 +84,7 @@ class Transitions:
     """
 
     branches: Branches
-    branch_weights: Float[Tensor, "batch branches"]
+    branch_weights: Float[Tensor, " branches"]
     gold_weights: Float[Tensor, "batch seq"]
     mass: Int[Tensor, ""]
     kept: Int[Tensor, ""]
@@ -127,26 +127,9 @@ def plan_transitions(
     # By weight: of equal candidates the first may be one of weight 0.
     row, column = ((weight > 0) & ~is_gold).nonzero(as_tuple=True)
     return Transitions(
-        *pad_branches(sample[row], step[row], tried[row, column], weight[row, column], len(input_ids)),
+        branches=Branches.of(sample[row], tried[row, column], step[row], len(input_ids)),
+        branch_weights=weight[row, column],
         gold_weights=gold_weights,
         mass=kept.any(-1).sum(),
         kept=kept.sum(),
     )
-
-
-def pad_branches(
-    sample: Int[Tensor, " rows"],
-    step: Int[Tensor, " rows"],
-    token: Int[Tensor, " rows"],
-    weight: Float[Tensor, " rows"],
-    batch: int,
-) -> tuple[Branches, Float[Tensor, "batch branches"]]:
-    """A flat list of branches, sorted by sample, as one row of slots for each sample."""
-    counts = torch.bincount(sample, minlength=batch)
-    width = int(counts.max()) if len(counts) else 0
-    slot = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-    tokens, replaces = (token.new_zeros(batch, width) for _ in range(2))
-    used = torch.zeros(batch, width, dtype=torch.bool, device=token.device)
-    weights = weight.new_zeros(batch, width)
-    tokens[sample, slot], replaces[sample, slot], weights[sample, slot], used[sample, slot] = token, step, weight, True
-    return Branches(tokens, replaces, used), weights

@@ -83,40 +83,7 @@ def attend(
     if watch is not None:
         watch.look(module, query, key, attention_mask, options.get("scaling"), softcap)
     forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward if softcap is None else capped
-    if attention_mask is not None and attention_mask.shape[-1] == key.shape[2] - query.shape[2]:
-        return each_its_own(forward, module, query, key, value, attention_mask, **options), None
     return forward(module, query, key, value, attention_mask, **options)
-
-
-OWN_ROWS = 256
-"""Queries with a key of their own that are attended for at a time."""
-
-
-def each_its_own(
-    forward: Callable[..., tuple[Tensor, None]],
-    module: nn.Module,
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch key_heads keys head_dim"],
-    value: Float[Tensor, "batch key_heads keys head_dim"],
-    mask: Bool[Tensor, "batch 1 queries common"],
-    **options: Any,
-) -> Float[Tensor, "batch queries heads head_dim"]:
-    """Attention in which each query sees the keys in common that the mask opens, and of the keys behind those only its own.
-
-    That is what a candidate sees. One mask over all of it would hold the square of the number of candidates, nearly all of it closed; a
-    few hundred queries at a time, with their own keys behind the common ones, keep time and memory linear.
-    """
-    common, parts = mask.shape[-1], []
-    for start in range(0, query.shape[2], OWN_ROWS):
-        part = slice(start, start + OWN_ROWS)
-        states = [
-            torch.cat([of[:, :, :common], of[:, :, common:][:, :, part]], dim=2) if query.shape[2] > OWN_ROWS else of
-            for of in (key, value)
-        ]
-        opened = mask[:, :, part]
-        alone = torch.eye(opened.shape[2], dtype=torch.bool, device=mask.device).expand(*opened.shape[:-1], -1)
-        parts.append(forward(module, query[:, :, part], *states, torch.cat([opened, alone], dim=-1), **options)[0])
-    return torch.cat(parts, dim=1)
 
 
 def capped(

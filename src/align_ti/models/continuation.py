@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
+from align_ti.models.branches import Branches, Layout
 from align_ti.models.families import (
     backbone,
     language_model,
@@ -34,22 +35,6 @@ from align_ti.models.families import (
 )
 from align_ti.models.recomputation import fork, keeping_cache
 from align_ti.models.standins import standing_in
-
-
-@dataclass(frozen=True, slots=True)
-class Branches:
-    """Tokens to try, ragged over the batch and padded on the right.
-
-    `replaces` is the sequence index of the gold token that a branch stands in for. Unused slots hold token 0 at index 0.
-    """
-
-    tokens: Int[Tensor, "batch branches"]
-    replaces: Int[Tensor, "batch branches"]
-    used: Bool[Tensor, "batch branches"]
-
-    @property
-    def width(self) -> int:
-        return self.tokens.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,50 +70,50 @@ def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool)
 
 def continue_branches(
     model: PreTrainedModel, inputs: Mapping[str, Any], reading: Reading, branches: Branches
-) -> Float[Tensor, "batch branches hidden"]:
+) -> Float[Tensor, "branches hidden"]:
     """The hidden state of each branch, from a pass over the branches alone; the reading's cache stays as it is.
 
     Gradient flows into the branches and, through the cached keys and values, into the gold pass.
     """
     assert reading.cache is not None, "the gold pass was read without keep_cache"
-    # Over gold tokens alone: to our attention entry, keys behind a mask are their queries' own.
-    masks = {kind: gold_before(model, inputs, branches, kind)[:, None] for kind in set(layer_kinds(model))}
-    marks = {name: torch.zeros_like(branches.tokens) for name in TOKEN_MARKS if name in inputs}
+    rows = branches.in_rows(keys=inputs["input_ids"].shape[1])
+    masks = {kind: branch_rows(model, inputs, rows, kind)[:, None] for kind in set(layer_kinds(model))}
+    marks = {name: torch.zeros_like(rows.tokens) for name in TOKEN_MARKS if name in inputs}
     with own_attention(model), keeping_cache(model):
         out = backbone(model)(
             **marks,
-            input_ids=branches.tokens,
+            input_ids=rows.tokens,
             attention_mask=for_layers(masks),
-            position_ids=branch_positions(model, inputs, branches),
-            past_key_values=fork(reading.cache),
+            position_ids=branch_positions(model, inputs, rows),
+            past_key_values=fork(reading.cache, rows.samples),
             use_cache=True,
             return_dict=True,
         )
-    hidden: Tensor = out.last_hidden_state
-    return hidden
+    return rows.flat(out.last_hidden_state)
 
 
 def read_packed(
     model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
-) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch branches hidden"]]:
+) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "branches hidden"]]:
     """The hidden states of gold tokens and of branches, from one pass over both."""
-    length, width = inputs["input_ids"].shape[1], branches.width
+    rows = branches.a_row_each()
+    length, width = inputs["input_ids"].shape[1], rows.width
     masks = {}
     for kind, gold in gold_rows(model, inputs).items():
         gold = torch.nn.functional.pad(gold, (0, width))
-        masks[kind] = torch.cat([gold, branch_rows(model, inputs, branches, kind)], dim=1)[:, None]
+        masks[kind] = torch.cat([gold, branch_rows(model, inputs, rows, kind)], dim=1)[:, None]
     # What marks image tokens marks none among the branches.
     marks = {name: torch.nn.functional.pad(inputs[name], (0, width)) for name in TOKEN_MARKS if name in inputs}
     packed = {
         **inputs,
         **marks,
-        "input_ids": torch.cat([inputs["input_ids"], branches.tokens], dim=1),
+        "input_ids": torch.cat([inputs["input_ids"], rows.tokens], dim=1),
         "attention_mask": for_layers(masks),
-        "position_ids": torch.cat([position_ids(model, inputs), branch_positions(model, inputs, branches)], dim=-1),
+        "position_ids": torch.cat([position_ids(model, inputs), branch_positions(model, inputs, rows)], dim=-1),
     }
     with own_attention(model), keeping_cache(model):
         hidden = backbone(model)(**packed, use_cache=False, return_dict=True).last_hidden_state
-    return hidden[:, :length], hidden[:, length:]
+    return hidden[:, :length], rows.flat(hidden[:, length:])
 
 
 TOKEN_MARKS = ("token_type_ids", "mm_token_type_ids")
@@ -136,11 +121,11 @@ TOKEN_MARKS = ("token_type_ids", "mm_token_type_ids")
 
 
 def branch_positions(
-    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
-) -> Int[Tensor, "*axes batch branches"]:
+    model: PreTrainedModel, inputs: Mapping[str, Any], rows: Layout
+) -> Int[Tensor, "*axes rows width"]:
     """Each branch has the position of the token that it stands in for, on every axis."""
-    positions = position_ids(model, inputs)
-    return positions.gather(-1, branches.replaces.expand(*positions.shape[:-1], -1))
+    positions = rows.by_row(position_ids(model, inputs), dim=-2)
+    return positions.gather(-1, rows.replaces.expand(*positions.shape[:-1], -1))
 
 
 def gold_rows(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bool[Tensor, "batch seq seq"]]:
@@ -193,22 +178,18 @@ def own_masks(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bo
 
 
 def branch_rows(
-    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, kind: str
-) -> Bool[Tensor, "batch branches keys"]:
-    """Which gold tokens, and behind them which branches, each branch sees in a layer of this kind: of branches itself alone."""
-    gold = gold_before(model, inputs, branches, kind)
-    alone = torch.eye(branches.width, dtype=torch.bool, device=gold.device).expand(len(gold), -1, -1)
+    model: PreTrainedModel, inputs: Mapping[str, Any], rows: Layout, kind: str
+) -> Bool[Tensor, "rows width keys"]:
+    """Which gold tokens, and behind them which branches of its row, each branch sees in a layer of this kind.
+
+    Those are the real gold tokens before the one that it replaces, as far back as the layer looks, and itself.
+    """
+    steps = torch.arange(inputs["input_ids"].shape[1], device=rows.tokens.device)
+    distance = rows.replaces[..., None] - steps
+    real = rows.by_row(real_tokens(inputs))
+    gold = (distance > 0) & real[:, None, :] & within(model, kind, distance)
+    alone = torch.eye(rows.width, dtype=torch.bool, device=gold.device).expand(len(gold), -1, -1)
     return torch.cat([gold, alone], dim=-1)
-
-
-def gold_before(
-    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, kind: str
-) -> Bool[Tensor, "batch branches seq"]:
-    """Which gold tokens each branch sees in a layer of this kind: the real ones before the one it replaces, as far back as the layer
-    looks. An unused slot sees itself alone."""
-    steps = torch.arange(inputs["input_ids"].shape[1], device=branches.tokens.device)
-    distance = branches.replaces[..., None] - steps
-    return (distance > 0) & real_tokens(inputs)[:, None, :] & within(model, kind, distance)
 
 
 def within(model: PreTrainedModel, kind: str, distance: Int[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:

@@ -26,14 +26,8 @@ from align_ti.interactions.visual import aligned_samples, visual_weights
 from align_ti.losses.weighted import Rows, RowWeights, rows_at_a_time, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.attention import Watch, watching
-from align_ti.models.continuation import (
-    Branches,
-    Reading,
-    check_branching,
-    continue_branches,
-    read,
-    read_packed,
-)
+from align_ti.models.branches import Branches
+from align_ti.models.continuation import Reading, check_branching, continue_branches, read, read_packed
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
 from align_ti.models.recomputation import reuse_possible
 from align_ti.models.standins import Projection, tower_once
@@ -68,7 +62,7 @@ class Pass:
     """What one model made of gold tokens and branches."""
 
     gold: Float[Tensor, "batch seq hidden"]
-    branches: Float[Tensor, "batch branches hidden"] | None
+    branches: Float[Tensor, "branches hidden"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +168,7 @@ def distillation_loss(
         terms={name: result.totals[name] / masses[name].to(dtype).clamp(min=1) for name in terms},
         totals=dict(result.totals),
         masses=masses,
-        branch_share=None if plan is None else plan.branches.used.sum() / plan.kept.clamp(min=1),
+        branch_share=None if plan is None else len(plan.branches) / plan.kept.clamp(min=1),
     )
 
 
@@ -335,9 +329,9 @@ def run_passes(
 
 def branches_for(theirs: View, branches: Branches, found: Correspondence | None) -> Branches:
     """The branches at their places in the teacher's sequence, on its device."""
-    replaces = branches.replaces if found is None else found.places.gather(1, branches.replaces)
+    replaces = branches.replaces if found is None else found.places[branches.samples, branches.replaces]
     device = theirs.roles.device
-    return Branches(branches.tokens.to(device), replaces.to(device), branches.used.to(device))
+    return Branches(branches.tokens.to(device), replaces.to(device), branches.counts)
 
 
 def watch_instruction(theirs: View | None, layer: int | str | None) -> AbstractContextManager[Watch | None]:
@@ -366,7 +360,7 @@ def second_pass(of: View, first: Reading | None, branches: Branches | None) -> P
     if branches is not None and (first is None or first.cache is None):
         return Pass(*read_packed(of.model, of.inputs, branches))
     assert first is not None
-    if branches is None or branches.width == 0:
+    if not branches:
         return Pass(first.hidden, None)
     return Pass(first.hidden, continue_branches(of.model, of.inputs, first, branches))
 
@@ -574,15 +568,14 @@ def gather_rows(
 ]:
     """The rows that have weight in any term: gold rows first, then branches; with their labels and each term's weights."""
     chosen = torch.stack([weight != 0 for weight in weights.values()]).any(0)
-    used = None if plan is None or student.branches is None else plan.branches.used
 
     def joined(of: Pass) -> Tensor:
         gold = of.gold[chosen.to(of.gold.device)]
-        return gold if used is None or of.branches is None else torch.cat([gold, of.branches[used.to(gold.device)]])
+        return gold if of.branches is None else torch.cat([gold, of.branches])
 
-    count = 0 if used is None else int(used.sum())
+    count = 0 if plan is None else len(plan.branches)
     row_weights = {name: torch.nn.functional.pad(weight[chosen], (0, count)) for name, weight in weights.items()}
-    if plan is not None and used is not None:
-        row_weights["tpa"] = torch.cat([weights["tpa"][chosen], plan.branch_weights[used]])
+    if plan is not None:
+        row_weights["tpa"] = torch.cat([weights["tpa"][chosen], plan.branch_weights])
     row_labels = torch.nn.functional.pad(next_labels(labels)[chosen].clamp(min=0), (0, count))
     return joined(student), None if teacher is None else joined(teacher), row_labels, row_weights

@@ -1,0 +1,106 @@
+"""Tokens to try in place of gold tokens, and the rows in which a model reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LONGEST_ROW = 256
+"""Branches of one row at most. Each row's mask holds the square of its width, so a limit keeps time and memory linear in the number of
+branches."""
+
+KEYS_OF_A_SLOT = 16
+"""Gold keys that are copied for a row, in every layer, in about the time that the layers need for one slot more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Tokens to try, sample by sample.
+
+    `replaces` is the sequence index of the gold token that a branch stands in for; `counts` how many branches each sample has.
+    """
+
+    tokens: Int[Tensor, " branches"]
+    replaces: Int[Tensor, " branches"]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sample: Int[Tensor, " branches"], tokens: Tensor, replaces: Tensor, batch: int) -> Branches:
+        """Branches whose samples are given one by one, in ascending order."""
+        return cls(tokens, replaces, tuple(torch.bincount(sample, minlength=batch).tolist()))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def samples(self) -> Int[Tensor, " branches"]:
+        """The sample of each branch."""
+        counts = torch.tensor(self.counts)
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.tokens.device)
+
+    def in_rows(self, keys: int) -> Layout:
+        """In as many rows as are cheapest: the branches of a sample may take several, so that no sample waits for the longest.
+
+        Args:
+            keys: gold keys of a sample, which every row needs a copy of.
+        """
+        return self._laid_out(best_width(self.counts, keys), least=0)
+
+    def a_row_each(self) -> Layout:
+        """In one row for each sample, whether it has branches or not."""
+        return self._laid_out(max(self.counts), least=1)
+
+    def _laid_out(self, width: int, least: int) -> Layout:
+        counts = torch.tensor(self.counts)
+        rows = (counts + width - 1).div(max(width, 1), rounding_mode="floor").clamp(min=least)
+        # Branches of a sample stand side by side from its first row on; what is left of its last row stays empty.
+        shift = (rows.cumsum(0) - rows) * width - (counts.cumsum(0) - counts)
+        slots = (torch.arange(len(self)) + shift.repeat_interleave(counts)).to(self.tokens.device)
+        samples = torch.arange(len(counts)).repeat_interleave(rows)
+        whole = len(samples) == len(counts) and bool((rows == 1).all())
+
+        def spread(values: Int[Tensor, " branches"]) -> Int[Tensor, "rows width"]:
+            return values.new_zeros(len(samples) * width).index_copy_(0, slots, values).view(len(samples), width)
+
+        return Layout(
+            spread(self.tokens), spread(self.replaces), slots, None if whole else samples.to(self.tokens.device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Branches in rows of one width, each row of one sample. Slots left over hold token 0 at index 0.
+
+    `slots` is where each branch stands among the slots of all rows. `samples` tells which sample a row belongs to, or is None where
+    there is one row for each, in order.
+    """
+
+    tokens: Int[Tensor, "rows width"]
+    replaces: Int[Tensor, "rows width"]
+    slots: Int[Tensor, " branches"]
+    samples: Int[Tensor, " rows"] | None
+
+    @property
+    def width(self) -> int:
+        """Slots of a row."""
+        return self.tokens.shape[1]
+
+    def by_row(self, values: Tensor, dim: int = 0) -> Tensor:
+        """What is given for each sample, for each row."""
+        return values if self.samples is None else values.index_select(dim, self.samples.to(values.device))
+
+    def flat(self, hidden: Float[Tensor, "rows width hidden"]) -> Float[Tensor, "branches hidden"]:
+        """What the model made of each branch."""
+        return hidden.flatten(0, 1).index_select(0, self.slots.to(hidden.device))
+
+
+def best_width(counts: tuple[int, ...], keys: int) -> int:
+    """The width of rows at which slots, used or not, and the copies of gold keys that rows need cost least together."""
+    widths = torch.arange(1, min(max(counts), LONGEST_ROW) + 1)
+    rows = (torch.tensor(counts)[:, None] + widths - 1).div(widths, rounding_mode="floor").sum(0)
+    # Of equal ones the widest, which has fewest rows.
+    cost = (rows * (widths + keys / KEYS_OF_A_SLOT)).flip(0)
+    return int(widths.flip(0)[cost.argmin()])
