@@ -5,9 +5,10 @@
 - divergence: value and gradient of KL over 1,024 rows of 32,000 logits: by autograd, written down over whole chunks, in blocks that
   stay in a cache, and compiled.
 - chunk: the row loss of 2,048 rows by the number of rows projected at a time.
-- attention: one layer's attention of the candidates, forward and backward: under one dense mask, in parts with their own keys, and as
-  two parts merged by log-sum-exp (private operators of PyTorch on a CPU, here alone).
-- padding: the share of candidate slots that are padding in the digits training, if every candidate had a row.
+- attention: one layer's attention of the candidates, forward and backward: under one dense mask, in rows with the gold keys of their
+  sample, and as two parts merged by log-sum-exp (private operators of PyTorch on a CPU, here alone).
+- packing: the digits training with one row of candidates for each sample, and with rows of one width, several a sample: slots that
+  are padding, and time.
 
 Seconds are the median of several calls in turn; other work on the machine makes them void.
 """
@@ -20,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from align_ti.cli import quiet
-from align_ti.data.roles import RESPONSE, encode
+from align_ti.config import Tpa
+from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.sources import read_conversations
 from align_ti.demo import TRAINING
 from align_ti.digits.files import write_benchmark
@@ -33,8 +36,12 @@ from align_ti.losses import weighted
 from align_ti.losses.divergence import forward_kl, forward_kl_with_slope
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import attention
-from align_ti.models.loading import load_processor
+from align_ti.models import branches as layout
+from align_ti.models.branches import Branches, Layout
+from align_ti.models.continuation import continue_branches, read
+from align_ti.models.loading import load_model, load_processor
 from align_ti.runs import write_json
+from align_ti.training.objective import candidates_for, plan_candidates, view
 from benchmarks.rounds import machine, seconds_by_round, summary
 
 VOCABULARY, CHUNK = 32_000, 512
@@ -111,8 +118,23 @@ def second_pass_attention(candidates: int, rounds: int) -> dict[str, Any]:
     alone = torch.eye(candidates, dtype=torch.bool).expand(batch, 1, -1, -1)
     whole = torch.cat([mask, alone], dim=-1)
 
-    def parts() -> Tensor:
-        return attention.attend(module, query, key, value, mask)[0]
+    branches = Branches(torch.zeros(batch * candidates, dtype=torch.long), replaces.flatten(), (candidates,) * batch)
+    rows = branches.in_rows(gold)
+    count, width = rows.tokens.shape
+    opened = (torch.arange(gold) < rows.replaces[..., None])[:, None]
+    own = torch.eye(width, dtype=torch.bool).expand(count, 1, -1, -1)
+    mask_of_rows = torch.cat([opened, own], dim=-1)
+
+    def in_rows() -> Tensor:
+        def laid(of: Tensor) -> Tensor:
+            spread = of.new_zeros(count * width, *of.shape[1::2]).index_copy(
+                0, rows.slots, of.transpose(1, 2).flatten(0, 1)
+            )
+            return spread.view(count, width, *of.shape[1::2]).transpose(1, 2)
+
+        states = [torch.cat([rows.by_row(of[:, :, :gold]), laid(of[:, :, gold:])], dim=2) for of in (key, value)]
+        out = attention.attend(module, laid(query), *states, mask_of_rows)[0]
+        return rows.flat(out.flatten(2)).view(batch, candidates, heads, size)
 
     def dense() -> Tensor:
         return attention.attend(module, query, key, value, whole)[0]
@@ -122,7 +144,7 @@ def second_pass_attention(candidates: int, rounds: int) -> dict[str, Any]:
         states = [part for of in wide for part in (of[:, :, :gold], of[:, :, gold:])]
         return _Merged.apply(query, *states, mask).transpose(1, 2)  # type: ignore[no-any-return]
 
-    ways = {"one dense mask": dense, "parts of 256": parts, "merged by log-sum-exp": merged}
+    ways = {"one dense mask": dense, "rows of 256 at most": in_rows, "merged by log-sum-exp": merged}
     found = {}
     for name, way in ways.items():
         out = way()
@@ -170,17 +192,54 @@ class _Merged(torch.autograd.Function):
         return to_query + of_score * own_key, to_key, of_score * query, to_value, gradient * weight, None
 
 
-def padding() -> dict[str, Any]:
-    """Response tokens of a batch against the longest response times the samples, over the digits training data."""
-    size = TRAINING.per_device_train_batch_size
+def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
+    """Batches of the digits training with candidates from the student as it starts: slots that are padding, and the time of
+    both models' second pass, with one row of candidates for each sample and with rows of one width, several a sample."""
+    size, tpa = TRAINING.per_device_train_batch_size, Tpa()
     with TemporaryDirectory() as folder:
-        write_benchmark(Path(folder))
-        processor = load_processor(str(Path(folder) / "student"))
-        records = read_conversations(Path(folder) / "train.json")[: 20 * size]
-        lengths = [int((encode(record, processor)["roles"] == RESPONSE).sum()) for record in records]
-    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    shares = [1 - sum(batch) / (max(batch) * len(batch)) for batch in batches]
-    return {"batch": size, "batches": len(batches), "padded_share": round(statistics.mean(shares), 4)}
+        data = Path(folder)
+        write_benchmark(data)
+        processor = load_processor(str(data / "student"))
+        encoded = EncodedConversations(read_conversations(data / "train.json")[: batches * size], processor)
+        student, teacher = (load_model(str(data / name)) for name in ("student", "teacher"))
+        collate = Collator(processor.tokenizer.pad_token_id)
+        made = [collate([encoded[index + start] for index in range(size)]) for start in range(0, len(encoded), size)]
+    tried = [
+        plan_candidates(student, batch, candidates_for(student, teacher, batch, tpa), tpa).branches for batch in made
+    ]
+    passes = []
+    for model, grad in ((student, True), (teacher, False)):
+        with torch.set_grad_enabled(grad):
+            for batch, branches in zip(made, tried, strict=True):
+                of = view(model, batch)
+                passes.append((of, read(model, of.inputs, keep_cache=True), branches, grad))
+
+    def in_rows_of(best_width: Callable[[tuple[int, ...], int], int]) -> Work:
+        def work() -> None:
+            with patch.object(layout, "best_width", best_width):
+                for of, reading, branches, grad in passes:
+                    with torch.set_grad_enabled(grad):
+                        continue_branches(of.model, of.inputs, reading, branches)
+
+        return work
+
+    def padded(rows: Callable[[Branches, int], Layout]) -> float:
+        laid = [rows(branches, batch["input_ids"].shape[1]) for branches, batch in zip(tried, made, strict=True)]
+        return round(statistics.mean(1 - len(one.slots) / one.tokens.numel() for one in laid), 4)
+
+    times = timed(
+        {
+            "a row for each sample": in_rows_of(lambda counts, keys: max(counts)),
+            "rows of one width, several a sample": in_rows_of(layout.best_width),
+        },
+        rounds,
+    )
+    shares = {
+        "a row for each sample": padded(lambda branches, keys: branches.a_row_each()),
+        "rows of one width, several a sample": padded(Branches.in_rows),
+    }
+    ways = {name: {"padded_share": shares[name], **times[name]} for name in times}
+    return {"batch": size, "batches": len(made), "ways": ways}
 
 
 def main() -> None:
@@ -194,7 +253,7 @@ def main() -> None:
         "divergence": divergence(chosen.rounds),
         "chunk": chunk(chosen.rounds),
         "attention": {str(count): second_pass_attention(count, chosen.rounds) for count in (150, 600, 2400)},
-        "padding": padding(),
+        "packing": packing(chosen.rounds),
         "rounds": chosen.rounds,
         **start,
     }
@@ -202,7 +261,7 @@ def main() -> None:
     for name in ("divergence", "chunk"):
         print(name, {way: found["median"] for way, found in content[name].items()})
     print({count: {way: one["median"] for way, one in found.items()} for count, found in content["attention"].items()})
-    print(content["padding"])
+    print(content["packing"]["ways"])
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def test_an_unknown_variant_is_named():
 
 def test_the_ways_to_attend_for_candidates_are_one_number():
     # The command compares them before it takes their time.
-    assert set(second_pass_attention(7, 1)) == {"one dense mask", "parts of 256", "merged by log-sum-exp"}
+    assert set(second_pass_attention(7, 1)) == {"one dense mask", "rows of 256 at most", "merged by log-sum-exp"}
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from align_ti.allocator import of_glibc
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -55,7 +56,6 @@ def status(name: str) -> int:
 def release() -> None:
     """Give freed memory back to the system, so that one measurement does not start with the leavings of another."""
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library; the measurement starts a little higher
+    trim = of_glibc("malloc_trim")
+    if trim is not None:  # else the measurement starts a little higher
+        trim(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
+from align_ti.allocator import keep_freed_memory
 from align_ti.config import Iva, Objective, Scores
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
@@ -280,7 +281,9 @@ class AlignTITrainer(Trainer):
         return sampler
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As in transformers; the time of each step is counted if `phases` was given."""
+        """As in transformers; the time of each step is counted if `phases` was given. On a CPU freed memory is kept from here on."""
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         if self.phases is None:
             return super().train(*arguments, **options)
         assert self.model is not None
