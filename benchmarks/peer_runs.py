@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -309,21 +310,21 @@ class Clock(TrainerCallback):
 
 
 def measured(rival: str, work: Work, out: str) -> dict[str, Any]:
-    """Samples a second and processor seconds a sample, both from the end of the first step to that of the last; peak memory above that
-    of models and samples; losses.
+    """Samples a second and processor seconds a sample, both of the median step, the first left out; peak memory above that of models and
+    samples; losses.
 
-    The processor seconds are those of all threads. Other work on the machine hardly changes them, so they tell when a speed is not to
-    be trusted.
+    The processor seconds are those of all threads. Other work on the machine changes them less than the speed, so they tell when that is
+    not to be trusted.
     """
     set_seed(SEED)
     trainer, clock = RIVALS[rival](work, out), Clock()
     trainer.add_callback(clock)
     with peak_memory() as peak:
         trainer.train()
-    samples = work.batch * (len(clock.ends) - 1)
+    seconds, busy = (statistics.median(np.diff(times).tolist()) for times in (clock.ends, clock.busy))
     result = {
-        "samples_per_second": samples / (clock.ends[-1] - clock.ends[0]),
-        "processor_seconds_per_sample": (clock.busy[-1] - clock.busy[0]) / samples,
+        "samples_per_second": work.batch / seconds,
+        "processor_seconds_per_sample": busy / work.batch,
         "peak_memory_mib": peak.mib,
         "memory": peak.of,
         "losses": clock.losses,

@@ -5,6 +5,9 @@
 A step is forward, backward, AdamW and the clearing of gradients, on models with random weights and a batch of the given shape. All
 variants run in one process, in turn, another one first in each round; ratios are taken within a round. Memory is measured in rounds of
 its own: the peak above what models, batch and optimizer state take. Other work on the machine makes the times void.
+
+With `--keep-freed-memory` the C library keeps what is freed, for all variants alike, as `AlignTITrainer` and `align-ti` have it on a CPU.
+By default it gives it back to the system, as it does for people who run the others.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from align_ti.allocator import keep_freed_memory
 from align_ti.cli import quiet
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, mib_of, ratios, seconds_by_round, summary
@@ -160,6 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default bfloat16 on an accelerator")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="for all variants, on a processor")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slow-rounds", type=int, default=2, help="rounds of the released design")
@@ -171,6 +176,10 @@ def main() -> None:
     chosen = arguments()
     quiet()
     check_device(chosen.device)
+    if chosen.keep_freed_memory and not keep_freed_memory():
+        raise SystemExit(
+            "--keep-freed-memory: this C library does not, or the environment says otherwise; leave it out."
+        )
     start = machine(chosen.device)
     shape = SHAPES[chosen.shape]
     dtype = dtype_of(chosen.device, chosen.dtype)
@@ -187,6 +196,7 @@ def main() -> None:
         "targets": targets,
         **sizes(shape, variants),
         "dtype": str(dtype).removeprefix("torch."),
+        "freed_memory_kept": chosen.keep_freed_memory,
         "rounds": {"time": chosen.rounds, "slow": chosen.slow_rounds, "memory": chosen.memory_rounds},
         "not_measured": [*(ON_A_PROCESSOR if chosen.device == "cpu" else ()), *NEVER],
         **start,

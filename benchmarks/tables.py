@@ -59,9 +59,9 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def step_table() -> str:
+def step_table(name: str = "step.json") -> str:
     """Time and memory of every variant."""
-    variants = read("step.json")["variants"]
+    variants = read(name)["variants"]
     return table(
         ("a step", "seconds", "quartiles", "x vanilla KD", "peak MiB", "x vanilla KD"),
         (
@@ -94,7 +94,7 @@ def short_table() -> str:
     )
 
 
-def targets_table() -> str:
+def targets_table(name: str = "step.json") -> str:
     """What was aimed at, and what was found."""
     return table(
         ("target", "of", "at most", "found", "met"),
@@ -106,9 +106,32 @@ def targets_table() -> str:
                 "-" if row["found"] is None else number(row["found"]["median"], 3),
                 {True: "yes", False: "no", None: "not measured"}[row["met"]],
             )
-            for row in read("step.json")["targets"]
+            for row in read(name)["targets"]
         ),
     )
+
+
+SETTINGS = {
+    "step.json": "float32, memory as the C library has it",
+    "step-bfloat16.json": "bfloat16, the same",
+    "step-kept.json": "float32, freed memory kept for all",
+}
+"""The runs of the benchmark `step`, and what differs between them."""
+
+
+def settings_table() -> str:
+    """The ratios that targets are about, in each setting."""
+    targets = [(row["variant"], row["against"], row["of"]) for row in read("step.json")["targets"]]
+    found = {
+        name: {(row["variant"], row["against"], row["of"]): row["found"] for row in read(name)["targets"]}
+        for name in SETTINGS
+    }
+    rows = []
+    for variant, against, of in targets:
+        ratios = [found[name][variant, against, of] for name in SETTINGS]
+        numbers = (number(None if ratio is None else ratio["median"]) for ratio in ratios)
+        rows.append((f"{WORDS[variant]} / {WORDS[against]}: {of}", *numbers))
+    return table(("ratio", *SETTINGS.values()), rows)
 
 
 def work_table() -> str:
@@ -217,12 +240,29 @@ def levers_table() -> str:
         for label, ways in groups
         for way, one in ways.items()
     ]
-    padded = (
-        "candidate slots that are padding, digits training",
-        f"{100 * found['padding']['padded_share']:.0f} %",
-        "",
+    return table(("lever", "ms", "quartiles"), rows)
+
+
+def packing_table() -> str:
+    """Rows of candidates in the digits training."""
+    found = read("levers.json")["packing"]
+    return table(
+        (
+            f"both second passes, {found['batches']} batches of {found['batch']}",
+            "slots that are padding",
+            "ms",
+            "quartiles",
+        ),
+        (
+            (
+                way,
+                f"{100 * one['padded_share']:.0f} %",
+                number(1000 * one["median"], 0),
+                f"{1000 * one['lower']:.0f} - {1000 * one['upper']:.0f}",
+            )
+            for way, one in found["ways"].items()
+        ),
     )
-    return table(("lever", "ms", "quartiles"), [*rows, padded])
 
 
 def share_table() -> str:
@@ -242,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "short": short_table,
     "targets": targets_table,
+    "settings": settings_table,
     "work": work_table,
     "phases-demo": lambda: phases_table("demo"),
     "phases-cpu": lambda: phases_table("cpu"),
@@ -250,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "variance": variance_table,
     "share": share_table,
     "levers": levers_table,
+    "packing": packing_table,
     "demo": demo_table,
 }
 
