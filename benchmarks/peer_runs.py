@@ -310,11 +310,11 @@ class Clock(TrainerCallback):
 
 
 def measured(rival: str, work: Work, out: str) -> dict[str, Any]:
-    """Samples a second and processor seconds a sample, both of the median step, the first left out; peak memory above that of models and
-    samples; losses.
+    """Samples a second and processor seconds a sample, both of the median step, the first left out; peak memory above that of
+    models and samples; losses.
 
-    The processor seconds are those of all threads. Other work on the machine changes them less than the speed, so they tell when that is
-    not to be trusted.
+    The processor seconds are those of all threads. Other work on the machine changes them less than the speed, so they tell when
+    that is not to be trusted.
     """
     set_seed(SEED)
     trainer, clock = RIVALS[rival](work, out), Clock()
