@@ -194,7 +194,8 @@ class _Merged(torch.autograd.Function):
 
 def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
     """Batches of the digits training with candidates from the student as it starts: slots that are padding, and the time of
-    both models' second pass, with one row of candidates for each sample and with rows of one width, several a sample."""
+    both models' second pass (the student's with backward) with one row for each sample and with rows of one width, several a sample."""
+    torch.manual_seed(0)
     size, tpa = TRAINING.per_device_train_batch_size, Tpa()
     with TemporaryDirectory() as folder:
         data = Path(folder)
@@ -204,8 +205,10 @@ def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
         student, teacher = (load_model(str(data / name)) for name in ("student", "teacher"))
         collate = Collator(processor.tokenizer.pad_token_id)
         made = [collate([encoded[index + start] for index in range(size)]) for start in range(0, len(encoded), size)]
+    generator = torch.Generator().manual_seed(0)
     tried = [
-        plan_candidates(student, batch, candidates_for(student, teacher, batch, tpa), tpa).branches for batch in made
+        plan_candidates(student, batch, candidates_for(student, teacher, batch, tpa, generator), tpa).branches
+        for batch in made
     ]
     passes = []
     for model, grad in ((student, True), (teacher, False)):
@@ -219,7 +222,10 @@ def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
             with patch.object(layout, "best_width", best_width):
                 for of, reading, branches, grad in passes:
                     with torch.set_grad_enabled(grad):
-                        continue_branches(of.model, of.inputs, reading, branches)
+                        hidden = continue_branches(of.model, of.inputs, reading, branches)
+                    if grad:
+                        hidden.sum().backward(retain_graph=True)
+                        student.zero_grad()
 
         return work
 

@@ -41,7 +41,7 @@ TOLERANCE = 1e-3
 """How far the loss of the first step may be from ours, as a share of it."""
 
 WHAT = {
-    "align_ti_kd": "AlignTITrainer, kd alone",
+    "align_ti_kd": "AlignTITrainer, kd alone; as shipped: on a CPU it keeps freed memory (align_ti.allocator), the others do not",
     "trl_gold": "GOLDTrainer: lmbda 0 (gold responses alone), beta 0 (forward KL), temperature 1, ready tensors by a data collator",
     "trl_distillation_update": "DistillationTrainer: beta 0, temperature 1; it takes no gold responses, so the method that generates "
     "responses is replaced by one that returns them: its update is measured, its generation is not",

@@ -6,8 +6,8 @@ A step is forward, backward, AdamW and the clearing of gradients, on models with
 variants run in one process, in turn, another one first in each round; ratios are taken within a round. Memory is measured in rounds of
 its own: the peak above what models, batch and optimizer state take. Other work on the machine makes the times void.
 
-With `--keep-freed-memory` the C library keeps what is freed, for all variants alike, as `AlignTITrainer` and `align-ti` have it on a
-CPU. By default it gives it back to the system, as it does for people who run the others.
+With `--keep-freed-memory` the C library keeps what is freed, for all variants alike, as `AlignTITrainer` has it on a CPU. By default
+it gives it back to the system, as it does for people who run the others.
 """
 
 from __future__ import annotations

@@ -42,13 +42,32 @@ def test_freed_memory_is_used_again():
     assert after < before / 4, "pages"
 
 
-@pytest.mark.skipif(allocator.of_glibc("mallopt") is None, reason="another C library than glibc")
-def test_what_a_user_has_set_stays(monkeypatch):
-    assert page_faults("kept", MALLOC_MMAP_THRESHOLD_="131072")[0] == "False"
+@pytest.mark.parametrize(
+    "name", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES=glibc.malloc.trim_threshold"]
+)
+def test_what_a_user_has_set_stays(monkeypatch, name):
+    calls = []
+    monkeypatch.setattr(allocator, "of_glibc", lambda _: lambda *given: calls.append(given) or 1)
+    name, _, value = name.partition("=")
+    monkeypatch.setenv(name, f"{value}=131072")
+    assert allocator.keep_freed_memory() is False
+    assert calls == []
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.x86_ibt=off")
+    assert allocator.keep_freed_memory() is True
+    assert calls == [(-3, 2**28), (-1, -1)]
+
+
+def test_a_release_that_refuses_large_blocks_keeps_smaller_ones(monkeypatch):
+    calls = []
+    monkeypatch.setattr(allocator, "of_glibc", lambda _: lambda *given: calls.append(given) or int(given[1] < 2**26))
+    for name in (*allocator.USERS_OWN, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert allocator.keep_freed_memory() is True
+    assert calls == [(-3, 2**28), (-3, 2**25), (-1, -1)]
 
 
 def test_another_c_library_is_no_error(monkeypatch):
+    assert allocator.of_glibc("there_is_no_such_function") is None
     monkeypatch.setattr(allocator, "of_glibc", lambda name: None)
     assert allocator.keep_freed_memory() is False
-    monkeypatch.undo()
-    assert allocator.of_glibc("there_is_no_such_function") is None

@@ -26,7 +26,7 @@ ALLOWED = {
     "evaluation": {"config", "data", "losses", "models", "errors"},
     "training": {"allocator", "config", "data", "interactions", "losses", "models", "phases", "runs", "errors"},
     "report": {"phases", "runs"},
-    "preflight": {"config", "data", "losses", "models", "report", "runs", "training", "errors"},
+    "preflight": {"allocator", "config", "data", "losses", "models", "report", "runs", "training", "errors"},
     "pipeline": {
         "config",
         "data",
@@ -42,7 +42,6 @@ ALLOWED = {
     },
     "demo": {"config", "data", "digits", "models", "phases", "pipeline", "report", "runs", "errors"},
     "cli": {
-        "allocator",
         "checkpoints",
         "config",
         "data",

@@ -129,6 +129,23 @@ def test_candidates_are_the_same_in_rows_of_any_width(name, monkeypatch):
             assert (got[parameter] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, parameter
 
 
+@pytest.mark.parametrize("name", ["llava-siglip-qwen3", "qwen2.5-vl", "gemma3"])
+def test_a_sample_without_candidates_beside_one_with_several_rows(name, monkeypatch):
+    family, student, teacher = pair(name)
+    batch, _ = case(name, MIXED if MIXED in family.compositions else "alone", seed=5)
+    assert len(batch["input_ids"]) > 1
+    tried = candidates(batch)
+    for silent in range(len(batch["input_ids"])):
+        # Its candidates are its gold tokens, which need no row.
+        some = tried.clone()
+        some[silent] = batch["input_ids"][silent][:, None]
+        expected = distillation_loss(student, teacher, batch, only(tpa=Tpa(form="packed")), some).loss.item()
+        for width in (1, 2, 10_000):
+            monkeypatch.setattr(branches, "best_width", lambda counts, keys, width=width: min(width, max(counts)))
+            got = distillation_loss(student, teacher, batch, only(tpa=Tpa(form="reuse")), some).loss.item()
+            assert got == pytest.approx(expected, rel=exact(name))
+
+
 def test_no_mask_holds_the_square_of_the_number_of_candidates(monkeypatch):
     _family, student, teacher = pair("llava-siglip-qwen3")
     batch, _ = case("llava-siglip-qwen3", "several turns", seed=5)

@@ -14,7 +14,7 @@ from align_ti.config import Iva, Kd, Objective, Sft, Tpa
 from align_ti.data.roles import model_inputs
 from align_ti.errors import BatchError, ConfigError, ModelError
 from align_ti.interactions.transitions import plan_transitions
-from align_ti.models import recomputation
+from align_ti.models import continuation
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.recomputation import recomputed_layers
 from align_ti.training.objective import distillation_loss
@@ -278,20 +278,22 @@ def test_under_checkpointing_backward_holds_one_layer_at_a_time():
     assert sizes[1] < 0.7 * sizes[0]
 
 
-def test_under_checkpointing_the_candidates_keys_are_let_go(monkeypatch):
-    # What a layer was called with held the cache, and every layer the states of those before it, until backward.
-    batch = tiny.batch(tiny.COMPOSITIONS["several turns"])
-    student, held = checkpointed(use_reentrant=False), []
-    put = recomputation.put
+@pytest.mark.parametrize(("model", "layers"), [("student under checkpointing", 2), ("teacher", 3)])
+def test_keys_with_candidates_behind_them_are_let_go(monkeypatch, model, layers):
+    # Rows of candidates have a copy of their sample's keys each, so a cache that kept them would grow with the rows.
+    batch, held = tiny.batch(tiny.COMPOSITIONS["several turns"]), []
+    update = continuation.LentLayer.update
 
-    def noted(cache, index, keys, values):
-        if keys.requires_grad and keys.shape[2] > batch["input_ids"].shape[1]:
+    def noted(layer, *states):
+        keys, values = update(layer, *states)
+        if keys.requires_grad == model.startswith("student"):
             held.append(weakref.ref(keys))
-        put(cache, index, keys, values)
+        return keys, values
 
-    monkeypatch.setattr(recomputation, "put", noted)
-    out = distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
-    assert len(held) == 2 and not any(keys() is not None for keys in held)
+    monkeypatch.setattr(continuation.LentLayer, "update", noted)
+    out = distillation_loss(checkpointed(use_reentrant=False), TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
+    assert len(held) == layers
+    assert not any(keys() is not None for keys in held)
     out.loss.backward()
 
 

@@ -6,14 +6,14 @@ import ctypes
 import os
 from collections.abc import Callable
 
-KEPT_BLOCK = 2**28
-"""Bytes of the largest block that is kept when it is freed; larger ones go back to the system."""
+KEPT_BLOCKS = (2**28, 2**25)
+"""Bytes of the largest block that is kept when it is freed; larger ones go back to the system. Older releases take the second."""
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt."""
 
-USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-"""Variables of the environment by which a user sets the same."""
+USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+"""Variables of the environment by which a user sets the same; GLIBC_TUNABLES is the other way."""
 
 
 def keep_freed_memory() -> bool:
@@ -24,9 +24,11 @@ def keep_freed_memory() -> bool:
     PyTorch keeps the memory of accelerators in any case. What a user has set by the environment stays as it is.
     """
     option = of_glibc("mallopt")
-    if option is None or any(name in os.environ for name in USERS_OWN):
+    set_already = any(name in os.environ for name in USERS_OWN) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if option is None or set_already:
         return False
-    return bool(option(MMAP_THRESHOLD, KEPT_BLOCK)) and bool(option(TRIM_THRESHOLD, -1))
+    mapped = any(option(MMAP_THRESHOLD, size) for size in KEPT_BLOCKS)
+    return bool(option(TRIM_THRESHOLD, -1)) and mapped
 
 
 def of_glibc(name: str) -> Callable[..., int] | None:

@@ -26,7 +26,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from align_ti.allocator import keep_freed_memory
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
 from align_ti.phases import Stopwatch, phase_names
@@ -637,7 +636,6 @@ def quiet() -> None:
 
 def main() -> None:
     """The entry point: an error that a user can meet is one message, not a traceback."""
-    keep_freed_memory()
     try:
         app()
     except AlignTIError as error:

@@ -59,29 +59,25 @@ class Branches:
         # Branches of a sample stand side by side from its first row on; what is left of its last row stays empty.
         shift = (rows.cumsum(0) - rows) * width - (counts.cumsum(0) - counts)
         slots = (torch.arange(len(self)) + shift.repeat_interleave(counts)).to(self.tokens.device)
-        samples = torch.arange(len(counts)).repeat_interleave(rows)
-        whole = len(samples) == len(counts) and bool((rows == 1).all())
+        number = int(rows.sum())
 
         def spread(values: Int[Tensor, " branches"]) -> Int[Tensor, "rows width"]:
-            return values.new_zeros(len(samples) * width).index_copy_(0, slots, values).view(len(samples), width)
+            return values.new_zeros(number * width).index_copy_(0, slots, values).view(number, width)
 
-        return Layout(
-            spread(self.tokens), spread(self.replaces), slots, None if whole else samples.to(self.tokens.device)
-        )
+        return Layout(spread(self.tokens), spread(self.replaces), slots, tuple(rows.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Branches in rows of one width, each row of one sample. Slots left over hold token 0 at index 0.
+    """Branches in rows of one width, each row of one sample, sample by sample. Slots left over hold token 0 at index 0.
 
-    `slots` is where each branch stands among the slots of all rows. `samples` tells which sample a row belongs to, or is None where
-    there is one row for each, in order.
+    `slots` is where each branch stands among the slots of all rows; `counts` is how many rows each sample has.
     """
 
     tokens: Int[Tensor, "rows width"]
     replaces: Int[Tensor, "rows width"]
     slots: Int[Tensor, " branches"]
-    samples: Int[Tensor, " rows"] | None
+    counts: tuple[int, ...]
 
     @property
     def width(self) -> int:
@@ -89,16 +85,33 @@ class Layout:
         return self.tokens.shape[1]
 
     def by_row(self, values: Tensor, dim: int = 0) -> Tensor:
-        """What is given for each sample, for each row."""
-        return values if self.samples is None else values.index_select(dim, self.samples.to(values.device))
+        """What is given for each sample, for each row.
+
+        The gradient of a sample is one sum over its rows: picking rows by index would add them up one after the other, on an
+        accelerator in any order.
+        """
+        if all(count == 1 for count in self.counts):
+            return values
+        parts = zip(values.split(1, dim), self.counts, strict=True)
+        return torch.cat([expanded(part, dim, count) for part, count in parts if count], dim)
 
     def flat(self, hidden: Float[Tensor, "rows width hidden"]) -> Float[Tensor, "branches hidden"]:
         """What the model made of each branch."""
         return hidden.flatten(0, 1).index_select(0, self.slots.to(hidden.device))
 
 
+def expanded(values: Tensor, dim: int, count: int) -> Tensor:
+    """Values of size 1 along a dimension, seen this often along it."""
+    sizes = [-1] * values.dim()
+    sizes[dim] = count
+    return values.expand(sizes)
+
+
 def best_width(counts: tuple[int, ...], keys: int) -> int:
-    """The width of rows at which slots, used or not, and the copies of gold keys that rows need cost least together."""
+    """The width of rows at which slots, used or not, and the copies of gold keys that rows need cost least together.
+
+    One of `counts` at least is not 0.
+    """
     widths = torch.arange(1, min(max(counts), LONGEST_ROW) + 1)
     rows = (torch.tensor(counts)[:, None] + widths - 1).div(widths, rounding_mode="floor").sum(0)
     # Of equal ones the widest, which has fewest rows.

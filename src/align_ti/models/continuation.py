@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
@@ -33,7 +34,7 @@ from align_ti.models.families import (
     real_tokens,
     sliding_window,
 )
-from align_ti.models.recomputation import fork, keeping_cache
+from align_ti.models.recomputation import keeping_cache
 from align_ti.models.standins import standing_in
 
 
@@ -85,11 +86,41 @@ def continue_branches(
             input_ids=rows.tokens,
             attention_mask=for_layers(masks),
             position_ids=branch_positions(model, inputs, rows),
-            past_key_values=fork(reading.cache, rows.samples),
+            past_key_values=lent(reading.cache, rows),
             use_cache=True,
             return_dict=True,
         )
     return rows.flat(out.last_hidden_state)
+
+
+def lent(cache: DynamicCache, rows: Layout) -> DynamicCache:
+    """A cache in which each row finds its sample's keys and values. It does not grow, and the one that it lends from stays as it is."""
+    made = DynamicCache()
+    made.layers = [LentLayer.of(layer, rows) for layer in cache.layers]
+    return made
+
+
+class LentLayer(DynamicLayer):
+    """A layer's keys and values for rows of its samples: what is added to them is handed back and not kept, for nothing comes after."""
+
+    rows: Layout
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, layer: Any, rows: Layout) -> LentLayer:
+        """Lent from this layer."""
+        made = cls()
+        vars(made).update(vars(layer), rows=rows)
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Each row's keys and values, its own behind those of its sample."""
+        keys, values = (
+            torch.cat([self.rows.by_row(of), own], dim=-2)
+            for of, own in ((self.keys, key_states), (self.values, value_states))
+        )
+        return keys, values
 
 
 def read_packed(

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
@@ -96,41 +95,12 @@ def recomputing(
     return out
 
 
-def fork(cache: DynamicCache, samples: Int[Tensor, " rows"] | None = None) -> DynamicCache:
-    """A cache over the same keys and values that grows on its own; no tensor is copied or changed.
-
-    With `samples`, a cache over those samples' keys and values: each layer picks them when it first grows, not before.
-    """
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
     forked = DynamicCache()
     # A layer grows by taking new tensors in place of its own, so a shallow copy of it is enough.
-    forked.layers = [
-        copy.copy(layer) if samples is None else LayerOfSamples.over(layer, samples) for layer in cache.layers
-    ]
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
-
-
-class LayerOfSamples(DynamicLayer):
-    """A layer of a cache whose rows are samples of another layer, each any number of times."""
-
-    samples: Int[Tensor, " rows"] | None
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def over(cls, layer: Any, samples: Int[Tensor, " rows"]) -> LayerOfSamples:
-        """A layer that picks these samples when it grows."""
-        made = cls()
-        vars(made).update(vars(layer), samples=samples)
-        return made
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of the samples, the new ones behind them."""
-        if self.samples is not None:
-            # A model spread over devices keeps each layer's states on its own.
-            samples, self.samples = self.samples.to(self.keys.device), None
-            self.keys, self.values = self.keys.index_select(0, samples), self.values.index_select(0, samples)
-        grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return grown
 
 
 def keep_only(cache: DynamicCache, indices: list[int]) -> None:

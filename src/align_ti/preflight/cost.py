@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from align_ti.allocator import keep_freed_memory
 from align_ti.config import Objective, Training
 from align_ti.data.collator import Collator
 from align_ti.models.loading import first_line
@@ -61,6 +62,8 @@ def cost_verdicts(
     longest = sorted(samples, key=lambda sample: sample.length, reverse=True)
     batch = [longest[index % len(longest)] for index in range(wanted)]
     device = models["student"].device
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
 
     def run(records: int, memory: AbstractContextManager[Peak]) -> Measured:
         tensors = on_device(collate([sample.tensors for sample in batch[:records]]), device)
