@@ -7,8 +7,8 @@
 - chunk: the row loss of 2,048 rows by the number of rows projected at a time.
 - attention: one layer's attention of the candidates, forward and backward: under one dense mask, in rows with the gold keys of their
   sample, and as two parts merged by log-sum-exp (private operators of PyTorch on a CPU, here alone).
-- packing: the digits training with one row of candidates for each sample, and with rows of one width, several a sample: slots that
-  are padding, and time.
+- packing: the second passes with one row of candidates for each sample, and with rows of one width, several a sample: slots that are
+  padding, and time.
 
 Seconds are the median of several calls in turn; other work on the machine makes them void.
 """
@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from align_ti.cli import quiet
 from align_ti.config import Tpa
@@ -37,15 +38,18 @@ from align_ti.losses.divergence import forward_kl, forward_kl_with_slope
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import attention
 from align_ti.models import branches as layout
-from align_ti.models.branches import Branches, Layout
+from align_ti.models.branches import Branches
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.loading import load_model, load_processor
 from align_ti.runs import write_json
 from align_ti.training.objective import candidates_for, plan_candidates, view
+from benchmarks import shapes
 from benchmarks.rounds import machine, seconds_by_round, summary
 
 VOCABULARY, CHUNK = 32_000, 512
 Work = Callable[[], Any]
+Cases = list[tuple[dict[str, Any], Branches]]
+BestWidth = Callable[[tuple[int, ...], int], int]
 
 
 def timed(works: dict[str, Work], rounds: int) -> dict[str, dict[str, float]]:
@@ -192,10 +196,29 @@ class _Merged(torch.autograd.Function):
         return to_query + of_score * own_key, to_key, of_score * query, to_value, gradient * weight, None
 
 
-def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
-    """Batches of the digits training with candidates from the student as it starts: slots that are padding, and the time of
-    both models' second pass (the student's with backward) with one row for each sample and with rows of one width, several a sample."""
-    torch.manual_seed(0)
+def packing(rounds: int) -> dict[str, Any]:
+    """Both models' second pass (the student's with backward) with one row of candidates for each sample, and with rows of one width,
+    several a sample: batches of the digits training with candidates from the student as it starts, and two samples of the larger shape
+    of which one has ten times the candidates of the other."""
+    shape, counts = shapes.CPU, (600, 60)
+    generator = torch.Generator().manual_seed(0)
+    uneven = Branches.of(
+        torch.arange(2).repeat_interleave(torch.tensor(counts)),
+        torch.randint(shapes.FIRST_WORD, VOCABULARY, (sum(counts),), generator=generator),
+        torch.cat([torch.randint(789, 939, (count,), generator=generator).sort().values for count in counts]),
+        len(counts),
+    )
+    student, teacher = shapes.make_pair(shape)
+    return {
+        f"{counts[0]} and {counts[1]} candidates": packed_or_not(
+            student, teacher, [(shapes.make_batch(shape), uneven)], rounds
+        ),
+        "digits training": packed_or_not(*digits_cases(), rounds),
+    }
+
+
+def digits_cases(batches: int = 6) -> tuple[PreTrainedModel, PreTrainedModel, Cases]:
+    """The demo's pair with batches of its training, and candidates of the student as it starts."""
     size, tpa = TRAINING.per_device_train_batch_size, Tpa()
     with TemporaryDirectory() as folder:
         data = Path(folder)
@@ -206,46 +229,50 @@ def packing(rounds: int, batches: int = 6) -> dict[str, Any]:
         collate = Collator(processor.tokenizer.pad_token_id)
         made = [collate([encoded[index + start] for index in range(size)]) for start in range(0, len(encoded), size)]
     generator = torch.Generator().manual_seed(0)
-    tried = [
-        plan_candidates(student, batch, candidates_for(student, teacher, batch, tpa, generator), tpa).branches
-        for batch in made
-    ]
+    drawn = [candidates_for(student, teacher, batch, tpa, generator) for batch in made]
+    plans = [plan_candidates(student, batch, given, tpa) for batch, given in zip(made, drawn, strict=True)]
+    return student, teacher, [(batch, plan.branches) for batch, plan in zip(made, plans, strict=True)]
+
+
+def packed_or_not(student: PreTrainedModel, teacher: PreTrainedModel, cases: Cases, rounds: int) -> dict[str, Any]:
+    """Seconds of all cases, and the share of slots that are padding, both ways."""
     passes = []
-    for model, grad in ((student, True), (teacher, False)):
-        with torch.set_grad_enabled(grad):
-            for batch, branches in zip(made, tried, strict=True):
+    for model, grad in ((student.train(), True), (teacher.eval(), False)):
+        with torch.no_grad():
+            for batch, branches in cases:
                 of = view(model, batch)
-                passes.append((of, read(model, of.inputs, keep_cache=True), branches, grad))
+                reading = read(model, of.inputs, keep_cache=True)
+                assert reading.cache is not None
+                for layer in reading.cache.layers:
+                    # What is before the second pass is not part of it.
+                    assert layer.keys is not None
+                    assert layer.values is not None
+                    layer.keys.requires_grad_(grad)
+                    layer.values.requires_grad_(grad)
+                passes.append((of, reading, branches, grad))
 
-    def in_rows_of(best_width: Callable[[tuple[int, ...], int], int]) -> Work:
-        def work() -> None:
-            with patch.object(layout, "best_width", best_width):
-                for of, reading, branches, grad in passes:
-                    with torch.set_grad_enabled(grad):
-                        hidden = continue_branches(of.model, of.inputs, reading, branches)
-                    if grad:
-                        hidden.sum().backward(retain_graph=True)
-                        student.zero_grad()
+    def work() -> None:
+        for of, reading, branches, grad in passes:
+            with torch.set_grad_enabled(grad):
+                hidden = continue_branches(of.model, of.inputs, reading, branches)
+            if grad:
+                hidden.sum().backward()
+                student.zero_grad()
 
-        return work
+    def in_rows_of(best_width: BestWidth) -> Work:
+        return patch.object(layout, "best_width", best_width)(work)
 
-    def padded(rows: Callable[[Branches, int], Layout]) -> float:
-        laid = [rows(branches, batch["input_ids"].shape[1]) for branches, batch in zip(tried, made, strict=True)]
-        return round(statistics.mean(1 - len(one.slots) / one.tokens.numel() for one in laid), 4)
+    def padded(best_width: BestWidth) -> float:
+        with patch.object(layout, "best_width", best_width):
+            laid = [branches.in_rows(batch["input_ids"].shape[1]) for batch, branches in cases]
+        return round(statistics.mean(1 - len(rows.slots) / rows.tokens.numel() for rows in laid), 4)
 
-    times = timed(
-        {
-            "a row for each sample": in_rows_of(lambda counts, keys: max(counts)),
-            "rows of one width, several a sample": in_rows_of(layout.best_width),
-        },
-        rounds,
-    )
-    shares = {
-        "a row for each sample": padded(lambda branches, keys: branches.a_row_each()),
-        "rows of one width, several a sample": padded(Branches.in_rows),
+    ways: dict[str, BestWidth] = {
+        "a row for each sample": lambda counts, keys: max(counts),
+        "rows of one width, several a sample": layout.best_width,
     }
-    ways = {name: {"padded_share": shares[name], **times[name]} for name in times}
-    return {"batch": size, "batches": len(made), "ways": ways}
+    times = timed({name: in_rows_of(way) for name, way in ways.items()}, rounds)
+    return {name: {"padded_share": padded(way), **times[name]} for name, way in ways.items()}
 
 
 def main() -> None:
@@ -267,7 +294,7 @@ def main() -> None:
     for name in ("divergence", "chunk"):
         print(name, {way: found["median"] for way, found in content[name].items()})
     print({count: {way: one["median"] for way, one in found.items()} for count, found in content["attention"].items()})
-    print(content["packing"]["ways"])
+    print(content["packing"])
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ def phases_table(case: str) -> str:
 def peers_table() -> str:
     """Ours against TRL's trainers: the same work, rounds in turn."""
     rows = []
-    runs = read("peers.json")["pairs"] | {"digits, again": read("peers-digits.json")["pairs"]["digits"]}
-    for pair, content in runs.items():
+    for pair, content in read("peers.json")["pairs"].items():
         for name, one in content["runs"].items():
             ratios = [one.get(f"our_{of}_over_theirs") for of in ("speed", "processor_time", "memory")]
             rows.append(
@@ -244,23 +243,18 @@ def levers_table() -> str:
 
 
 def packing_table() -> str:
-    """Rows of candidates in the digits training."""
-    found = read("levers.json")["packing"]
+    """Rows of candidates."""
     return table(
-        (
-            f"both second passes, {found['batches']} batches of {found['batch']}",
-            "slots that are padding",
-            "ms",
-            "quartiles",
-        ),
+        ("both second passes", "slots that are padding", "ms", "quartiles"),
         (
             (
-                way,
+                f"{case}: {way}",
                 f"{100 * one['padded_share']:.0f} %",
                 number(1000 * one["median"], 0),
                 f"{1000 * one['lower']:.0f} - {1000 * one['upper']:.0f}",
             )
-            for way, one in found["ways"].items()
+            for case, ways in read("levers.json")["packing"].items()
+            for way, one in ways.items()
         ),
     )
 

@@ -96,6 +96,15 @@ def trainer(
     )
 
 
+def test_on_a_cpu_training_keeps_freed_memory(folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("align_ti.training.trainer.keep_freed_memory", lambda: calls.append(1))
+    run = trainer(folder, tmp_path, 2, 1, steps=1)
+    assert calls == []
+    run.train()
+    assert calls == [1]
+
+
 def test_a_batch_of_four_equals_four_batches_of_one(folder, tmp_path):
     runs = [trainer(folder, tmp_path / str(size), size, 4 // size) for size in (4, 2, 1)]
     for run in runs:

@@ -12,7 +12,7 @@ LONGEST_ROW = 256
 """Branches of one row at most. Each row's mask holds the square of its width, so a limit keeps time and memory linear in the number of
 branches."""
 
-KEYS_OF_A_SLOT = 8
+KEYS_OF_A_SLOT = 2
 """Gold keys that are copied for a row, in every layer, in about the time that the layers need for one slot more."""
 
 
