@@ -6,6 +6,8 @@ import pytest
 
 from align_ti import allocator
 
+SET_BY_USERS = (*allocator.USERS_OWN, "GLIBC_TUNABLES")
+
 FAULTS = """
 import resource, sys, torch
 from align_ti.allocator import keep_freed_memory
@@ -27,7 +29,7 @@ print(kept, faults() - start)
 
 def page_faults(way: str, **environment: str) -> tuple[str, int]:
     """Whether memory is kept, and the pages that the system handed out for ten steps of a small network."""
-    inherited = {name: value for name, value in os.environ.items() if name not in allocator.USERS_OWN}
+    inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_USERS}
     run = subprocess.run(
         [sys.executable, "-c", FAULTS, way], env=inherited | environment, capture_output=True, text=True, check=True
     )
@@ -48,6 +50,8 @@ def test_freed_memory_is_used_again():
 def test_what_a_user_has_set_stays(monkeypatch, name):
     calls = []
     monkeypatch.setattr(allocator, "of_glibc", lambda _: lambda *given: calls.append(given) or 1)
+    for other in SET_BY_USERS:
+        monkeypatch.delenv(other, raising=False)
     name, _, value = name.partition("=")
     monkeypatch.setenv(name, f"{value}=131072")
     assert allocator.keep_freed_memory() is False
@@ -61,7 +65,7 @@ def test_what_a_user_has_set_stays(monkeypatch, name):
 def test_a_release_that_refuses_large_blocks_keeps_smaller_ones(monkeypatch):
     calls = []
     monkeypatch.setattr(allocator, "of_glibc", lambda _: lambda *given: calls.append(given) or int(given[1] < 2**26))
-    for name in (*allocator.USERS_OWN, "GLIBC_TUNABLES"):
+    for name in SET_BY_USERS:
         monkeypatch.delenv(name, raising=False)
     assert allocator.keep_freed_memory() is True
     assert calls == [(-3, 2**28), (-3, 2**25), (-1, -1)]

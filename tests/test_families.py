@@ -199,6 +199,15 @@ def test_a_recurrent_layer_is_named_as_the_reason_why_tpa_cannot_be():
             distillation_loss(student, teacher, batch, only(tpa=Tpa(form=form)))
 
 
+def test_a_layer_with_cross_attention_is_named_as_the_reason_why_tpa_cannot_be(monkeypatch):
+    _, student, teacher = pair("llava-siglip-qwen3")
+    batch, _ = case("llava-siglip-qwen3", "one turn")
+    monkeypatch.setattr(teacher.config.get_text_config(), "cross_attention_layers", [1], raising=False)
+    with pytest.raises(ModelError, match=r"layer\(s\) 1 read the picture by cross-attention.*objective.tpa.weight: 0"):
+        distillation_loss(student, teacher, batch, only(tpa=Tpa()))
+    distillation_loss(student, teacher, batch, only(kd=Kd()))
+
+
 def test_iva_reads_full_attention_layers_only():
     _, student, teacher = pair("qwen3.5")
     assert full_attention_layers(teacher) == [1, 3, 4]

@@ -14,7 +14,7 @@ from align_ti.config import Iva, Kd, Objective, Sft, Tpa
 from align_ti.data.roles import model_inputs
 from align_ti.errors import BatchError, ConfigError, ModelError
 from align_ti.interactions.transitions import plan_transitions
-from align_ti.models import continuation
+from align_ti.models import caches, recomputation
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.recomputation import recomputed_layers
 from align_ti.training.objective import distillation_loss
@@ -282,7 +282,7 @@ def test_under_checkpointing_backward_holds_one_layer_at_a_time():
 def test_keys_with_candidates_behind_them_are_let_go(monkeypatch, model, layers):
     # Rows of candidates have a copy of their sample's keys each, so a cache that kept them would grow with the rows.
     batch, held = tiny.batch(tiny.COMPOSITIONS["several turns"]), []
-    update = continuation.LentLayer.update
+    update = caches.LentLayer.update
 
     def noted(layer, *states):
         keys, values = update(layer, *states)
@@ -290,11 +290,26 @@ def test_keys_with_candidates_behind_them_are_let_go(monkeypatch, model, layers)
             held.append(weakref.ref(keys))
         return keys, values
 
-    monkeypatch.setattr(continuation.LentLayer, "update", noted)
+    monkeypatch.setattr(caches.LentLayer, "update", noted)
     out = distillation_loss(checkpointed(use_reentrant=False), TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
     assert len(held) == layers
     assert not any(keys() is not None for keys in held)
     out.loss.backward()
+
+
+def test_under_checkpointing_a_layer_of_candidates_holds_no_other_layers_keys(monkeypatch):
+    # Backward frees what each layer was called with; if that held every layer's keys, all would stay until the last layer is done.
+    batch, kept = tiny.batch(tiny.COMPOSITIONS["several turns"]), []
+
+    def noted(cache, indices):
+        caches.keep_only(cache, indices)
+        kept.append([index for index, layer in enumerate(cache.layers) if layer.is_initialized])
+
+    monkeypatch.setattr(recomputation, "keep_only", noted)
+    student = checkpointed(use_reentrant=False)
+    distillation_loss(student, TEACHER, batch, OBJECTIVE, tiny.candidates(batch)).loss.backward()
+    # In the gold pass nothing is there before a layer writes.
+    assert kept == [[], [], [0], [1]]
 
 
 def test_half_precision_is_as_close_to_float64_as_the_plain_loss_in_half_precision():

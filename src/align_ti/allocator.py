@@ -27,8 +27,7 @@ def keep_freed_memory() -> bool:
     set_already = any(name in os.environ for name in USERS_OWN) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if option is None or set_already:
         return False
-    mapped = any(option(MMAP_THRESHOLD, size) for size in KEPT_BLOCKS)
-    return bool(option(TRIM_THRESHOLD, -1)) and mapped
+    return any(option(MMAP_THRESHOLD, size) for size in KEPT_BLOCKS) and bool(option(TRIM_THRESHOLD, -1))
 
 
 def of_glibc(name: str) -> Callable[..., int] | None:

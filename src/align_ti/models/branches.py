@@ -42,7 +42,7 @@ class Branches:
         return torch.arange(len(counts)).repeat_interleave(counts).to(self.tokens.device)
 
     def in_rows(self, keys: int) -> Layout:
-        """In as many rows as are cheapest: the branches of a sample may take several, so that no sample waits for the longest.
+        """In as many rows as are cheapest: a sample may take several, so that one with many branches does not widen all others' rows.
 
         Args:
             keys: gold keys of a sample, which every row needs a copy of.

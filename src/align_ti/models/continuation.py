@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
 from align_ti.models.branches import Branches, Layout
+from align_ti.models.caches import lent
 from align_ti.models.families import (
     backbone,
+    cross_attention_layers,
     language_model,
     layer_kinds,
     layers_that_cannot_branch,
@@ -91,36 +92,6 @@ def continue_branches(
             return_dict=True,
         )
     return rows.flat(out.last_hidden_state)
-
-
-def lent(cache: DynamicCache, rows: Layout) -> DynamicCache:
-    """A cache in which each row finds its sample's keys and values. It does not grow, and the one that it lends from stays as it is."""
-    made = DynamicCache()
-    made.layers = [LentLayer.of(layer, rows) for layer in cache.layers]
-    return made
-
-
-class LentLayer(DynamicLayer):
-    """A layer's keys and values for rows of its samples: what is added to them is handed back and not kept, for nothing comes after."""
-
-    rows: Layout
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def of(cls, layer: Any, rows: Layout) -> LentLayer:
-        """Lent from this layer."""
-        made = cls()
-        vars(made).update(vars(layer), rows=rows)
-        return made
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Each row's keys and values, its own behind those of its sample."""
-        keys, values = (
-            torch.cat([self.rows.by_row(of), own], dim=-2)
-            for of, own in ((self.keys, key_states), (self.values, value_states))
-        )
-        return keys, values
 
 
 def read_packed(
@@ -239,7 +210,7 @@ def check_branching(model: PreTrainedModel) -> None:
     """Refuse a model in which no token can be tried in place of another.
 
     Raises:
-        ModelError: recurrent layers; they and their kind are named.
+        ModelError: recurrent layers, or layers with cross-attention; they are named.
     """
     found = layers_that_cannot_branch(model)
     if found:
@@ -248,4 +219,10 @@ def check_branching(model: PreTrainedModel) -> None:
             f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, found))} ({kinds}) carry one state "
             "from token to token, so neither a kept cache nor a mask can leave the gold token out for one candidate; leave TPA out "
             "(objective.tpa.weight: 0); sft, kd and iva work."
+        )
+    crossed = cross_attention_layers(model)
+    if crossed:
+        raise ModelError(
+            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, crossed))} read the picture by "
+            "cross-attention, which is not followed for candidates; leave TPA out (objective.tpa.weight: 0); sft and kd work."
         )

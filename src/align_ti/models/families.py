@@ -84,6 +84,12 @@ def layers_that_cannot_branch(model: PreTrainedModel) -> dict[int, str]:
     }
 
 
+def cross_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Layers that read pictures by cross-attention (Mllama), which they keep in the cache beside the words."""
+    config: Any = language_model(model).config
+    return list(getattr(config, "cross_attention_layers", None) or ())
+
+
 def tower(model: PreTrainedModel) -> nn.Module | None:
     """The vision tower, or None where there is none under a known name."""
     for name in TOWER_NAMES:

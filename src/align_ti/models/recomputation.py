@@ -7,7 +7,6 @@ the second pass reads the first one's keys and values, gradient and all, and no 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align_ti.models.attention import attention_of, running_on
+from align_ti.models.caches import fork, keep_only, lent_by, put, states, written
 from align_ti.models.families import language_model
 from align_ti.models.standins import standing_in
 
@@ -78,55 +77,20 @@ def recomputing(
     attention, cache = attention_of(model), options.pop("past_key_values", None)
     before = fork(cache) if isinstance(cache, DynamicCache) else None
 
-    def run(*inputs: Any) -> tuple[Any, list[int], list[Tensor]]:
+    def run(*inputs: Any) -> tuple[Any, list[int], list[int], list[Tensor]]:
         own = {} if before is None else {"past_key_values": fork(before)}
         with running_on(model, attention), switched_off(layer):
             out = forward(*inputs, **options, **own)
-        grown = [] if before is None else written(before, own["past_key_values"])
-        return out, grown, [state for index in grown for state in states(own["past_key_values"], index)]
+        if before is None:
+            return out, [], [], []
+        grown, lent = written(before, own["past_key_values"]), lent_by(own["past_key_values"])
+        return out, grown, lent, [state for index in grown for state in states(own["past_key_values"], index)]
 
-    out, grown, found = through(run, *given)
-    if before is not None and grown:
-        # What a layer writes is all that it reads; the states of others, kept for backward, would be kept by every layer once more.
-        keep_only(before, grown)
+    out, grown, lent, found = through(run, *given)
+    if before is not None and (grown or lent):
+        # What a layer writes or is lent is all that it reads; every layer would keep the states of all others until backward.
+        keep_only(before, grown + lent)
     for index, keys, values in zip(grown, found[::2], found[1::2], strict=True):
         assert isinstance(cache, DynamicCache)
         put(cache, index, keys, values)
     return out
-
-
-def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache over the same keys and values that grows on its own; no tensor is copied or changed."""
-    forked = DynamicCache()
-    # A layer grows by taking new tensors in place of its own, so a shallow copy of it is enough.
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked
-
-
-def keep_only(cache: DynamicCache, indices: list[int]) -> None:
-    """Empties all other layers of the cache."""
-    cache.layers = [layer if index in indices else DynamicLayer() for index, layer in enumerate(cache.layers)]
-
-
-def states(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer."""
-    layer: Any = cache.layers[index]
-    return layer.keys, layer.values
-
-
-def put(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
-    """The layer's keys and values are these tensors themselves."""
-    if index >= len(cache.layers):
-        # Updating with nothing initialises the layer; then it takes over the tensors.
-        cache.update(keys[..., :0, :], values[..., :0, :], index)
-    layer: Any = cache.layers[index]
-    layer.keys, layer.values = keys, values
-
-
-def written(before: DynamicCache, after: DynamicCache) -> list[int]:
-    """The layers of a fork that have grown."""
-    return [
-        index
-        for index in range(len(after.layers))
-        if states(after, index)[0] is not (states(before, index)[0] if index < len(before.layers) else None)
-    ]
