@@ -13,8 +13,8 @@ LONGEST_ROW = 256
 branches."""
 
 KEYS_OF_A_SLOT = 2
-"""Gold keys whose copies, which a row needs in every layer, count as much as one slot more. Small models copy no faster but have cheaper
-slots, so for them it is too high (docs/performance.md, rows of candidates)."""
+"""Gold keys whose copies, which a row needs in every layer, count as much as one slot more. The slots of a tiny model are cheaper, so
+for it this is too high (docs/performance.md, rows of candidates)."""
 
 
 @dataclass(frozen=True, slots=True)
