@@ -33,8 +33,11 @@ from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.sources import read_conversations
 from align_ti.demo import TRAINING
 from align_ti.digits.files import write_benchmark
+from align_ti.interactions.candidates import plan_candidates
 from align_ti.losses import weighted
-from align_ti.losses.divergence import forward_kl, forward_kl_with_slope
+from align_ti.losses.divergence import forward_kl
+from align_ti.losses.divergences.forward_kl import ForwardKl
+from align_ti.losses.measures import Measured, Softened
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import attention
 from align_ti.models import branches as layout
@@ -42,7 +45,8 @@ from align_ti.models.branches import Branches
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.loading import load_model, load_processor
 from align_ti.runs import write_json
-from align_ti.training.objective import candidates_for, plan_candidates, view
+from align_ti.terms.readings import view
+from align_ti.training.passes import candidates_for
 from benchmarks import shapes
 from benchmarks.rounds import machine, seconds_by_round, summary
 
@@ -64,7 +68,12 @@ def divergence(rounds: int) -> dict[str, Any]:
     """Value and gradient of the divergence at the logits."""
     torch.manual_seed(0)
     student, teacher = 3 * torch.randn(2, 1024, VOCABULARY)
-    compiled = torch.compile(forward_kl_with_slope, dynamic=True)
+    labels = torch.zeros(1024, dtype=torch.long)
+
+    def with_slope(mine: Tensor, its: Tensor) -> Measured:
+        return Softened(ForwardKl())(mine, its, labels[: len(mine)], slice(None), slope=True)
+
+    compiled = torch.compile(with_slope, dynamic=True)
 
     def by_autograd() -> None:
         for mine, its in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
@@ -79,8 +88,8 @@ def divergence(rounds: int) -> dict[str, Any]:
     return timed(
         {
             "by autograd": by_autograd,
-            f"written down, {CHUNK} rows at a time": lambda: written(CHUNK, forward_kl_with_slope),
-            f"written down, {block} rows at a time": lambda: written(block, forward_kl_with_slope),
+            f"written down, {CHUNK} rows at a time": lambda: written(CHUNK, with_slope),
+            f"written down, {block} rows at a time": lambda: written(block, with_slope),
             f"compiled, {CHUNK} rows at a time": lambda: written(CHUNK, compiled),
         },
         rounds,
@@ -97,7 +106,7 @@ def chunk(rounds: int) -> dict[str, Any]:
         teacher_head=nn.Linear(512, VOCABULARY, bias=False).requires_grad_(False),
         labels=torch.zeros(2048, dtype=torch.long),
     )
-    terms = {"kl": RowWeights(weights=torch.rand(2048), coefficient=torch.tensor(1.0), temperature=1.0)}
+    terms = {"kl": RowWeights(weights=torch.rand(2048), coefficient=torch.tensor(1.0), measure=Softened(ForwardKl()))}
 
     def loss(size: int) -> Work:
         return lambda: weighted_row_loss(rows, terms, size)

@@ -32,6 +32,7 @@ from align_ti.data.roles import RESPONSE
 from align_ti.data.sources import read_conversations
 from align_ti.demo import TRAINING
 from align_ti.digits.files import write_benchmark
+from align_ti.interactions.candidates import left_out_tokens
 from align_ti.interactions.estimators import draw_weighted
 from align_ti.losses.divergence import forward_kl
 from align_ti.models.branches import Branches
@@ -41,7 +42,7 @@ from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
 from align_ti.pipeline.training import distil
 from align_ti.runs import provenance, write_json
-from align_ti.training.objective import left_out_tokens, view
+from align_ti.terms.readings import view
 
 STEPS = (0, 50, 150, 300, 600)
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)

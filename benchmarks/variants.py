@@ -15,6 +15,7 @@ from align_ti.config import Iva, Objective, Tpa
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.models.pairing import pair_up
 from align_ti.training import objective as ours
+from align_ti.training import passes
 from benchmarks import rivals
 from benchmarks.shapes import Shape, make_batch, make_candidates, make_pair
 
@@ -176,14 +177,14 @@ def released_loss(bench: Bench, *, drawing: bool) -> Callable[[], Tensor]:
 @contextmanager
 def scripted(candidates: Tensor) -> Iterator[None]:
     """Inside the block candidates are drawn as ever, so that drawing costs what it costs, and then replaced by these."""
-    draw = ours.draw_candidates
+    draw = passes.draw_candidates
 
     def drawn_then_replaced(*arguments: Any) -> Tensor:
         draw(*arguments)
         return candidates
 
-    ours.draw_candidates = drawn_then_replaced
+    passes.draw_candidates = drawn_then_replaced
     try:
         yield
     finally:
-        ours.draw_candidates = draw
+        passes.draw_candidates = draw

@@ -17,7 +17,7 @@ from benchmarks.step import TARGETS, compared, losses_of, measured, targets_of
 from benchmarks.variants import VARIANTS, align_ti, make_bench, make_variants, scripted
 
 from align_ti.config import Iva, Objective, Tpa
-from align_ti.training import objective
+from align_ti.training import passes
 from align_ti.training.objective import distillation_loss
 
 TINY = Shape(
@@ -161,8 +161,8 @@ def test_the_ways_to_attend_for_candidates_are_one_number():
 def test_candidates_are_drawn_and_then_replaced_by_those_of_the_share(tiny, share, monkeypatch):
     student, teacher, batch = tiny
     drawn = []
-    draw = objective.draw_candidates
-    monkeypatch.setattr(objective, "draw_candidates", lambda *given: drawn.append(draw(*given)))
+    draw = passes.draw_candidates
+    monkeypatch.setattr(passes, "draw_candidates", lambda *given: drawn.append(draw(*given)))
     with scripted(make_candidates(batch, TINY, 4, share)):
         out = distillation_loss(student, teacher, batch, ALIGN_TI)
     assert float(out.branch_share) == pytest.approx(share)

@@ -13,7 +13,8 @@ from align_ti.config import Iva, Objective, Tpa
 from align_ti.errors import BatchError, ConfigError
 from align_ti.interactions.estimators import draw_weighted, set_weights, without_replacement
 from align_ti.interactions.transitions import Candidates, draw, plan_transitions, sampling_distribution
-from align_ti.training.objective import candidates_for, distillation_loss
+from align_ti.training.objective import distillation_loss
+from align_ti.training.passes import candidates_for
 from tests import plain, tiny
 from tests.test_objective_properties import STUDENT, TEACHER, loss_and_gradient, split
 from tests.test_objective_twins import assert_same, only

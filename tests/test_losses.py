@@ -13,15 +13,20 @@ from torch import nn
 
 from align_ti.interactions.transitions import draw
 from align_ti.losses import weighted
-from align_ti.losses.divergence import (
-    forward_kl,
-    forward_kl_with_slope,
-    negative_log_likelihood,
-    negative_log_likelihood_with_slope,
-)
+from align_ti.losses.divergence import divergence, forward_kl, negative_log_likelihood
+from align_ti.losses.divergences.base import read_divergence
+from align_ti.losses.divergences.forward_kl import ForwardKl
+from align_ti.losses.measures import Likelihood, Softened
 from align_ti.losses.weighted import EVERY, Rows, RowWeights, weighted_row_loss
+from align_ti.registry import names
 
-TEMPERATURES = {"nll": None, "kl": 1.0, "soft": 2.0}
+KL = Softened(ForwardKl())
+MEASURES = {
+    "nll": Likelihood(),
+    "kl": KL,
+    "soft": Softened(ForwardKl(), 2.0),
+    "jsd": Softened(read_divergence("jensen_shannon"), 1.5),
+}
 
 
 def rows(seed: int, count: int = 11, hidden: int = 6, vocabulary: int = 9, bias: bool = True) -> Rows:
@@ -38,11 +43,11 @@ def rows(seed: int, count: int = 11, hidden: int = 6, vocabulary: int = 9, bias:
 def weights(seed: int, count: int = 11) -> dict[str, RowWeights]:
     random = torch.Generator().manual_seed(seed)
     made = {}
-    for name, temperature in TEMPERATURES.items():
+    for name, measure in MEASURES.items():
         weight = torch.rand(count, generator=random, dtype=torch.float64)
         weight[torch.rand(count, generator=random) < 0.4] = 0
         made[name] = RowWeights(
-            weights=weight, coefficient=torch.rand((), generator=random, dtype=torch.float64), temperature=temperature
+            weights=weight, coefficient=torch.rand((), generator=random, dtype=torch.float64), measure=measure
         )
     return made
 
@@ -66,39 +71,31 @@ def plain_loss(given_rows: Rows, terms: dict[str, RowWeights]) -> tuple[torch.Te
     teacher = None if given_rows.teacher is None else given_rows.teacher_head(given_rows.teacher)
     values = []
     for term in terms.values():
-        if term.temperature is None:
+        if isinstance(term.measure, Likelihood):
             of_rows = negative_log_likelihood(student, given_rows.labels)
         else:
-            of_rows = forward_kl(student[:, given_rows.shared], teacher[:, given_rows.shared], term.temperature)
+            both = student[:, given_rows.shared], teacher[:, given_rows.shared]
+            of_rows = divergence(*both, term.measure.divergence, term.measure.temperature)
         kept = term.weights != 0
         values.append((term.weights[kept].to(of_rows) * of_rows[kept]).sum())
     return sum(term.coefficient * value for term, value in zip(terms.values(), values, strict=True)), values
 
 
-@given(seed=st.integers(0, 50), temperature=st.floats(0.2, 5))
-def test_the_gradient_written_down_is_that_of_autograd(seed, temperature):
+@given(seed=st.integers(0, 50))
+def test_the_gradient_of_the_likelihood_written_down_is_that_of_autograd(seed):
     torch.manual_seed(seed)
-    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
-    teacher[0, 3] = float("-inf")
-    student.requires_grad_()
-    labels = torch.randint(0, 7, (5,))
-    for plain, (values, slope), factor in (
-        (
-            forward_kl(student, teacher, temperature),
-            forward_kl_with_slope(student.detach(), teacher, temperature),
-            temperature,
-        ),
-        (negative_log_likelihood(student, labels), negative_log_likelihood_with_slope(student.detach(), labels), 1.0),
-    ):
-        torch.testing.assert_close(values, plain)
-        torch.testing.assert_close(factor * slope, torch.autograd.grad(plain.sum(), student)[0])
+    student, labels = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (5,))
+    plain = negative_log_likelihood(student, labels)
+    values, slope = Likelihood()(student.detach(), None, labels, EVERY, slope=True)
+    torch.testing.assert_close(values, plain.detach())
+    torch.testing.assert_close(slope, torch.autograd.grad(plain.sum(), student)[0])
 
 
 def test_what_is_infinite_or_no_number_is_so_with_the_slope_too():
     inf, nan = float("inf"), float("nan")
     teacher = torch.tensor([[0.0, 1.0, -inf], [0.0, 1.0, 2.0], [0.0, nan, 1.0], [0.0, -inf, 1.0]])
     student = torch.tensor([[0.5, 0.5, 3.0], [0.0, -inf, 1.0], [0.0, 1.0, 2.0], [0.0, -inf, 2.0]])
-    values, slope = forward_kl_with_slope(student, teacher)
+    values, slope = KL(student, teacher, torch.zeros(4, dtype=torch.long), EVERY, slope=True)
     torch.testing.assert_close(values, forward_kl(student, teacher), equal_nan=True)
     assert values.isfinite().tolist() == [True, False, False, True] and values[1] == inf
     assert bool(slope[[0, 1, 3]].isfinite().all())
@@ -108,9 +105,8 @@ def test_logits_that_are_compared_stay_as_they_are():
     # The passes work in place, on memory of their own.
     student, teacher = torch.randn(2, 5, 7)
     before = student.clone(), teacher.clone()
-    forward_kl_with_slope(student, teacher)
-    forward_kl_with_slope(student, teacher, 2.0)
-    negative_log_likelihood_with_slope(student, torch.arange(5))
+    for measure in (*MEASURES.values(), *(Softened(read_divergence(name), 2.0) for name in names("divergence"))):
+        measure(student, teacher, torch.arange(5), EVERY, slope=True)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
@@ -237,7 +233,7 @@ def test_autocast_is_heard():
         student_head=given_rows.student_head.float(),
         teacher_head=given_rows.teacher_head.float(),
     )
-    terms = {"kl": RowWeights(weights=torch.ones(11), coefficient=torch.tensor(1.0), temperature=1.0)}
+    terms = {"kl": RowWeights(weights=torch.ones(11), coefficient=torch.tensor(1.0), measure=KL)}
     exact = weighted_row_loss(single, terms).loss
     with torch.autocast("cpu", torch.bfloat16):
         rough = weighted_row_loss(single, terms).loss
@@ -261,14 +257,14 @@ def test_an_infinite_divergence_at_a_row_without_weight_does_not_spread():
         given_rows.student[0] = float("inf")
     one = torch.ones(11, dtype=torch.float64)
     one[0] = 0
-    term = RowWeights(weights=one, coefficient=torch.tensor(1.0, dtype=torch.float64), temperature=1.0)
+    term = RowWeights(weights=one, coefficient=torch.tensor(1.0, dtype=torch.float64), measure=KL)
     assert torch.isfinite(weighted_row_loss(given_rows, {"kl": term}).loss)
 
 
 def test_no_rows_are_a_loss_of_zero_with_gradient():
     empty = rows(0, count=0)
     term = RowWeights(
-        weights=torch.zeros(0, dtype=torch.float64), coefficient=torch.tensor(1.0, dtype=torch.float64), temperature=1.0
+        weights=torch.zeros(0, dtype=torch.float64), coefficient=torch.tensor(1.0, dtype=torch.float64), measure=KL
     )
     loss = weighted_row_loss(empty, {"kl": term}).loss
     loss.backward()
@@ -287,7 +283,7 @@ def test_small_coefficients_survive_half_precision():
     got = []
     for projection, states in ((head, hidden.float()), (low, hidden.clone())):
         states.requires_grad_()
-        term = RowWeights(weights=torch.ones(8), coefficient=torch.tensor(1 / 8192), temperature=None)
+        term = RowWeights(weights=torch.ones(8), coefficient=torch.tensor(1 / 8192), measure=Likelihood())
         given_rows = Rows(student=states, student_head=projection, teacher=None, teacher_head=None, labels=labels)
         scaled = weighted_row_loss(given_rows, {"nll": term}, 3).loss * 2.0**13
         got.append(torch.autograd.grad(scaled, [states, projection.weight]))
@@ -372,7 +368,7 @@ def test_the_chunked_loss_is_the_same_on_an_accelerator():
         labels=given_rows.labels.cuda(),
     )
     on_device = {
-        name: RowWeights(weights=t.weights.cuda(), coefficient=t.coefficient.cuda(), temperature=t.temperature)
+        name: RowWeights(weights=t.weights.cuda(), coefficient=t.coefficient.cuda(), measure=t.measure)
         for name, t in terms.items()
     }
     torch.testing.assert_close(weighted_row_loss(moved, on_device, 4).loss.cpu(), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from align_ti.cli import app
 from align_ti.config import Recipe
+from align_ti.data import batch as tokens
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import CheckError, RunError
 from align_ti.models import attention
@@ -32,7 +34,7 @@ from align_ti.preflight.table import sample_text, verdict_table
 from align_ti.preflight.traceless import traceless
 from align_ti.preflight.verdicts import Verdict, as_json, failed, worst
 from align_ti.runs import RunFolder
-from align_ti.training import memory
+from align_ti.training import memory, passes
 from align_ti.training import objective as loss
 from align_ti.training.trainer import AlignTITrainer
 from tests import small
@@ -278,7 +280,7 @@ def test_a_loss_that_shows_the_teacher_another_picture_is_named(setting, monkeyp
             keep_cache=keep_cache,
         )
 
-    monkeypatch.setattr(loss, "read", another)
+    monkeypatch.setattr(passes, "read", another)
     assert named(setting.check()) == {"fused.kd", "fused.iva", "fused.tpa"}
 
 
@@ -290,24 +292,35 @@ def test_attention_that_is_not_captured_is_named(costed, monkeypatch):
 
 
 def test_attention_that_is_captured_wrong_is_named(setting, monkeypatch):
-    right = attention.mean_attention
-    monkeypatch.setattr(attention, "mean_attention", lambda *tensors: torch.ones_like(right(*tensors)))
+    right = attention.attention_rows
+
+    def even(*tensors):
+        found = right(*tensors)
+        return dataclasses.replace(found, weights=torch.ones_like(found.weights))
+
+    monkeypatch.setattr(attention, "attention_rows", even)
     assert named(setting.check()) == {"fused.iva"}
 
 
+def unshift(monkeypatch, function=lambda labels: labels):
+    """Rows are taken for those of their own token's label, or right again."""
+    for module in (loss, tokens):
+        monkeypatch.setattr(module, "next_labels", function)
+
+
 def test_a_missing_causal_shift_is_named(setting, monkeypatch):
-    monkeypatch.setattr(loss, "next_labels", lambda labels: labels)
+    unshift(monkeypatch)
     assert named(setting.check()) == {"fused.sft", "fused.kd"}
 
 
 def test_padding_in_the_mean_is_named(setting, monkeypatch):
-    right = loss.batch_masses
+    right = loss.term_masses
 
-    def with_padding(labels, roles, plan=None):
-        every = torch.tensor(labels.numel())
-        return {**right(labels, roles, plan), "sft": every, "kd": every}
+    def with_padding(terms, tokens, plan):
+        every = torch.tensor(tokens.labels.numel())
+        return {name: every if name in {"sft", "kd"} else mass for name, mass in right(terms, tokens, plan).items()}
 
-    monkeypatch.setattr(loss, "batch_masses", with_padding)
+    monkeypatch.setattr(loss, "term_masses", with_padding)
     assert named(setting.check()) == {"fused.sft", "fused.kd"}
 
 
@@ -511,13 +524,13 @@ def test_training_checks_first_and_changes_nothing_by_it(folder, tmp_path):
 
 def test_a_failed_check_stops_the_run_and_another_recipe_may_follow(folder, tmp_path, monkeypatch):
     right = loss.next_labels
-    monkeypatch.setattr(loss, "next_labels", lambda labels: labels)
+    unshift(monkeypatch)
     with pytest.raises(CheckError, match=r"fused\.sft: sft on one sample"):
         distil(run_recipe(folder, tmp_path / "run"))
     run = RunFolder(tmp_path / "run")
     assert json.loads(run.check.read_text())["state"] == "fail"
     assert not run.metrics.exists()
-    monkeypatch.setattr(loss, "next_labels", right)
+    unshift(monkeypatch, right)
     finished = distil(run_recipe(folder, tmp_path / "run", seed=3), seen=lambda _: None)
     assert yaml.safe_load(finished.recipe.read_text())["seed"] == 3
     with pytest.raises(RunError, match="seed"):
@@ -549,7 +562,7 @@ def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folder,
     assert shown.exit_code == 0, shown.output
     assert "pixels.student" in shown.output and "27 pass, 0 warn, 0 fail" in shown.output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"check.json", "check.html"}
-    monkeypatch.setattr(loss, "next_labels", lambda labels: labels)
+    unshift(monkeypatch)
     printed = CliRunner().invoke(app, [*command, "--json"])
     assert isinstance(printed.exception, CheckError) and "fused.kd" in str(printed.exception)
     content = json.loads(printed.stdout)

@@ -8,147 +8,67 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from align_ti.errors import ConfigError
-
-
-class Knobs(BaseModel):
-    """A group of options: frozen, keyword-only, checked at birth; an unknown or ill-typed one raises `ConfigError`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-    where: ClassVar[str] = ""
-    """The section's name in a recipe, for messages about options given in Python."""
-
-    def __init__(self, **options: Any) -> None:
-        try:
-            self.__pydantic_validator__.validate_python(options, self_instance=self)
-        except ValidationError as error:
-            raise ConfigError(explain(type(self), error)) from None
-
-    # Tells pydantic that this constructor only wraps its own, so that nested sections are validated without it and all errors
-    # of a recipe arrive together.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
+from align_ti.options import Knobs, checked, explain, placed, sentence
+from align_ti.registry import load_extension, lookup, names, suggestion
 
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 
-class Sft(Knobs):
-    """Supervised fine-tuning: the negative log-likelihood of the response tokens."""
-
-    where: ClassVar[str] = "objective.sft"
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out."""
-
-
-class Kd(Knobs):
-    """Vanilla knowledge distillation: KL(teacher || student) at the response positions."""
-
-    where: ClassVar[str] = "objective.kd"
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Both logits are divided by it, the term is multiplied by its square."""
-
-
-class Iva(Knobs):
-    """Instruction-aware vision alignment: KL at the visual positions, weighted by where the teacher's instruction looks."""
-
-    where: ClassVar[str] = "objective.iva"
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out."""
-    layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """The teacher's layer whose attention gives the weights. auto: the layer with the highest instruction-relevance score (IRS)
-    on a sample of the training data."""
-    images: Literal["together", "separately"] = "together"
-    """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
-    share: float = Field(default=1.0, gt=0, le=1)
-    """Compare only the visual tokens that are looked at most, as many as together hold this share of the attention; 1: all. Fewer rows
-    go through the vocabulary. Below 1 the term is another one: its weights are renormalised over the tokens that are left."""
-    resample: bool = False
-    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows and weights to the
-    student's grid. Otherwise different numbers are an error."""
-
-
-class Tpa(Knobs):
-    """Transition probability alignment: KL one token further, after tokens that were tried in place of the gold token."""
-
-    where: ClassVar[str] = "objective.tpa"
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out."""
-    candidates: int = Field(default=4, ge=1)
-    """Tokens tried at each response position (n)."""
-    source: Literal["student", "teacher", "gold"] = "student"
-    """Whose distribution candidates are drawn from; gold: the answer's own next token, drawn from nobody."""
-    draw: Literal["with_replacement", "without_replacement", "top_and_tail", "stratified"] = "with_replacement"
-    """How candidates are drawn and weighed; what is expected of the term is the same. with_replacement: equal weights, the paper's.
-    without_replacement: distinct tokens, 8 at most. top_and_tail: the gold token and the `enumerated` most probable ones exactly, the
-    others drawn from the rest. stratified: draws spread evenly over the distribution, the gold token's share exact."""
-    enumerated: int = Field(default=0, ge=0)
-    """How many of the candidates are the most probable tokens, under top_and_tail. The gold token is no part of them."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Sampling temperature of the draw; no effect on the divergence."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Draw among the k most probable tokens only."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    """Draw among the fewest tokens that together reach this probability."""
-    left_out: tuple[int, ...] | None = None
-    """Token ids that have no next step and are left out when drawn. By default the tokens that end a turn, by the student's
-    generation config, and its image token."""
-    form: Literal["auto", "reuse", "packed"] = "auto"
-    """How candidates are evaluated: over the first pass's cache, or packed with the gold tokens into one pass. auto: reuse, where
-    the model keeps a cache. The result is the same number."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("left_out"), list):
-            return {**options, "left_out": tuple(options["left_out"])}
-        return options
-
-    @model_validator(mode="after")
-    def _draw_fits(self) -> Tpa:
-        if self.source == "gold" and self.draw != "with_replacement":
-            raise ValueError(
-                f"draw is {self.draw}, but source is gold, where nothing is drawn; leave draw out, or give source: student or teacher"
-            )
-        if self.enumerated and self.draw != "top_and_tail":
-            raise ValueError(
-                f"enumerated is {self.enumerated}, but draw is {self.draw}; give draw: top_and_tail, or leave enumerated out"
-            )
-        if self.enumerated >= self.candidates:
-            raise ValueError(
-                f"enumerated is {self.enumerated} of {self.candidates} candidates, so none is left for the tail, and the estimate "
-                "would be biased; give fewer enumerated or more candidates"
-            )
-        if self.draw == "without_replacement" and self.candidates > 8:
-            raise ValueError(
-                f"candidates is {self.candidates}; draw: without_replacement takes 8 at most, as its weights go through all 2^n "
-                "subsets; give fewer, or draw: stratified"
-            )
-        return self
+DEFAULT_TERMS = ("sft", "kd", "iva", "tpa")
+"""The terms of Align-TI, which an objective has unless it says otherwise; every other term is in it where it is named."""
 
 
 class Objective(Knobs):
-    """The loss: a weighted sum of four terms.
+    """The loss: a weighted sum of terms, each a file of `align_ti.terms` or of the user's.
+
+    Terms are options by their names: `Objective(kd=Kd(temperature=2.0))`, `objective.kd.temperature`. The four of Align-TI have
+    weight 1 unless their weight is given; others are left out unless they are named. `Objective.only(...)` has the named terms alone.
 
     Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
     """
 
+    model_config = ConfigDict(extra="allow")
     where: ClassVar[str] = "objective"
-    sft: Sft = Sft()
-    kd: Kd = Kd()
-    iva: Iva = Iva()
-    tpa: Tpa = Tpa()
     chunk_rows: int | None = Field(default=None, ge=1)
     """Rows projected to the vocabulary at a time; by default as many as hold 2^24 logits on a CPU, 2^27 elsewhere.
     No effect on the result."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _terms_by_name(cls, options: Any) -> Any:
+        if not isinstance(options, Mapping):
+            return options
+        given = {name: options.get(name, {}) for name in DEFAULT_TERMS} | dict(options)
+        terms, errors = {}, []
+        for name in [name for name in given if name not in cls.model_fields]:
+            if name not in names("term"):
+                errors.append(
+                    sentence(f"is no known option; {suggestion('term', str(name))}", (str(name),), given[name])
+                )
+                continue
+            try:
+                terms[name] = checked(lookup("term", name), given[name], name)
+            except ValidationError as error:
+                errors += [placed(cls, item, ()) for item in error.errors()]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        order = {name: place for place, name in enumerate(names("term"))}
+        return {
+            **{name: value for name, value in given.items() if name in cls.model_fields},
+            **dict(sorted(terms.items(), key=lambda term: order[term[0]])),
+        }
 
     @model_validator(mode="after")
     def _some_term(self) -> Objective:
@@ -156,15 +76,45 @@ class Objective(Knobs):
             raise ValueError("every weight is 0, so there is nothing to learn; give one term a weight above 0")
         return self
 
+    @classmethod
+    def only(cls, *, chunk_rows: int | None = None, **terms: Any) -> Objective:
+        """An objective of the named terms alone: those of Align-TI that are not among them have weight 0."""
+        return cls(**{name: {"weight": 0.0} for name in DEFAULT_TERMS} | terms, chunk_rows=chunk_rows)
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """The names that the group accepts: every term's among them."""
+        return (*names("term"), *cls.model_fields)
+
+    @classmethod
+    def section(cls, name: str) -> type[Knobs] | None:
+        """The options of a term."""
+        return lookup("term", name) if name in names("term") else super().section(name)
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The terms that have weight, by name: those of Align-TI first, others in the order of the registry."""
+        every: dict[str, Any] = self.__pydantic_extra__ or {}
+        return {name: term for name, term in every.items() if term.weight > 0}
+
     @property
     def active(self) -> tuple[str, ...]:
-        """The terms that have weight, in the order sft, kd, iva, tpa."""
-        return tuple(name for name in ("sft", "kd", "iva", "tpa") if getattr(self, name).weight > 0)
+        """The names of the terms that have weight, in the order of `terms`."""
+        return tuple(self.terms)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return self.active != ("sft",)
+        return any(term.needs_teacher for term in self.terms.values())
+
+    @property
+    def needs_layer(self) -> tuple[str, ...]:
+        """The names of the terms whose layer is chosen by layer scores (IRS) before training."""
+        return tuple(name for name, term in self.terms.items() if term.needs_layer)
+
+    def at_layer(self, layer: int) -> Objective:
+        """The objective with this layer for every term that needs one."""
+        return self.model_copy(update={name: self.terms[name].at_layer(layer) for name in self.needs_layer})
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -491,6 +441,9 @@ class Recipe(Knobs):
 
     out: str = Field(min_length=1)
     """The run folder."""
+    extensions: tuple[str, ...] = ()
+    """Python files that register divergences or terms of your own (`align_ti.register`). They run only where that is allowed:
+    `--allow-extensions` on the command line, `read_recipe(..., allow_extensions=True)` in Python."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Fixes order, initialisation and draws."""
     check: bool = True
@@ -499,10 +452,17 @@ class Recipe(Knobs):
     teacher: Teacher | None = None
     """May be left out when only the sft term has weight."""
     data: Data
-    objective: Objective = Objective()
+    objective: Objective = Field(default_factory=Objective)
     training: Training = Training()
     layer_scores: Scores = Scores()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and isinstance(options.get("extensions"), list):
+            return {**options, "extensions": tuple(options["extensions"])}
+        return options
 
     @model_validator(mode="after")
     def _what_a_stream_needs(self) -> Recipe:
@@ -511,9 +471,10 @@ class Recipe(Knobs):
                 raise ValueError(
                     "training.max_steps is -1, but data.stream is true and the length of a stream is unknown; give a number of steps"
                 )
-            if "iva" in self.objective.active and self.objective.iva.layer == "auto":
+            for name in self.objective.needs_layer:
                 raise ValueError(
-                    "objective.iva.layer is 'auto', but data.stream is true and a stream cannot be sampled; give a number (`align-ti "
+                    f"objective.{name}.layer is 'auto', but data.stream is true and a stream cannot be sampled; give a number "
+                    "(`align-ti "
                     "score-layers` finds it)"
                 )
             if self.training.group_by_length:
@@ -526,9 +487,15 @@ class Recipe(Knobs):
     def _teacher_where_needed(self) -> Recipe:
         if self.teacher is None and self.objective.needs_teacher:
             raise ValueError(
-                "teacher is missing; name one, or give kd, iva and tpa a weight of 0 to train by sft alone"
+                f"teacher is missing; name one, or give {listed(self.objective)} a weight of 0 to train by sft alone"
             )
         return self
+
+
+def listed(objective: Objective) -> str:
+    """The terms that need a teacher, in words."""
+    *most, last = (name for name, term in objective.terms.items() if term.needs_teacher)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -550,11 +517,16 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: Path, changes: Iterable[str] = (), *, allow_extensions: bool = False) -> Recipe:
     """The recipe in a YAML file, with changes of the form `section.key=value` laid over it.
 
+    Args:
+        path: the file.
+        changes: `section.key=value`, each read as YAML.
+        allow_extensions: run the Python files that the recipe names under `extensions`, so that their divergences and terms are known.
+
     Raises:
-        ConfigError: one message with every error of the file.
+        ConfigError: one message with every error of the file; or it names extensions, and they are not allowed.
     """
     path = Path(path)
     try:
@@ -573,10 +545,28 @@ def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
         )
     for change in changes:
         lay_over(content, change)
+    run_extensions(path, content.get("extensions"), allowed=allow_extensions)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n{explain(Recipe, error)}") from None
+
+
+def run_extensions(path: Path, files: Any, *, allowed: bool) -> None:
+    """Runs the files that a recipe names under `extensions`. A recipe alone cannot run code: somebody has to allow it.
+
+    Raises:
+        ConfigError: they are not allowed, or one cannot be run.
+    """
+    if not files or not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        return  # nothing to run, or a mistake that the recipe's own check names
+    if not allowed:
+        raise ConfigError(
+            f"{path}: extensions names {', '.join(files)}, which would run code of that file; read it, and allow it by "
+            "--allow-extensions (in Python read_recipe(..., allow_extensions=True)), or leave extensions out."
+        )
+    for file in files:
+        load_extension(Path(file))
 
 
 def lay_over(content: dict[str, Any], change: str) -> None:
@@ -611,52 +601,11 @@ def list_entry(place: dict[str, Any] | list[Any], key: str, change: str) -> Any:
     return int(key)
 
 
-UNION_MEMBER = re.compile(r"^(int|float|constrained-int|constrained-float|literal\[.*\]|path-of-one|list-of-sources)$")
-"""What pydantic adds to an option's path to say which member of a union it tried."""
+_MOVED = ("Sft", "Kd", "Iva", "Tpa")
 
 
-def explain(knobs: type[Knobs], error: ValidationError) -> str:
-    """Every error, one a line: the option's name, what was found, what is accepted, the way out."""
-    lines = []
-    for item in error.errors():
-        parts = [str(part) for part in item["loc"] if not UNION_MEMBER.match(str(part))]
-        name = ".".join([knobs.where, *parts] if knobs.where else parts)
-        lines.append(explain_item(knobs, name, item["type"], parts, item))
-    # A union reports each of its members; one line an option is enough.
-    return "\n".join(dict.fromkeys(lines))
-
-
-def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str], item: Any) -> str:
-    """One error as a sentence."""
-    message, found = str(item["msg"]), item.get("input")
-    if kind == "extra_forbidden":
-        nearest = difflib.get_close_matches(parts[-1], known_keys(knobs, parts[:-1]), n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known_keys(knobs, parts[:-1]))}."
-        return f"{name} is no known option; {hint}"
-    if kind == "missing":
-        return f"{name} is missing; it has no default; give it."
-    if kind == "value_error":
-        message = message.removeprefix("Value error, ")
-        return f"{name}: {message}" if name else message
-    advice = f", or {name.rsplit('.', 1)[0]}.weight: 0 to leave the term out" if ".tpa." in f".{name}" else ""
-    accepted = message.removeprefix("Input should be ").replace("a valid integer", "an integer").replace("a valid", "a")
-    if kind == "model_type":
-        accepted = f"a section of options, such as {known_keys(knobs, parts)[0]}: ..."
-    return f"{name} is {found!r}; accepted: {accepted}{advice}."
-
-
-def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
-    """The keys of the section that the path leads to."""
-    for part in parts:
-        # The number of a list's entry leads to no other section.
-        if not part.isdigit():
-            knobs = next(section_in(knobs.model_fields[part].annotation))
-    return list(knobs.model_fields)
-
-
-def section_in(annotation: Any) -> Iterator[type[Knobs]]:
-    """The sections that an option's annotation holds, however deep in unions and tuples."""
-    if isinstance(annotation, type) and issubclass(annotation, Knobs):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from section_in(inner)
+def __getattr__(name: str) -> Any:
+    # The options of Align-TI's terms stand in their terms' files, which import torch; their names are known here too.
+    if name in _MOVED:
+        return lookup("term", name.lower())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align_ti.config import Data, Evaluation, Iva, Kd, Objective, Recipe, Scores, Sft, Student, Teacher, Tpa, Training
+from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Student, Teacher, Training
 from align_ti.data.collator import EncodedConversations
 from align_ti.data.sources import read_conversations
 from align_ti.digits.files import Sizes, write_benchmark
@@ -50,11 +50,10 @@ SCORES = Scores(images=64, instructions=4)
 
 def objectives(layer: int) -> dict[str, Objective]:
     """The three methods that are compared."""
-    no_kd, no_iva, no_tpa = Kd(weight=0.0), Iva(weight=0.0), Tpa(weight=0.0)
     return {
-        "sft": Objective(sft=Sft(), kd=no_kd, iva=no_iva, tpa=no_tpa),
-        "kd": Objective(sft=Sft(), kd=Kd(), iva=no_iva, tpa=no_tpa),
-        "align_ti": Objective(sft=Sft(), kd=Kd(), iva=Iva(layer=layer), tpa=Tpa()),
+        "sft": Objective.only(sft={}),
+        "kd": Objective.only(sft={}, kd={}),
+        "align_ti": Objective(iva={"layer": layer}),
     }
 
 

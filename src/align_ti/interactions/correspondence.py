@@ -99,7 +99,7 @@ def resampled(
         if len(ours) != len(theirs):
             raise BatchError(
                 f"sample {sample}: the student reads {len(ours)} picture(s) or tiles, the teacher {len(theirs)}; equal numbers can be "
-                "resampled; leave IVA out (objective.iva.weight: 0)."
+                "resampled; leave out the terms that resample, such as IVA (objective.iva.weight: 0)."
             )
         blocks = [
             torch.kron(*(overlap(*sizes) for sizes in zip(one, other, strict=True)))
@@ -116,7 +116,9 @@ def overlap(cells: int, teacher_cells: int) -> Float[Tensor, "cells teacher_cell
     return common.clamp(min=0) * cells
 
 
-def check_visual(roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "batch teacher_seq"]) -> None:
+def check_visual(
+    roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "batch teacher_seq"], term: str = "iva"
+) -> None:
     """Refuse different numbers of visual tokens, for which no row of the teacher is the student's.
 
     Raises:
@@ -127,12 +129,15 @@ def check_visual(roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "ba
     if len(wrong):
         sample = int(wrong[0])
         raise BatchError(
-            f"sample {sample}: {int(ours[sample])} visual tokens for the student, {int(theirs[sample])} for the teacher; IVA compares "
-            "equal numbers; set objective.iva.resample: true to resample the teacher's on the image grid, or leave IVA out (weight: 0)."
+            f"sample {sample}: {int(ours[sample])} visual tokens for the student, {int(theirs[sample])} for the teacher; "
+            f"objective.{term} "
+            f"compares equal numbers; set objective.{term}.resample: true to resample the teacher's on the image grid, or leave "
+            "the term "
+            f"out (objective.{term}.weight: 0)."
         )
 
 
-def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequence[Grid]]) -> None:
+def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequence[Grid]], term: str = "iva") -> None:
     """Refuse equal numbers of visual tokens on different grids: one by one they would show different parts of the picture.
 
     Raises:
@@ -142,5 +147,6 @@ def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequenc
         if list(ours) != list(theirs):
             raise BatchError(
                 f"sample {sample}: the student's visual tokens form grids {list(ours)} (rows, columns), the teacher's {list(theirs)}; "
-                "IVA compares equal grids; set objective.iva.resample: true, or leave IVA out (weight: 0)."
+                f"objective.{term} compares equal grids; set objective.{term}.resample: true, or leave the term out "
+                f"(objective.{term}.weight: 0)."
             )

@@ -11,24 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from align_ti.losses.divergence import (
-    forward_kl,
-    forward_kl_with_slope,
-    negative_log_likelihood,
-    negative_log_likelihood_with_slope,
-)
+from align_ti.losses.measures import Measure, Shared
 
 CHUNK_LOGITS = {"cpu": 2**24, "accelerator": 2**27}
 """Logits of one model that exist at a time when no chunk size is given: 64 MiB in float32 on a CPU, 256 MiB in bfloat16 elsewhere. Each
 chunk reads and writes the gradient of the whole head, so an accelerator needs more rows for its products to be what takes the time."""
 
 BLOCK_LOGITS = {"cpu": 2**18, "accelerator": 2**25}
-"""Logits compared at a time: on a CPU 1 MiB in float32, so that the passes over them stay in a core's cache; elsewhere 128 MiB, four
-times over while they are compared."""
+"""Logits compared at a time: on a CPU 1 MiB in float32, so that the passes over them stay in a core's cache; on
+accelerators 128 MiB, of which comparing takes about four."""
 
-
-Shared = slice | Int[Tensor, " shared"]
-"""Logits that two heads have in common: a slice, or token ids."""
 
 EVERY = slice(None)
 """All logits: two heads of the same tokens."""
@@ -54,13 +46,12 @@ class Head(Protocol):
 class RowWeights:
     """One term: how much each row counts in it, and what its weighted sum is multiplied by in the loss.
 
-    A row of weight 0 is not part of the term. `temperature` None means the negative log-likelihood of the row's label,
-    a number the forward KL at that temperature.
+    A row of weight 0 is not part of the term.
     """
 
     weights: Float[Tensor, " rows"]
     coefficient: Float[Tensor, ""]
-    temperature: float | None
+    measure: Measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +80,12 @@ class RowLoss:
 
 
 def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: int | None = None) -> RowLoss:
-    """sum over terms of coefficient * sum over rows of weight * divergence(row).
+    """sum over terms of coefficient * sum over rows of weight * measure(row).
 
     Here each chunk of rows is projected, compared, and its gradient taken at once, so that the logits of one chunk are all that ever
-    exists, and backward costs nothing but a product. The gradient at the logits is written down (`losses.divergence`), not found by
-    autograd. A row without weight in a term is left out of it rather than multiplied by 0, so that an infinite divergence there cannot
-    turn the sum into a not-a-number; a row without weight in any term is not projected.
+    exists, and backward costs nothing but a product. The gradient at the logits comes from the measure, where built-in ones have it
+    written down. A row without weight in a term is left out of it rather than multiplied by 0, so that an infinite divergence there
+    cannot turn the sum into a not-a-number; a row without weight in any term is not projected.
 
     Args:
         rows: the rows to compare.
@@ -126,26 +117,26 @@ def vocabulary(head: Head) -> int:
 
 def chunks_alike(
     terms: Sequence[RowWeights], chunk_rows: int
-) -> Iterator[tuple[Int[Tensor, " chunk"], tuple[float | None, ...]]]:
-    """The rows that have weight, in chunks whose rows all need the same divergences, with the temperatures of these.
+) -> Iterator[tuple[Int[Tensor, " chunk"], tuple[Measure, ...]]]:
+    """The rows that have weight, in chunks in which every row needs the same measures, with these measures.
 
     Rows that need the same are brought together once, so that no chunk computes what some of its rows do not need.
     """
-    temperatures = list(dict.fromkeys(term.temperature for term in terms))
+    measures = list(dict.fromkeys(term.measure for term in terms))
     needs = sum(
-        torch.stack([term.weights != 0 for term in terms if term.temperature == temperature]).any(0) * 2**bit
-        for bit, temperature in enumerate(temperatures)
+        torch.stack([term.weights != 0 for term in terms if term.measure == measure]).any(0) * 2**bit
+        for bit, measure in enumerate(measures)
     )
     assert isinstance(needs, Tensor)
     order = needs.argsort(stable=True)
     # The one wait for the device: everything after it is known on the host.
-    counts = torch.bincount(needs, minlength=2 ** len(temperatures)).tolist()
+    counts = torch.bincount(needs, minlength=2 ** len(measures)).tolist()
     start = 0
     for need, count in enumerate(counts):
         if need and count:
-            wanted = tuple(temperature for bit, temperature in enumerate(temperatures) if need >> bit & 1)
+            needed = tuple(measure for bit, measure in enumerate(measures) if need >> bit & 1)
             for chunk in order[start : start + count].split(chunk_rows):
-                yield chunk, wanted
+                yield chunk, needed
         start += count
 
 
@@ -268,26 +259,26 @@ class _ChunkedRows(torch.autograd.Function):
             if rows.teacher is None or rows.teacher_head is None
             else projected(rows.teacher_head, rows.teacher, (), chunk_rows, False),
         )
-        for index, temperatures in chunks_alike(terms, chunk_rows):
+        for index, measures in chunks_alike(terms, chunk_rows):
             given = hidden[index].detach()
             logits, teacher = ours.forward(given), None
-            if theirs is not None and rows.teacher is not None and temperatures != (None,):
+            if theirs is not None and rows.teacher is not None and any(one.reads_teacher for one in measures):
                 # A teacher on another device projects there.
                 teacher = theirs.forward(rows.teacher[index.to(rows.teacher.device)]).to(logits.device)
             scales = {
-                temperature: sum(
+                measure: sum(
                     (coefficient / unit * term.weights[index])
                     for term, coefficient in zip(terms, coefficients, strict=True)
-                    if term.temperature == temperature
+                    if term.measure == measure
                 )
-                for temperature in temperatures
+                for measure in measures
             }
             # What autograd keeps of a projection may be the logits themselves; else the gradient takes their memory.
             gradient = (logits if ours.owns_logits else torch.empty_like(logits)) if wanted else None
             values = compare(logits, teacher, rows.labels[index], scales, rows.shared, gradient)
             for place, term in enumerate(terms):
-                if term.temperature in values:
-                    found = values[term.temperature]
+                if term.measure in values:
+                    found = values[term.measure]
                     totals[place] += (term.weights[index].to(found) * found).sum().to(totals)
             if gradient is not None:
                 grads[0][index] = ours.backward(given, gradient, grads[1:]).to(grads[0])
@@ -307,55 +298,30 @@ def compare(
     logits: Float[Tensor, "rows vocab"],
     teacher: Float[Tensor, "rows teacher_vocab"] | None,
     labels: Int[Tensor, " rows"],
-    scales: Mapping[float | None, Float[Tensor, " rows"]],
+    scales: Mapping[Measure, Float[Tensor, " rows"]],
     shared: Shared,
     gradient: Float[Tensor, "rows vocab"] | None,
-) -> dict[float | None, Float[Tensor, " rows"]]:
-    """The divergence of each row at each temperature that has a scale.
+) -> dict[Measure, Float[Tensor, " rows"]]:
+    """The value of each row by each measure that has a scale.
 
-    `gradient`, which may be the memory of the logits, is filled with the gradient of the sum of scale * divergence. A few rows are done
+    `gradient`, which may be the memory of the logits, is filled with the gradient of the sum of scale * value. A few rows are done
     at a time, so that the passes over them stay in a CPU's cache.
     """
     step = rows_at_a_time(BLOCK_LOGITS, logits.shape[-1], logits.device)
-    found: dict[float | None, list[Tensor]] = {temperature: [] for temperature in scales}
+    found: dict[Measure, list[Tensor]] = {measure: [] for measure in scales}
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
         mine, its = logits[part], None if teacher is None else teacher[part]
         slopes: list[tuple[Tensor, Tensor]] = []
-        for temperature, scale in scales.items():
-            values, slope = divergence(mine, its, labels[part], temperature, shared, gradient is not None)
-            found[temperature].append(values)
+        for measure, scale in scales.items():
+            values, slope = measure(mine, its, labels[part], shared, slope=gradient is not None)
+            found[measure].append(values)
             if slope is not None:
-                slopes.append((slope, ((temperature or 1.0) * scale[part]).to(slope)[:, None]))
+                slopes.append((slope, (measure.temperature * scale[part]).to(slope)[:, None]))
         if gradient is not None:
             # Only now, for the logits may be what it is written over.
             (slope, scale), *others = slopes
             torch.mul(slope, scale, out=gradient[part])
             for slope, scale in others:
                 gradient[part].add_(slope.mul_(scale))
-    return {temperature: torch.cat(values) for temperature, values in found.items()}
-
-
-def divergence(
-    logits: Float[Tensor, "rows vocab"],
-    teacher: Float[Tensor, "rows teacher_vocab"] | None,
-    labels: Int[Tensor, " rows"],
-    temperature: float | None,
-    shared: Shared,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"] | None]:
-    """Each row's likelihood (no temperature) or KL over the shared tokens, and if wanted its slope: the gradient at all logits, divided
-    by the temperature."""
-    if temperature is None:
-        if not with_gradient:
-            return negative_log_likelihood(logits, labels), None
-        return negative_log_likelihood_with_slope(logits, labels)
-    assert teacher is not None, "a term compares distributions, but there are no teacher rows"
-    if not with_gradient:
-        return forward_kl(logits[:, shared], teacher[:, shared], temperature), None
-    values, slope = forward_kl_with_slope(logits[:, shared], teacher[:, shared], temperature)
-    if isinstance(shared, slice) and slope.shape == logits.shape:
-        return values, slope
-    whole = slope.new_zeros(logits.shape)
-    whole[:, shared] = slope
-    return values, whole
+    return {measure: torch.cat(values) for measure, values in found.items()}

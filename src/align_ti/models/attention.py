@@ -7,14 +7,14 @@ every layer, as `output_attentions` would give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,18 +28,50 @@ NAME = "align_ti_sdpa"
 """Our entry in transformers' attention interface: SDPA that can be watched and accepts boolean 4-D masks."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class AttentionRows:
+    """Which attention is read: at one layer, the rows whose queries are tokens of these roles."""
+
+    layer: int
+    roles: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention that was read, averaged over heads, a row for each query that was asked for.
+
+    `index` is the sequence index of each query. Samples with fewer queries than others are filled up with rows of 0, which `marked`
+    tells.
+    """
+
+    weights: Float[Tensor, "batch queries keys"]
+    index: Int[Tensor, "batch queries"]
+    marked: Bool[Tensor, "batch queries"]
+
+    def mean(self) -> Float[Tensor, "batch keys"]:
+        """The attention to each key, averaged over the sample's queries; 0 for a sample without any."""
+        return self.weights.sum(1) / self.marked.sum(-1).clamp(min=1)[:, None]
+
+    def of_keys(self, count: int, device: torch.device) -> Attention:
+        """The same over the first keys alone, on a device."""
+        return Attention(self.weights[..., :count].to(device), self.index.to(device), self.marked.to(device))
+
+
 @dataclass(slots=True)
 class Watch:
     """What to read during a forward pass, and what was read.
 
-    `means[layer]` is [batch, seq]: the attention that the marked queries pay to each token, averaged over heads and over the
-    sample's marked queries; rows of samples without a marked query are 0.
+    Attention of a pass with gradient has a gradient.
     """
 
-    queries: Bool[Tensor, "batch seq"]
-    layers: tuple[int, ...]
-    modules: tuple[nn.Module, ...] = ()
-    means: dict[int, Float[Tensor, "batch seq"]] = field(default_factory=dict)
+    queries: Mapping[AttentionRows, Bool[Tensor, "batch seq"]]
+    modules: Mapping[int, nn.Module] = field(default_factory=dict)
+    found: dict[AttentionRows, Attention] = field(default_factory=dict)
+
+    @property
+    def means(self) -> dict[int, Float[Tensor, "batch seq"]]:
+        """The mean over queries of what was read, by layer; for a watch over one kind of query."""
+        return {wanted.layer: attention.mean() for wanted, attention in self.found.items()}
 
     def look(
         self,
@@ -50,21 +82,36 @@ class Watch:
         scaling: float | None,
         softcap: float | None,
     ) -> None:
-        """Keeps the mean attention if this module is watched; the first pass that reaches it counts.
+        """Keeps the attention if this module is watched; the first pass that reaches it counts.
 
         That pass reads the marked tokens at its start; tokens behind them (branches of the packed form) are no queries.
         """
-        for layer, watched in zip(self.layers, self.modules, strict=True):
-            if module is watched and layer not in self.means:
-                behind = query.shape[2] - self.queries.shape[1]
-                queries = nn.functional.pad(self.queries, (0, behind)).to(query.device)
+        for wanted, marked in self.queries.items():
+            if module is self.modules.get(wanted.layer) and wanted not in self.found:
+                behind = query.shape[2] - marked.shape[1]
                 # A model spread over devices reads each layer on its own.
+                queries = nn.functional.pad(marked, (0, behind)).to(query.device)
                 with phase("capture"):
-                    mean = mean_attention(query, key, mask, queries, scaling, softcap)
-                self.means[layer] = mean.to(self.queries.device)
+                    read = attention_rows(query, key, mask, queries, scaling, softcap)
+                self.found[wanted] = read.of_keys(read.weights.shape[-1], marked.device)
 
 
-_WATCH: ContextVar[Watch | None] = ContextVar("align_ti_watch", default=None)
+_WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("align_ti_watches", default=())
+
+
+def current_watches() -> tuple[Watch, ...]:
+    """What is being read right now."""
+    return _WATCHES.get()
+
+
+@contextmanager
+def watched_by(*watches: Watch) -> Iterator[None]:
+    """Inside the block these watches, and no others, read."""
+    token = _WATCHES.set(watches)
+    try:
+        yield
+    finally:
+        _WATCHES.reset(token)
 
 
 def attend(
@@ -79,8 +126,8 @@ def attend(
         raise ModelError(
             f"{type(module).__name__} has attention sinks, which are not followed; leave IVA and TPA out (weight: 0)."
         )
-    watch, softcap = _WATCH.get(), options.get("softcap")
-    if watch is not None:
+    softcap = options.get("softcap")
+    for watch in current_watches():
         watch.look(module, query, key, attention_mask, options.get("scaling"), softcap)
     forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward if softcap is None else capped
     return forward(module, query, key, value, attention_mask, **options)
@@ -124,21 +171,18 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@torch.no_grad()
-def mean_attention(
+def attention_rows(
     query: Float[Tensor, "batch heads seq head_dim"],
     key: Float[Tensor, "batch key_heads keys head_dim"],
     mask: Tensor | None,
     queries: Bool[Tensor, "batch seq"],
     scaling: float | None = None,
     softcap: float | None = None,
-) -> Float[Tensor, "batch keys"]:
-    """The softmax attention that each sample's marked queries pay to every key, averaged over heads and those queries.
+) -> Attention:
+    """The softmax attention that each sample's marked queries pay to every key, averaged over heads.
 
     The softmax runs over all keys that a query sees, in float32 or wider. `mask` is the layer's own: None for causal,
     bool (True: seen), or additive. `softcap` is the layer's own cap on its scores.
-
-    Source: Align-TI (arXiv:2602.09483), alpha of the IVA term.
     """
     count = queries.sum(-1)
     width = max(int(count.max()), 1)
@@ -159,7 +203,22 @@ def mean_attention(
         mask = mask.expand(query.shape[0], -1, -1, -1)
         scores = masked(scores, mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])))
     weights = torch.where(marked[:, None, :, None], scores.softmax(-1), 0.0)
-    return weights.mean(1).sum(1) / count.clamp(min=1)[:, None]
+    return Attention(weights.mean(1), index, marked)
+
+
+def mean_attention(
+    query: Float[Tensor, "batch heads seq head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    mask: Tensor | None,
+    queries: Bool[Tensor, "batch seq"],
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch keys"]:
+    """`attention_rows`, averaged over each sample's marked queries.
+
+    Source: Align-TI (arXiv:2602.09483), alpha of the IVA term.
+    """
+    return attention_rows(query, key, mask, queries, scaling, softcap).mean()
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -189,36 +248,41 @@ def own_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     return running_on(model, NAME)
 
 
+def watching(
+    model: PreTrainedModel, queries: Bool[Tensor, "batch seq"], layers: tuple[int, ...]
+) -> AbstractContextManager[Watch]:
+    """Reads the attention of the marked queries at the given layers, as `capturing` does; `means` has it by layer."""
+    return capturing(model, {AttentionRows(layer, ()): queries for layer in layers})
+
+
 @contextmanager
-def watching(model: PreTrainedModel, queries: Bool[Tensor, "batch seq"], layers: tuple[int, ...]) -> Iterator[Watch]:
-    """Reads the mean attention of the marked queries at the given layers during the forward passes inside the block.
+def capturing(model: PreTrainedModel, queries: Mapping[AttentionRows, Bool[Tensor, "batch seq"]]) -> Iterator[Watch]:
+    """Reads attention during the forward passes inside the block, each at its layer and of its marked queries.
 
     Raises:
         ModelError: a layer has no full attention to read, or the block ran no forward pass that reached it. An attention
             that was not captured would train happily with a term of 0.
     """
     modules, readable = attention_modules(model), full_attention_layers(model)
-    for layer in layers:
-        if layer not in readable:
+    for wanted in queries:
+        if wanted.layer not in readable:
             raise ModelError(
-                f"layer {layer} of {type(model).__name__} has no full attention to read; layers with it: "
+                f"layer {wanted.layer} of {type(model).__name__} has no full attention to read; layers with it: "
                 f"{', '.join(map(str, readable)) or 'none'}; "
                 + (
-                    "choose one of them (objective.iva.layer)."
+                    "choose one of them (such as objective.iva.layer), or leave out the term that reads it (weight: 0)."
                     if readable
-                    else "leave IVA out (objective.iva.weight: 0)."
+                    else "leave out the term that reads it (such as objective.iva.weight: 0)."
                 )
             )
-    watch = Watch(queries=queries, layers=layers, modules=tuple(modules[layer] for layer in layers))
-    token = _WATCH.set(watch)
-    try:
-        with own_attention(model):
-            yield watch
-    finally:
-        _WATCH.reset(token)
-    missing = [layer for layer in layers if layer not in watch.means]
+    watch = Watch(queries, {wanted.layer: modules[wanted.layer] for wanted in queries})
+    with watched_by(*current_watches(), watch), own_attention(model):
+        yield watch
+    missing = sorted({wanted.layer for wanted in queries if wanted not in watch.found})
     if missing:
         raise ModelError(
             f"the attention of layer(s) {missing} of {type(model).__name__} was not captured: its attention does not go "
-            "through transformers' attention interface; leave IVA out (objective.iva.weight: 0) or use another teacher."
+            "through transformers' attention interface; leave out the term that reads it (such as objective.iva.weight: 0) or "
+            "use another "
+            "model."
         )

@@ -10,9 +10,9 @@ Source: Align-TI (arXiv:2602.09483), the ribbon mask of its TPA term.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,14 +41,25 @@ from align_ti.models.standins import standing_in
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model made of the gold tokens: hidden states before the head, and the cache if it was asked for."""
+    """What a model made of the gold tokens: hidden states before the head, the cache if it was asked for, and hidden states behind the
+    layers that were asked for."""
 
     hidden: Float[Tensor, "batch seq hidden"]
     cache: DynamicCache | None
+    layers: Mapping[int, Float[Tensor, "batch seq hidden"]] = field(default_factory=dict)
 
 
-def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool) -> Reading:
+def read(
+    model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool, layers: Collection[int] = ()
+) -> Reading:
     """One pass over the gold tokens.
+
+    Args:
+        model: the model.
+        inputs: its inputs.
+        keep_cache: whether candidates will continue from here.
+        layers: layers whose hidden states are wanted, by index from 0; as transformers gives them, so those of the last layer are what
+            the head reads, behind the closing norm.
 
     Raises:
         ModelError: a cache was asked for and the model gave none.
@@ -61,13 +72,37 @@ def read(model: PreTrainedModel, inputs: Mapping[str, Any], *, keep_cache: bool)
             past_key_values=cache,
             use_cache=keep_cache,
             return_dict=True,
+            **({"output_hidden_states": True} if layers else {}),
         )
     if cache is not None and (out.past_key_values is not cache or cache.get_seq_length() == 0):
         raise ModelError(
             f"{type(model).__name__} kept no cache for the second pass (a gradient checkpointing of its own switches it off); use the "
             "packed form (objective.tpa.form: packed)."
         )
-    return Reading(hidden=out.last_hidden_state, cache=cache)
+    return Reading(hidden=out.last_hidden_state, cache=cache, layers=behind_layers(model, out, layers))
+
+
+def behind_layers(model: PreTrainedModel, out: Any, layers: Collection[int]) -> dict[int, Tensor]:
+    """The hidden states behind the layers that were asked for.
+
+    Raises:
+        ModelError: the model has no such layer, or does not give hidden states.
+    """
+    if not layers:
+        return {}
+    states = getattr(out, "hidden_states", None)
+    if states is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no hidden states of its layers; leave out the term that reads them (weight: 0)."
+        )
+    # The first entry is what the first layer is given.
+    count = len(states) - 1
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong:
+        raise ModelError(
+            f"{type(model).__name__} has no layer {wrong[0]}; layers 0 to {count - 1} are accepted; choose one of them."
+        )
+    return {layer: states[layer + 1] for layer in layers}
 
 
 def continue_branches(
@@ -95,9 +130,9 @@ def continue_branches(
 
 
 def read_packed(
-    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches
-) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "branches hidden"]]:
-    """The hidden states of gold tokens and of branches, from one pass over both."""
+    model: PreTrainedModel, inputs: Mapping[str, Any], branches: Branches, layers: Collection[int] = ()
+) -> tuple[Reading, Float[Tensor, "branches hidden"]]:
+    """What `read` gives of the gold tokens, and the hidden states of branches, from one pass over both."""
     rows = branches.a_row_each()
     length, width = inputs["input_ids"].shape[1], rows.width
     masks = {}
@@ -114,8 +149,11 @@ def read_packed(
         "position_ids": torch.cat([position_ids(model, inputs), branch_positions(model, inputs, rows)], dim=-1),
     }
     with own_attention(model), keeping_cache(model):
-        hidden = backbone(model)(**packed, use_cache=False, return_dict=True).last_hidden_state
-    return hidden[:, :length], rows.flat(hidden[:, length:])
+        options = {"output_hidden_states": True} if layers else {}
+        out = backbone(model)(**packed, use_cache=False, return_dict=True, **options)
+    hidden: Tensor = out.last_hidden_state
+    behind = {layer: states[:, :length] for layer, states in behind_layers(model, out, layers).items()}
+    return Reading(hidden[:, :length], None, behind), rows.flat(hidden[:, length:])
 
 
 TOKEN_MARKS = ("token_type_ids", "mm_token_type_ids")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from align_ti.models.attention import attention_of, running_on
+from align_ti.models.attention import attention_of, current_watches, running_on, watched_by
 from align_ti.models.caches import fork, keep_only, lent_by, put, states, written
 from align_ti.models.families import language_model
 from align_ti.models.standins import standing_in
@@ -76,10 +77,14 @@ def recomputing(
     through: Any = partial(checkpoint, **{**getattr(kept, "keywords", {}), "use_reentrant": False})
     attention, cache = attention_of(model), options.pop("past_key_values", None)
     before = fork(cache) if isinstance(cache, DynamicCache) else None
+    # Attention that is read in a layer is computed once more when the layer is, and then kept by nobody.
+    watches = current_watches()
+    copies = tuple(replace(watch, found=dict(watch.found)) for watch in watches)
+    runs = iter((watches,))
 
     def run(*inputs: Any) -> tuple[Any, list[int], list[int], list[Tensor]]:
         own = {} if before is None else {"past_key_values": fork(before)}
-        with running_on(model, attention), switched_off(layer):
+        with running_on(model, attention), switched_off(layer), watched_by(*next(runs, copies)):
             out = forward(*inputs, **options, **own)
         if before is None:
             return out, [], [], []

@@ -67,7 +67,9 @@ def run_checks(
     verdicts = fit_verdicts(models, processor, teacher_processor, objective)
     own = own_processor(processor, teacher_processor)
     found = read_first(data, processor, records, recipe.data.max_length, recipe.data.too_long, own)
-    verdicts += data_verdicts(found, "iva" in objective.active, may_cut=recipe.data.too_long == "truncate")
+    verdicts += data_verdicts(
+        found, any(term.needs_visual for term in objective.terms.values()), may_cut=recipe.data.too_long == "truncate"
+    )
     if worst(verdicts) == "fail":
         return [*verdicts, not_run()]
     with traceless(*models.values()):
@@ -78,13 +80,11 @@ def run_checks(
 
 
 def with_layer(objective: Objective, teacher: PreTrainedModel | None) -> Objective:
-    """The objective with a number for IVA's layer."""
-    if teacher is None or objective.iva.layer != "auto":
+    """The objective with a number for every layer that is still to be chosen."""
+    if teacher is None or not objective.needs_layer:
         return objective
     layers = full_attention_layers(teacher)
-    return objective.model_copy(
-        update={"iva": objective.iva.model_copy(update={"layer": layers[len(layers) // 2] if layers else 0})}
-    )
+    return objective.at_layer(layers[len(layers) // 2] if layers else 0)
 
 
 def probe(

@@ -16,12 +16,12 @@ from align_ti.data.collator import Collator
 from align_ti.data.roles import VISUAL, image_id, model_inputs
 from align_ti.errors import AlignTIError
 from align_ti.models import families
-from align_ti.models.continuation import check_branching
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import shared_tokens
 from align_ti.models.standins import Projection
 from align_ti.preflight.verdicts import Verdict
-from align_ti.training.objective import places_of, view
+from align_ti.terms.readings import view
+from align_ti.training.passes import places_of
 
 Models = Mapping[str, PreTrainedModel]
 """The models by name: `student`, and `teacher` where there is one."""
@@ -106,8 +106,10 @@ def image_tokens(models: Models, processor: ProcessorMixin, teacher_processor: P
 def layout(models: Models, objective: Objective) -> Verdict:
     """Whether the models' layers are of a kind that the objective can follow."""
     found = [refusal(partial(families.check_layout, model)) for model in models.values()]
-    if "tpa" in objective.active:
-        found += [refusal(partial(check_branching, model)) for model in models.values()]
+    if "teacher" in models:
+        found += [
+            refusal(partial(term.check, models["student"], models["teacher"])) for term in objective.terms.values()
+        ]
     problem = next((message for message in found if message is not None), None)
     return Verdict(
         name="layout",
@@ -179,7 +181,7 @@ def comparable_rows(
     for sample in samples:
         batch = on_device(collate([sample]), device)
         ours, theirs = view(models["student"], batch), view(models["teacher"], batch["teacher"])
-        problems.append(refusal(partial(places_of, ours, theirs, objective)))
+        problems.append(refusal(partial(places_of, ours, theirs, objective.terms)))
     bad = [problem for problem in problems if problem is not None]
     return Verdict(
         name="rows",

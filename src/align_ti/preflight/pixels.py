@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from align_ti.data.collator import Collator
 from align_ti.data.roles import RESPONSE, VISUAL, encode, model_inputs
 from align_ti.preflight.pair import on_device, read_by
-from align_ti.preflight.plain import own_logits
 from align_ti.preflight.samples import Sample, with_other_pictures
 from align_ti.preflight.verdicts import Verdict
+from align_ti.terms.plain import own_logits
 
 SEEN = 10.0
 """A change of the answer counts as clear from this many times the rounding of the model's precision."""

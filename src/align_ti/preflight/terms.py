@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 from align_ti.config import Objective
 from align_ti.data.roles import NO_LABEL, OTHER, RESPONSE, model_inputs
 from align_ti.errors import AlignTIError
+from align_ti.interactions.candidates import CandidateOptions, left_out_tokens
 from align_ti.models.continuation import read
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
-from align_ti.preflight import plain
 from align_ti.preflight.pair import Models, on_device, read_by
 from align_ti.preflight.verdicts import Verdict
-from align_ti.training.objective import distillation_loss, left_out_tokens
+from align_ti.terms.plain import Sample, own_logits
+from align_ti.training.objective import distillation_loss
+from align_ti.training.passes import candidate_options
 
 SMALL_SHARE = 1e-3
 """A term whose gradient is a smaller share of all terms' gradients hardly moves the student."""
@@ -50,12 +52,7 @@ MISHAPS = (AlignTIError, RuntimeError, ValueError, IndexError)
 
 def only(objective: Objective, name: str) -> Objective:
     """The objective with one term alone, at its weight."""
-    off = {
-        other: getattr(objective, other).model_copy(update={"weight": 0.0})
-        for other in ("sft", "kd", "iva", "tpa")
-        if other != name
-    }
-    return objective.model_copy(update=off)
+    return Objective.only(chunk_rows=objective.chunk_rows, **{name: objective.terms[name]})
 
 
 def coarsest(models: Models) -> torch.dtype:
@@ -97,7 +94,10 @@ def term_verdicts(
         for name in objective.active
     }
     whole = sum(life.gradient for life in lives.values())
-    return [alive(name, life, life.gradient / whole if whole > 0 else 0.0) for name, life in lives.items()]
+    return [
+        alive(name, life, life.gradient / whole if whole > 0 else 0.0, objective.terms[name].fix)
+        for name, life in lives.items()
+    ]
 
 
 def live(
@@ -132,7 +132,7 @@ def live(
             parameter.grad = None
 
 
-def alive(name: str, life: Life, share: float) -> Verdict:
+def alive(name: str, life: Life, share: float, fix: str) -> Verdict:
     """The verdict on one term's life."""
     finite = life.value == life.value and abs(life.value) != float("inf") and life.gradient < float("inf")
     idle = life.mass == 0 and not life.error
@@ -149,17 +149,9 @@ def alive(name: str, life: Life, share: float) -> Verdict:
         state="fail" if dead else "warn" if idle or share < SMALL_SHARE else "pass",
         measured=measured,
         expected=f"finite, not 0, with gradient, and {SMALL_SHARE:.1%} of the norms at least",
-        way_out=WAYS_OUT[name] if dead or idle else f"raise objective.{name}.weight, or set it to 0 to save its cost",
+        way_out=fix if dead or idle else f"raise objective.{name}.weight, or set it to 0 to save its cost",
         values={"value": life.value, "mass": life.mass, "gradient_norm": life.gradient, "gradient_share": share},
     )
-
-
-WAYS_OUT = {
-    "sft": "see that responses are there (roles) and that something which reaches them is trained (parts)",
-    "kd": "see that the teacher differs from the student, and that something which reaches the responses is trained (parts)",
-    "iva": "see that an instruction stands behind a picture (roles), choose another objective.iva.layer, or objective.iva.weight: 0",
-    "tpa": "see that candidates are not all left out (objective.tpa.left_out), or objective.tpa.weight: 0",
-}
 
 
 # --- our rows are the model's own -------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> V
     batch = on_device(read_by(name, batch), model.device)
     inputs = model_inputs(batch)
     rows = ((batch["roles"][0] == RESPONSE).nonzero().flatten() - 1).tolist()
-    own = plain.own_logits(model, inputs)[0, rows]
+    own = own_logits(model, inputs)[0, rows]
     ours = Projection(model)(read(model, inputs, keep_cache=False).hidden[0, rows]).to(own.dtype)
     scale = float(own.abs().max())
     apart = float((ours - own).abs().max()) / max(scale, torch.finfo(own.dtype).tiny)
@@ -193,24 +185,25 @@ def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> V
 def fused_verdicts(
     models: Models, batch: Mapping[str, Any], objective: Objective, pairing: Pairing, pad_tokens: Mapping[str, int]
 ) -> list[Verdict]:
-    """For each term, whether the loss on one sample equals the plain re-computation on it."""
+    """For each term, whether the loss on one sample equals the plain re-computation on it, if the term has one."""
     relative, absolute = TOLERANCE.get(coarsest(models), TOLERANCE[torch.bfloat16])
     verdicts = []
-    for name in objective.active:
-        if name == "iva" and objective.iva.resample and "teacher" in batch:
-            verdicts.append(not_compared())
-            continue
+    for name, term in objective.terms.items():
+        sample = Sample(models, {name: read_by(name, batch) for name in ("student", "teacher")}, pairing.shared)
         try:
-            ours, expected = (
-                both_tpa(models, batch, objective, pairing, pad_tokens)
-                if name == "tpa"
-                else (
-                    fused(models, padded(batch, pad_tokens), objective, name, pairing),
-                    again(models, batch, objective, name, pairing),
-                )
-            )
+            if term.candidate_options is not None:
+                ours, expected = with_candidates(sample, batch, objective, name, pairing, pad_tokens)
+            else:
+                expected = term.plain(sample)
+                if expected is None:
+                    verdicts.append(not_compared(name))
+                    continue
+                ours = fused(models, padded(batch, pad_tokens), objective, name, pairing)
         except MISHAPS as error:
             verdicts.append(unequal(name, f"{name} cannot be compared: {first_line(error).rstrip('.')}", relative, {}))
+            continue
+        if expected is None:
+            verdicts.append(not_compared(name))
             continue
         same = abs(ours - expected) <= absolute + relative * abs(expected)
         said = f"{name} on one sample is {ours:.6g} by the loss and {expected:.6g} by plain re-computation"
@@ -218,14 +211,15 @@ def fused_verdicts(
     return verdicts
 
 
-def not_compared() -> Verdict:
-    """Says that resampled rows have no plain re-computation here."""
+def not_compared(name: str) -> Verdict:
+    """Says that the term, as it is set, has no plain re-computation."""
     return Verdict(
-        name="fused.iva",
+        name=f"fused.{name}",
         state="warn",
-        measured="iva resamples the teacher's visual rows, which the plain re-computation does not",
+        measured=f"{name} has no plain re-computation for these options and models",
         expected="a comparison",
-        way_out="none is needed: the tests compare resampled rows on tiny models",
+        way_out="none is needed for a built-in term: the tests compare it on tiny models; hold one of your own to "
+        "align_ti.testing.check_term",
     )
 
 
@@ -257,12 +251,18 @@ def fused(
         models.get("teacher"),
         batch,
         # Packed, gold rows are read in one pass with the branches, under the mask of both.
-        objective if objective.tpa.form == "packed" else only(objective, name),
+        objective if is_packed(objective) else only(objective, name),
         candidates,
         torch.Generator(student.device).manual_seed(0),
         pairing=pairing,
     )
     return float(out.terms[name])
+
+
+def is_packed(objective: Objective) -> bool:
+    """Whether candidates are read packed by choice."""
+    options = candidate_options(objective.terms)
+    return options is not None and options.form == "packed"
 
 
 def padded(batch: Mapping[str, Any], pad_tokens: Mapping[str, int], name: str = "student") -> dict[str, Any]:
@@ -279,48 +279,28 @@ def padded(batch: Mapping[str, Any], pad_tokens: Mapping[str, int], name: str = 
     }
 
 
-def again(models: Models, batch: Mapping[str, Any], objective: Objective, name: str, pairing: Pairing) -> float:
-    """One term other than tpa by plain re-computation."""
-    ours, theirs = read_by("student", batch), read_by("teacher", batch)
-    student = plain.own_logits(models["student"], model_inputs(ours))[0]
-    if name == "sft":
-        return plain.sft(student, ours["input_ids"][0], ours["roles"][0])
-    student, roles = student[..., pairing.shared], (ours["roles"][0], theirs["roles"][0])
-    teacher = plain.own_logits(models["teacher"], model_inputs(theirs))[0][..., pairing.shared]
-    if name == "kd":
-        return plain.kd(student, teacher, roles, objective.kd.temperature)
-    layer = objective.iva.layer
-    assert isinstance(layer, int)
-    focus = plain.instruction_focus(models["teacher"], model_inputs(theirs), roles[1], layer)
-    pictures = None if "pictures" not in ours else ours["pictures"][0]
-    separately = objective.iva.images == "separately"
-    return plain.iva(
-        student, teacher, focus, roles, separately=separately, pictures=pictures, share=objective.iva.share
-    )
-
-
-def both_tpa(
-    models: Models,
+def with_candidates(
+    sample: Sample,
     batch: Mapping[str, Any],
     objective: Objective,
+    name: str,
     pairing: Pairing,
     pad_tokens: Mapping[str, int],
-) -> tuple[float, float]:
-    """TPA over a few response positions and fixed candidates: by the loss, and by one full forward for each candidate."""
-    tried = few_candidates(models["student"], batch, objective, pairing)
+) -> tuple[float, float | None]:
+    """A term over a few response positions and fixed candidates: by the loss, and by its plain re-computation."""
+    options = objective.terms[name].candidate_options
+    tried = few_candidates(sample, options, pairing)
     candidates = batch["input_ids"][..., None].repeat(1, 1, TRIED)
     for step, tokens in tried.items():
         candidates[0, step] = torch.tensor(tokens, device=candidates.device)
     candidates = torch.nn.functional.pad(candidates, (0, 0, 0, PADDING))
-    few = only_responses(batch, list(tried))
-    ours = fused(models, padded(few, pad_tokens), objective, "tpa", pairing, candidates)
-    views = {name: read_by(name, batch) for name in models}
-    return ours, plain.tpa(models, views, tried, pairing.shared)
+    few = only_responses(batch, [sample.rank(step) for step in tried])
+    ours = fused(sample.models, padded(few, pad_tokens), objective, name, pairing, candidates)
+    return ours, objective.terms[name].plain(replace(sample, candidates=tried))
 
 
-def only_responses(batch: Mapping[str, Any], steps: Sequence[int]) -> dict[str, Any]:
-    """The sample with no response but the tokens at these places of the student's sequence."""
-    kept = plain.response_ranks(batch["roles"][0], steps)
+def only_responses(batch: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The sample with no response but the tokens of these ranks, counted from the first response token."""
 
     def masked(part: Mapping[str, Any]) -> dict[str, Any]:
         others: Tensor = part["roles"] == RESPONSE
@@ -332,18 +312,16 @@ def only_responses(batch: Mapping[str, Any], steps: Sequence[int]) -> dict[str, 
     return {**few, "teacher": masked(few["teacher"])} if "teacher" in few else few
 
 
-def few_candidates(
-    student: PreTrainedModel, batch: Mapping[str, Any], objective: Objective, pairing: Pairing
-) -> dict[int, list[int]]:
+def few_candidates(sample: Sample, options: CandidateOptions, pairing: Pairing) -> dict[int, list[int]]:
     """For the first response positions, the gold token and the likeliest others, none of which is left out.
 
     Raises:
         ValueError: every response position holds a token that is left out.
     """
-    left_out = set(left_out_tokens(student, objective.tpa, pairing))
-    logits, ids = plain.own_logits(student, model_inputs(batch))[0], batch["input_ids"][0]
+    left_out = set(left_out_tokens(sample.models["student"], options, pairing))
+    logits, ids = sample.logits("student", shared=False), sample.ids("student")
     tried: dict[int, list[int]] = {}
-    for step in (batch["roles"][0] == RESPONSE).nonzero().flatten().tolist():
+    for step in sample.response_steps("student"):
         gold = int(ids[step])
         if gold not in left_out and len(tried) < POSITIONS:
             likely: Int[Tensor, " most"] = (
@@ -352,5 +330,7 @@ def few_candidates(
             others = [token for token in likely.tolist() if token not in left_out and token != gold]
             tried[step] = [gold, *others[: TRIED - 1]]
     if not tried:
-        raise ValueError("every response token of the sample is left out of tpa; its row needs one that is not.")
+        raise ValueError(
+            "every response token of the sample is left out of the candidates; a row needs one that is not."
+        )
     return tried

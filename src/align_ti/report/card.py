@@ -11,8 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from align_ti.runs import RunFolder, read_json, write_text
 
-TERMS = ("sft", "kd", "iva", "tpa")
-
 
 def write_card(run: RunFolder, folder: Path) -> Path:
     """Writes the card of a run's student into a folder and returns its path.
@@ -39,7 +37,7 @@ def write_card(run: RunFolder, folder: Path) -> Path:
         measured=leaves(recipe["data"].get("eval")),
         data=leaves(recipe["data"]["train"]),
         training=read_json(run.training),
-        terms={name: recipe["objective"][name]["weight"] for name in TERMS if recipe["objective"][name]["weight"]},
+        terms=weights_of(recipe["objective"]),
         last=metrics[-1] if metrics else {},
         recipe=yaml.safe_dump(name_only(recipe), sort_keys=False, allow_unicode=True),
         provenance=provenance,
@@ -47,6 +45,12 @@ def write_card(run: RunFolder, folder: Path) -> Path:
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+def weights_of(objective: dict[str, Any]) -> dict[str, float]:
+    """The weight of each term that has one: a term is a section with a weight."""
+    sections = {name: options for name, options in objective.items() if isinstance(options, dict)}
+    return {name: options["weight"] for name, options in sections.items() if options.get("weight")}
 
 
 def front_matter(student: str, teacher: str | None, version: str) -> str:

@@ -24,6 +24,7 @@ COLOURS = {
     "student": "#009e73",
 }
 TERMS = {"sft": "#e69f00", "kd": "#56b4e9", "iva": "#cc79a7", "tpa": "#009e73"}
+OTHER_TERMS = ("#0072b2", "#d55e00", "#f0e442", "#7f7f7f", "#000000")
 CYCLE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -102,15 +103,28 @@ def term_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Each unweighted term along training."""
     with mpl.rc_context(STYLE):
         figure, ax = axes(4.6, 2.8)
-        for term, colour in TERMS.items():
+        for term, colour in colours_of(terms_in(metrics)).items():
             points = [(line["step"], line[term]) for line in metrics if line.get(term) is not None and line[term] > 0]
             if points:
                 ax.plot(*zip(*points, strict=True), color=colour, label=term.upper())
         ax.set_yscale("log")
         ax.set_xlabel("step")
-        ax.set_ylabel("nats, unweighted")
+        ax.set_ylabel("value, unweighted")
         ax.legend(frameon=False, ncols=2)
         return svg(figure, "Terms along training")
+
+
+def terms_in(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The terms of a log, known by their weights: those that always have a colour of their own first."""
+    found = dict.fromkeys(key.removesuffix("_weight") for line in metrics for key in line if key.endswith("_weight"))
+    return sorted(found, key=lambda term: (term not in TERMS, list(TERMS).index(term) if term in TERMS else 0))
+
+
+def colours_of(terms: Sequence[str]) -> dict[str, str]:
+    """A colour for each term."""
+    others = [term for term in terms if term not in TERMS]
+    cycle = {term: OTHER_TERMS[place % len(OTHER_TERMS)] for place, term in enumerate(others)}
+    return {term: TERMS.get(term) or cycle[term] for term in terms}
 
 
 def share_curve(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -14,13 +14,15 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.allocator import keep_freed_memory
-from align_ti.config import Iva, Objective, Scores
+from align_ti.config import Objective, Scores, listed
+from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import encode
 from align_ti.errors import ConfigError
+from align_ti.interactions.candidates import plan_candidates
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import head, widest_float
@@ -29,14 +31,8 @@ from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
 from align_ti.phases import OTHER, phase
 from align_ti.runs import read_json, write_json
-from align_ti.training.objective import (
-    DistillationOutput,
-    Masses,
-    batch_masses,
-    candidates_for,
-    distillation_loss,
-    plan_candidates,
-)
+from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
+from align_ti.training.passes import candidate_options, candidates_for
 from align_ti.training.watch import StepPhases
 
 logger = logging.getLogger(__name__)
@@ -72,7 +68,7 @@ class Sums:
 
 
 class AlignTITrainer(Trainer):
-    """Trains a student with SFT, KD, IVA and TPA.
+    """Trains a student with the terms of an objective: SFT, KD, IVA and TPA, or any others.
 
     Each term is logged unweighted under its own name with its weight (`kd`, `kd_weight`), and `branch_share` is the share of TPA
     candidates that needed a row of their own. Terms are normalised over the whole optimizer step, whatever the accumulation and
@@ -114,8 +110,9 @@ class AlignTITrainer(Trainer):
         self.objective: Objective = Objective() if objective is None else objective
         if self.objective.needs_teacher and teacher_model is None:
             raise ConfigError(
-                f"the objective has {', '.join(self.objective.active)}, but no teacher_model was given; give one, or give kd, iva "
-                "and tpa a weight of 0."
+                f"the objective has {', '.join(self.objective.active)}, but no teacher_model was given; give one, or leave out "
+                "the terms that "
+                f"need it: {listed(self.objective)} (weight: 0)."
             )
         if data_collator is None:
             if processing_class is None:
@@ -193,31 +190,37 @@ class AlignTITrainer(Trainer):
             raise ConfigError(
                 "training is sharded by FSDP 2, whose hooks the loss bypasses; FSDP 1 (fsdp_version: 1), DDP, or one GPU are accepted."
             )
-        if self.accelerator.state.fsdp_plugin.activation_checkpointing and "tpa" in self.objective.active:
+        if self.accelerator.state.fsdp_plugin.activation_checkpointing and self.draws_candidates:
             raise ConfigError(
                 "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
                 "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
             )
-        if self.args.gradient_accumulation_steps > 1 and "tpa" in self.objective.active:
+        if self.args.gradient_accumulation_steps > 1 and self.draws_candidates:
             raise ConfigError(
                 "training is sharded by FSDP with gradient_accumulation_steps above 1, where candidates are drawn before the wrapped "
                 "forward pass gathers the weights; use accumulation 1, DDP, or objective.tpa.weight: 0."
             )
 
+    @property
+    def draws_candidates(self) -> bool:
+        """Whether a term compares rows of candidates."""
+        return candidate_options(self.objective.terms) is not None
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in transformers, for conversations too."""
         return super().get_eval_dataloader(encoded(eval_dataset, self.processing_class, self.teacher_processor))
 
-    # --- the layer of IVA ---------------------------------------------------------------------------------------------
+    # --- the layer that attention is read at ---------------------------------------------------------------------------
 
     def resolve_layer(self) -> Objective:
-        """The objective with a number for IVA's layer; "auto" is scored once and kept in the output folder.
+        """The objective with a number for the layer of IVA, or of any term that needs one; "auto" is scored once and kept in the output
+        folder.
 
         Raises:
             ConfigError: the training data are no conversations, so that there is nothing to score on.
             DataError: no picture has two instructions.
         """
-        if "iva" not in self.objective.active or self.objective.iva.layer != "auto":
+        if not self.objective.needs_layer:
             return self.objective
         path, made_from = Path(str(self.args.output_dir)) / "layer_scores.json", self.scored_from()
         kept = read_json(path) if path.exists() else {}
@@ -229,8 +232,7 @@ class AlignTITrainer(Trainer):
             if self.is_world_process_zero():
                 values = {str(key): value for key, value in scores.items()}
                 write_json(path, {"layer": layer, "scores": values, "of": made_from})
-        iva = Iva(**{**self.objective.iva.model_dump(), "layer": layer})
-        self.objective = self.objective.model_copy(update={"iva": iva})
+        self.objective = self.objective.at_layer(layer)
         return self.objective
 
     def scored_from(self) -> dict[str, Any]:
@@ -251,7 +253,9 @@ class AlignTITrainer(Trainer):
         data, processor = self.train_dataset, self.teacher_processor or self.processing_class
         if not isinstance(data, EncodedConversations) or not isinstance(processor, ProcessorMixin):
             raise ConfigError(
-                "objective.iva.layer is 'auto', but the training data are no conversations, so layers cannot be scored; give a "
+                f"objective.{self.objective.needs_layer[0]}.layer is 'auto', but the training data are no conversations, so "
+                "layers cannot be "
+                "scored; give a "
                 "number (score_layers finds it) or pass conversations as train_dataset."
             )
         groups = same_image_groups(
@@ -315,9 +319,9 @@ class AlignTITrainer(Trainer):
         return batches, count
 
     def known_masses(self, batch: dict[str, Any], objective: Objective) -> Masses:
-        """The masses of one batch; its candidates are drawn and put into it if TPA has weight."""
-        plan = None
-        if "tpa" in objective.active:
+        """The masses of one batch; its candidates are drawn and put into it if a term has some."""
+        plan, options = None, candidate_options(objective.terms)
+        if options is not None:
             student = unwrapped(self.accelerator.unwrap_model(self.model))
             # An evaluation leaves the student in eval mode, and draws would depend on whether there was one.
             student.train()
@@ -325,11 +329,10 @@ class AlignTITrainer(Trainer):
                 with self.accelerator.autocast():
                     if "candidates" not in batch:
                         batch["candidates"] = candidates_for(
-                            student, self.teacher_model, batch, objective.tpa, self.generator(), self.pairing
+                            student, self.teacher_model, batch, options, self.generator(), self.pairing
                         )
-                plan = plan_candidates(student, batch, batch["candidates"], objective.tpa, self.pairing)
-        masses = batch_masses(batch["labels"], batch["roles"], plan)
-        return {name: masses[name] for name in objective.active}
+                plan = plan_candidates(student, batch, batch["candidates"], options, self.pairing)
+        return term_masses(objective.terms, Tokens.of(batch), plan)
 
     def over_processes(self, masses: Masses) -> Masses:
         """The masses summed over all processes."""
@@ -480,15 +483,16 @@ class AlignTITrainer(Trainer):
         means = self.eval_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
         # transformers' own mean over batches would depend on their size.
-        terms = [name for name in self.objective.active if name in means]
-        metrics[f"{prefix}_loss"] = sum(getattr(self.objective, name).weight * means[name] for name in terms)
+        metrics[f"{prefix}_loss"] = sum(
+            term.weight * means[name] for name, term in self.objective.terms.items() if name in means
+        )
         return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers, with each term unweighted beside its weight."""
         if "loss" in logs:
             logs |= self.train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            logs |= {f"{name}_weight": getattr(self.objective, name).weight for name in self.objective.active}
+            logs |= {f"{name}_weight": term.weight for name, term in self.objective.terms.items()}
         super().log(logs, start_time)
 
 

@@ -1,0 +1,34 @@
+"""Skew KL: forward KL from a student that has a little of the teacher mixed in, which bounds it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from align_ti.losses.divergences.base import Divergence, Rows, log_mixture, through_softmax, times
+
+
+class SkewKl(Divergence):
+    """KL(p || alpha p + (1 - alpha) q); at most -log(alpha).
+
+    Near p = q it is (1 - alpha)^2 times forward KL, so an equal weight pulls less.
+
+    Source: DistiLLM, Ko et al. (arXiv:2402.03898).
+    """
+
+    name: ClassVar[str] = "skew_kl"
+    alpha: float = Field(default=0.1, ge=0, lt=1)
+    """The teacher's share of the mixture; 0 is forward KL."""
+
+    def values(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
+        """sum p log(p / m)."""
+        return times(log_p.exp(), log_p - log_mixture(log_p, log_q, self.alpha)).sum(-1)
+
+    def with_slope(self, log_p: Rows, log_q: Rows) -> tuple[Float[Tensor, " rows"], Rows]:
+        """With g = -(1 - alpha) q p / m the slope is g - q sum(g)."""
+        log_m, p, q = log_mixture(log_p, log_q, self.alpha), log_p.exp(), log_q.exp()
+        derivative = times(p, (log_q - log_m).exp()).mul_(self.alpha - 1)
+        return times(p, log_p - log_m).sum(-1), through_softmax(derivative, q)

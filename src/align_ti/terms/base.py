@@ -1,0 +1,147 @@
+"""What every term of the objective is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align_ti.data.batch import Tokens
+from align_ti.errors import BatchError
+from align_ti.interactions.transitions import Transitions
+from align_ti.losses.divergences.base import AnyDivergence
+from align_ti.losses.divergences.forward_kl import ForwardKl
+from align_ti.losses.measures import Measure, Softened
+from align_ti.options import Knobs
+from align_ti.terms.readings import Readings, Reads
+
+if TYPE_CHECKING:
+    from align_ti.interactions.candidates import CandidateOptions
+    from align_ti.terms.plain import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedRows:
+    """Rows of the student, how much each counts, and what is measured on them.
+
+    A row is compared with the teacher's row of the same token; or, with `teacher_rows`, with the one at that index of the teacher's own
+    sequence. A row of weight 0 is no part of the term. `branch_weights` weigh the rows of candidates.
+    """
+
+    weights: Float[Tensor, "batch seq"]
+    measure: Measure
+    branch_weights: Float[Tensor, " branches"] | None = None
+    teacher_rows: Int[Tensor, "batch seq"] | None = None
+
+
+class Term(Knobs):
+    """One term of the objective: its options, and how it is made of what the two models read.
+
+    A term's value is its total divided by its mass; totals and masses are added up over accumulated batches and processes before
+    they are divided, so a term is the same number however a step is cut into batches. A term of one's own derives from this class,
+    sets `name`, declares its options as fields, and defines `mass` and `total`; `reads_of_student` and `reads_of_teacher` where it
+    needs more than the last hidden states. `align_ti.testing.check_term` holds it to the rules.
+    """
+
+    kind: ClassVar[Literal["term"]] = "term"
+    name: ClassVar[str]
+    """What a recipe and the log call it."""
+    needs_teacher: ClassVar[bool] = True
+    """Whether it compares with a teacher."""
+    one_sequence: ClassVar[bool] = False
+    """Whether it is defined only where both models read the same inputs."""
+    needs_visual: ClassVar[bool] = False
+    """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
+    fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"
+    """What to look at when the check finds the term dead."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out."""
+
+    # --- what it needs ------------------------------------------------------------------------------------------------
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Refuses models for which the term is not defined.
+
+        Raises:
+            ModelError: it says which part of a model is to blame.
+        """
+
+    def reads_of_student(self, model: PreTrainedModel) -> Reads:
+        """What is read of the student beside its last hidden states."""
+        return Reads()
+
+    def reads_of_teacher(self, model: PreTrainedModel) -> Reads:
+        """What is read of the teacher beside its last hidden states."""
+        return Reads()
+
+    @property
+    def visual(self) -> Literal["none", "equal", "resampled"]:
+        """How visual tokens are compared: not at all one by one; equal numbers one by one; the teacher's resampled to the "
+        "student's grid."""
+        return "none"
+
+    @property
+    def candidate_options(self) -> CandidateOptions | None:
+        """How candidates are drawn, for a term that compares rows of candidates."""
+        return None
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether the term's layer is to be chosen by layer scores (IRS) first."""
+        return False
+
+    def at_layer(self, layer: int) -> Term:
+        """The term with the layer that was chosen."""
+        return self.model_copy(update={"layer": layer})
+
+    # --- what it is ---------------------------------------------------------------------------------------------------
+
+    def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
+        """What the total is a sum of, counted before any model has read the batch; `plan` is there where a term has candidates."""
+        raise NotImplementedError(f"{type(self).__name__} defines no mass")
+
+    def total(self, readings: Readings) -> WeightedRows | Float[Tensor, ""]:
+        """The term's sum over the batch: rows with weights, which go through the vocabulary with those of all other terms; or a scalar
+        with gradient, in float32 or wider."""
+        raise NotImplementedError(f"{type(self).__name__} defines no total")
+
+    def plain(self, sample: Sample) -> float | None:
+        """The term's value on one sample by a plain re-computation that shares no code with `total`; None: the check has none to
+        compare with."""
+        return None
+
+
+class Compares(Term):
+    """A term that compares next-token distributions by a divergence."""
+
+    divergence: AnyDivergence = ForwardKl()
+    """How far the student's distribution is from the teacher's: a name (forward_kl, reverse_kl, jensen_shannon, skew_kl,
+    skew_reverse_kl, adaptive_kl, alpha_beta, total_variation), or a section with name and options."""
+
+    @property
+    def measure(self) -> Softened:
+        """What is measured on each row."""
+        return Softened(self.divergence)
+
+
+def per_sample(rows: Shaped[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """Weights under which the marked rows of each sample count 1 together."""
+    return rows / rows.sum(-1, keepdim=True).clamp(min=1)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 or wider, for sums that half precision would lose."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def refuse_own_sequence(name: str) -> BatchError:
+    """The refusal of a term that compares token by token, for a teacher that reads inputs of its own."""
+    return BatchError(
+        f"objective.{name} compares the two models token by token over the whole sequence, but the teacher reads inputs of its own; "
+        f"choose a teacher with the student's processor, or leave the term out (objective.{name}.weight: 0)."
+    )
