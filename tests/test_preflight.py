@@ -270,9 +270,9 @@ def test_a_teacher_that_gets_another_records_picture_is_named(setting):
 
 
 def test_a_loss_that_shows_the_teacher_another_picture_is_named(setting, monkeypatch):
-    read = loss.read
+    read = passes.read
 
-    def another(model, inputs, *, keep_cache):
+    def another(model, inputs, *, keep_cache, layers=()):
         pixels = inputs["pixel_values"]
         return read(
             model,

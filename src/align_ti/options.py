@@ -134,6 +134,4 @@ def placed(group: type[Knobs], item: Any, place: tuple[str, ...]) -> InitErrorDe
 
 def sentence(text: str, place: tuple[str | int, ...], found: Any) -> InitErrorDetails:
     """An error whose words follow the option's name."""
-    # Braces would be read as places of values.
-    escaped = text.replace("{", "{{").replace("}", "}}")
-    return {"type": PydanticCustomError("sentence", escaped), "loc": place, "input": found}
+    return {"type": PydanticCustomError("sentence", text), "loc": place, "input": found}

@@ -36,6 +36,12 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "kd": "align_ti.terms.kd:Kd",
         "iva": "align_ti.terms.iva:Iva",
         "tpa": "align_ti.terms.tpa:Tpa",
+        "llava_kd_mdist": "align_ti.terms.llava_kd_mdist:LlavaKdMdist",
+        "llava_kd_rdist": "align_ti.terms.llava_kd_rdist:LlavaKdRdist",
+        "align_kd": "align_ti.terms.align_kd:AlignKd",
+        "compodistill": "align_ti.terms.compodistill:CompoDistill",
+        "em_kd_vsd": "align_ti.terms.em_kd_vsd:EmKdVsd",
+        "em_kd_vlad": "align_ti.terms.em_kd_vlad:EmKdVlad",
     },
 }
 """Where each name's class is: module:class."""

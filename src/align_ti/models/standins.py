@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align_ti.errors import ModelError
 from align_ti.models.families import backbone, head, tower
 from align_ti.models.placement import is_quantized
 
@@ -99,6 +100,18 @@ class Projection:
         """Number of logits of a row, padding of the vocabulary included."""
         features = getattr(head(self.model), "out_features", None)
         return features if isinstance(features, int) else int(self.parameters()[0].shape[0])
+
+
+def linear_head(model: PreTrainedModel, why: str) -> nn.Linear:
+    """The linear layer that the model's projection to the vocabulary is no more than.
+
+    Raises:
+        ModelError: it is more than that; `why` says who asks and what to do.
+    """
+    found = Projection(model).linear
+    if found is None or type(found.weight) is not nn.Parameter:
+        raise ModelError(f"the head of {type(model).__name__} is more than one linear layer of plain weights; {why}.")
+    return found
 
 
 def same_frozen_tower(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:

@@ -134,6 +134,11 @@ def per_sample(rows: Shaped[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
     return rows / rows.sum(-1, keepdim=True).clamp(min=1)
 
 
+def cosine_distance(one: Float[Tensor, "..."], other: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """1 - cos of two tensors of equal shape taken as vectors; 1 if one of them is 0 everywhere."""
+    return 1 - torch.nn.functional.cosine_similarity(wide(one).flatten(), wide(other).flatten(), dim=0)
+
+
 def wide(values: Tensor) -> Tensor:
     """Values in float32 or wider, for sums that half precision would lose."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -90,8 +90,8 @@ def distillation_loss(
         pairing = Pairing() if compared is None else Pairing(shared_tokens(student, compared))
     ours = view(student, batch)
     theirs = None if compared is None else view(compared, batch.get("teacher", batch))
+    check_batch(ours.inputs["input_ids"], batch["labels"].to(ours.roles.device), ours.roles, ours.real)
     tokens = Tokens.of(batch, ours.roles.device)
-    check_batch(tokens.ids, tokens.labels, tokens.roles, ours.real)
     check_known(tokens.labels, pairing, Projection(student).out_features)
     if candidates is not None:
         # A trainer moves tensors to its device, but not what candidates with weights are wrapped in.

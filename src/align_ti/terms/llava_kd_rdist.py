@@ -1,0 +1,110 @@
+"""LLaVA-KD's relation distillation (RDist): how visual tokens relate to one another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align_ti.data.batch import Tokens
+from align_ti.interactions.transitions import Transitions
+from align_ti.models.standins import linear_head
+from align_ti.terms.base import Term, cosine_distance, wide
+from align_ti.terms.readings import Passed, Readings
+
+if TYPE_CHECKING:
+    from align_ti.terms.plain import Sample
+
+
+class LlavaKdRdist(Term):
+    """1 - cos of the student's and the teacher's relation matrices R = Y Y^T over a sample's visual tokens, averaged over samples.
+
+    Y are the logits at the visual positions: the paper says "visual tokens output by the LLM", its authors and the released trainer
+    take logits. They are not centred, so a part that all logits share counts in R and brings the cosine near 1. R is found without
+    them: H (W^T W) H^T, with H the hidden states and W the head.
+
+    Source: LLaVA-KD, Cai et al. (arXiv:2410.16236), L_rel.
+    """
+
+    name: ClassVar[str] = "llava_kd_rdist"
+    where: ClassVar[str] = "objective.llava_kd_rdist"
+    needs_visual: ClassVar[bool] = True
+    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 0.5."""
+    of: Literal["logits", "hidden"] = "logits"
+    """What the matrix is made of: logits, or the hidden states that the head reads, for heads that are more than one linear layer."""
+    resample: bool = False
+    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's to the student's grid."""
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Refuses heads that are more than a linear layer, whose logits cannot be related without being made.
+
+        Raises:
+            ModelError: the model is named.
+        """
+        if self.of == "logits":
+            for model in (student, teacher):
+                linear_head(
+                    model, f"{self.where} takes logits; give of: hidden, or leave the term out ({self.where}.weight: 0)"
+                )
+
+    @property
+    def visual(self) -> Literal["equal", "resampled"]:
+        """One by one, or resampled if the option says so."""
+        return "resampled" if self.resample else "equal"
+
+    def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
+        """Samples with a picture."""
+        return tokens.pictured.sum()
+
+    def total(self, readings: Readings) -> Float[Tensor, ""]:
+        """One distance a sample with a picture."""
+        student, teacher = readings.student, readings.compared
+        with torch.no_grad():
+            metric = self.metric(teacher, readings)
+            theirs = teacher.aligned(teacher.hidden).to(readings.device)
+            metric = None if metric is None else metric.to(readings.device)
+        whole, own = wide(student.hidden).sum() * 0, self.metric(student, readings)
+        for sample in readings.tokens.pictured.nonzero().flatten().tolist():
+            rows = readings.tokens.visual[sample]
+            expected = relations(theirs[sample][rows], metric)
+            whole = whole + cosine_distance(relations(student.hidden[sample][rows], own), expected)
+        return whole
+
+    def metric(self, passed: Passed, readings: Readings) -> Float[Tensor, "features features"] | None:
+        """W^T W over the tokens that both models know, with the bias as one feature more; None for hidden states as they are."""
+        if self.of == "hidden":
+            return None
+        head = linear_head(passed.view.model, self.where)
+        weight = head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
+        chosen = wide(weight[readings.pairing.shared])
+        return chosen.mT @ chosen
+
+    def plain(self, sample: Sample) -> float | None:
+        """From whole logits."""
+        if self.resample and sample.two_sequences:
+            return None
+        matrices = []
+        for name in ("student", "teacher"):
+            rows = [step for step, role in enumerate(sample.roles(name)) if role == sample.VISUAL]
+            if not rows:
+                return 0.0
+            made = (sample.logits(name) if self.of == "logits" else sample.hidden(name))[rows].double()
+            matrices.append((made @ made.T).flatten())
+        return 1 - float(torch.nn.functional.cosine_similarity(matrices[0], matrices[1], dim=0))
+
+
+def relations(
+    hidden: Float[Tensor, "visual hidden"], metric: Float[Tensor, "features features"] | None
+) -> Float[Tensor, "visual visual"]:
+    """The inner products of what the hidden states become under the metric, or of themselves without one."""
+    rows = wide(hidden)
+    if metric is None:
+        return rows @ rows.mT
+    if metric.shape[0] > rows.shape[1]:
+        rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
+    return rows @ metric.to(rows) @ rows.mT
