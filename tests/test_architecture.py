@@ -77,10 +77,12 @@ ALLOWED = {
         "phases",
         "pipeline",
         "preflight",
+        "registry",
         "report",
         "runs",
         "errors",
     },
+    "testing": {"config", "losses", "registry", "terms", "training", "errors"},
 }
 """What each part may import of ours: the table of docs/architecture.md."""
 

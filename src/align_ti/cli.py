@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from rich.text import Text
 from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
 from align_ti.phases import Stopwatch, phase_names
+from align_ti.registry import Kind, lookup, names
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
@@ -55,6 +57,14 @@ Changes = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change one option, such as objective.tpa.candidates=2. May be repeated."
+    ),
+]
+
+AllowExtensions = Annotated[
+    bool,
+    typer.Option(
+        "--allow-extensions",
+        help="Run the Python files that the recipe names under `extensions`: divergences and terms of your own.",
     ),
 ]
 
@@ -103,12 +113,13 @@ def train(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Check models and first records first, as `align-ti check` does.")
     ] = True,
+    allow_extensions: AllowExtensions = False,
 ) -> None:
     """Distil as a recipe says; run again to go on after a stop.
 
     With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
     """
-    checked = read_recipe(find_recipe(recipe), changes or [])
+    checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
     quiet()
     if dry_run:
         dry(checked)
@@ -141,13 +152,14 @@ def check(
     recipe: RecipePath,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON instead of a table.")] = False,
+    allow_extensions: AllowExtensions = False,
 ) -> None:
     """Check a recipe's own models and first records in about a minute: plain verdicts before a long run.
 
     Pictures reach both models, vocabularies and image tokens agree, every term is alive, the loss equals a plain re-computation,
     no response is cut; with expected memory and time. check.json and check.html are written to the run folder.
     """
-    checked = read_recipe(find_recipe(recipe), changes or [])
+    checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
     quiet()
     import json
 
@@ -165,6 +177,30 @@ def check(
         console.print(f"page: {run.check_page}")
     if (message := verdicts.failed(found.verdicts, str(run.check))) is not None:
         raise CheckError(message)
+
+
+@app.command()
+def terms(
+    name: Annotated[
+        str | None, typer.Argument(help="A term or a divergence: its definition and every option.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the terms and divergences that a recipe may use, or show one with its options and source.
+
+    objective: {kd: {divergence: {name: skew_kl, alpha: 0.1}}, llava_kd_rdist: {weight: 0.5}}
+    """
+    quiet()
+    if name is not None:
+        show_one(name)
+        return
+    kinds: tuple[Kind, ...] = ("term", "divergence")
+    for kind in kinds:
+        table = Table(title=f"{kind}s", title_justify="left")
+        table.add_column("name")
+        table.add_column("what it is")
+        for known in names(kind):
+            table.add_row(known, first_paragraph(lookup(kind, known)))
+        console.print(table)
 
 
 @app.command("score-layers")
@@ -588,6 +624,29 @@ def show_made(made: Made) -> None:
     console.print(table)
     for note in made.notes:
         console.print(note, markup=False, highlight=False)
+
+
+def first_paragraph(documented: type) -> str:
+    """The first paragraph of a class's docstring, as one line."""
+    return " ".join(inspect.getdoc(documented).split("\n\n")[0].split()) if documented.__doc__ else ""  # type: ignore[union-attr]
+
+
+def show_one(name: str) -> None:
+    """A term or divergence as its docstring tells it, with every option, its default and its meaning.
+
+    Raises:
+        ConfigError: nothing has that name.
+    """
+    kind: Kind = "divergence" if name in names("divergence") else "term"
+    found = lookup(kind, name)
+    console.print(f"{kind} {name}\n\n{inspect.getdoc(found)}\n", highlight=False)
+    table = Table("option", "default", "meaning")
+    for option, field in found.model_fields.items():
+        table.add_row(
+            option, str(getattr(field.default, "name", field.default)), " ".join((field.description or "").split())
+        )
+    if found.model_fields:
+        console.print(table)
 
 
 def shown(value: float | None, form: str) -> str:

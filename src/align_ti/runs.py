@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -156,6 +157,7 @@ class RunFolder:
             RunError: the folder holds a run of another recipe, or files that are no run.
         """
         content = recipe.model_dump(mode="json")
+        extensions = {file: digest(Path(file)) for file in recipe.extensions}
         if self.recipe.exists():
             before = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
             if before != content and self.trained_something():
@@ -165,6 +167,13 @@ class RunFolder:
                     "choose another folder (out), or remove this one."
                 )
             if before == content:
+                kept = read_json(self.provenance).get("extensions", {})
+                if kept != extensions and self.trained_something():
+                    raise RunError(
+                        f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, so it would "
+                        "go on by "
+                        "go on by another objective; restore them, or choose another folder (out)."
+                    )
                 return True
         elif self.root.exists() and (not self.root.is_dir() or self.foreign_files()):
             raise RunError(
@@ -172,7 +181,7 @@ class RunFolder:
             )
         self.root.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
-        write_json(self.provenance, provenance())
+        write_json(self.provenance, provenance() | ({"extensions": extensions} if extensions else {}))
         return False
 
     def trained_something(self) -> bool:
@@ -244,6 +253,11 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} does not exist; finish the run first, or name the right run folder.") from None
     except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}); remove it and run its step again.") from error
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content, or a word for a file that is not there."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
 
 
 def provenance() -> dict[str, Any]:
