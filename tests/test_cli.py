@@ -21,6 +21,7 @@ VERBS = [
     "check",
     "score-layers",
     "evaluate",
+    "generate",
     "chat",
     "report",
     "digits",

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from align_ti.config import Composition, Evaluation, Recipe, Scores, Training, read_recipe
+from align_ti.config import Composition, Evaluation, Generation, Recipe, Scores, Source, Teacher, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
 from align_ti.phases import Stopwatch, phase_names
 from align_ti.registry import Kind, lookup, names
@@ -277,6 +277,71 @@ def evaluate(
         console.print(f"KL from the teacher: {result['divergence']:.4f} nats a token")
     if out is not None:
         write_json(out, result)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
+    data: Annotated[str, typer.Argument(help="A file, folder or hub dataset of training records.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write; a stopped command goes on in it.")],
+    images: Annotated[str | None, typer.Option(help="The folder that picture names start from.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="auto, llava, messages, prompt_completion or plain, as in a recipe.")
+    ] = "auto",
+    split: Annotated[str | None, typer.Option(help="The split to take, where there are several.")] = None,
+    subset: Annotated[str | None, typer.Option(help="The configuration of a hub dataset.")] = None,
+    find_extension: Annotated[
+        bool, typer.Option("--find-extension", help="Look for a missing picture under another extension.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Records answered at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above: tokens are drawn.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    on_bad_record: Annotated[
+        str, typer.Option(help="error: stop at a record that cannot be used; skip: leave it out.")
+    ] = "error",
+) -> None:
+    """Let a model answer training records, for students that learn from its answers; run again to go on after a stop.
+
+    The file is training data itself (data.train), and a recipe's answers: data.responses teacher or mixed, data.answers the file.
+    """
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "on_bad_record": on_bad_record,
+    }
+    place: dict[str, Any] = {"format": form, "split": split, "subset": subset, "find_extension": find_extension}
+    settings, source = Generation(**options), Source(path=data, images=images, **place)
+    precision: Any = dtype
+    teacher = Teacher(path=model, dtype=precision)
+    quiet()
+    from align_ti.pipeline.generating import generate_answers
+
+    with bars() as advance:
+        made = generate_answers(
+            teacher, source, out, settings, advance=lambda done, total: advance("answer", done, total)
+        )
+    console.print(f"answers: {made.out}, to {made.lines} of {made.records} records")
+    if made.images is not None:
+        console.print(f"picture names in it start from {made.images}")
+    if made.cut:
+        console.print(
+            f"{made.cut} record(s) have an answer that was cut at {max_new_tokens} tokens; data.responses does not use them; raise "
+            "--max-new-tokens."
+        )
+    if made.records > made.lines:
+        console.print(f"{made.records - made.lines} record(s) were left out:")
+        for one in made.left_out[:5]:
+            console.print(f"  {one.reason}")
+        if len(made.left_out) < made.records - made.lines:
+            console.print("  (reasons of an earlier call were told there)")
 
 
 @app.command()
@@ -545,6 +610,8 @@ def add_data(table: Table, story: dict[str, Any], questions: int) -> None:
         "records",
         f"{story['used']} to learn from, {questions} to be measured on; {story['skipped']} skipped, {story['truncated']} truncated",
     )
+    if story["responses"]["teacher"]:
+        table.add_row("responses", f"{story['responses']['teacher']} the teacher's, {story['responses']['gold']} gold")
     for reason in story["first_reasons"]:
         table.add_row("skipped", reason)
 

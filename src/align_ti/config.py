@@ -267,6 +267,13 @@ class Data(Knobs):
     """Where processed records are kept: worth it when they are seen more than once. true means memory, false none."""
     cache_dir: str | None = None
     """The folder of the disk cache; several runs may share it."""
+    responses: Literal["gold", "teacher", "mixed"] = "gold"
+    """Where the responses to learn come from. gold: the records' own. teacher: the answers in `answers`, which `align-ti generate`
+    wrote. mixed: of each record the teacher's answers with probability teacher_share, decided by seed and record alone."""
+    answers: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+    """The file of the teacher's answers, or a list of such files. Needed unless responses is gold."""
+    teacher_share: float = Field(default=0.5, ge=0, le=1)
+    """The share of records that take the teacher's answers, where responses is mixed."""
     stream: bool = False
     """Read one source as it is needed instead of as a whole: for data that do not fit. Needs training.max_steps."""
     shuffle_buffer: int = Field(default=1000, ge=1)
@@ -290,6 +297,11 @@ class Data(Knobs):
             changed["train"] = tuple(train)
         if isinstance(options.get("cache"), bool):
             changed["cache"] = "memory" if options["cache"] else "none"
+        answers = options.get("answers")
+        if not isinstance(answers, str | list | tuple | None):
+            raise ValueError(f"answers is {answers!r}; accepted: a path, or a list of paths; give one")
+        if answers is not None:
+            changed["answers"] = (answers,) if isinstance(answers, str) else tuple(answers)
         return changed
 
     @model_validator(mode="after")
@@ -323,13 +335,36 @@ class Data(Knobs):
         return self
 
     @model_validator(mode="after")
+    def _answers_where_they_are_used(self) -> Data:
+        if self.responses != "gold" and self.answers is None:
+            raise ValueError(
+                f"responses is {self.responses!r} but answers is missing; name the file that `align-ti generate` wrote, or set "
+                "responses: gold"
+            )
+        if self.responses == "gold" and self.answers is not None:
+            raise ValueError(
+                "answers is given but responses is 'gold', which reads none; set responses: teacher or mixed, or leave answers out"
+            )
+        if self.responses != "mixed" and self.teacher_share != type(self).model_fields["teacher_share"].default:
+            raise ValueError(
+                f"teacher_share is {self.teacher_share:g} but responses is {self.responses!r}, where nothing is shared out; set "
+                "responses: mixed, or leave teacher_share out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_a_stream_can(self) -> Data:
         if self.stream:
             if len(self.sources) > 1 or self.sources[0].weight is not None or self.sources[0].count is not None:
                 raise ValueError(
                     "stream reads one whole source; a mix is not accepted; set stream: false, or give one path"
                 )
-            for name, accepted in (("on_bad_record", "error"), ("too_long", "error"), ("cache", "none")):
+            for name, accepted in (
+                ("on_bad_record", "error"),
+                ("too_long", "error"),
+                ("cache", "none"),
+                ("responses", "gold"),
+            ):
                 if getattr(self, name) != accepted:
                     raise ValueError(
                         f"{name} is {getattr(self, name)!r}, which needs all records before training, and stream is true; set "
@@ -412,6 +447,36 @@ class Evaluation(Knobs):
     """Questions answered at a time."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of one answer at most; an answer that reaches it is counted as cut."""
+
+
+class Generation(Knobs):
+    """How a model answers training records (`align-ti generate`)."""
+
+    where: ClassVar[str] = "generate"
+    batch_size: int = Field(default=16, ge=1)
+    """Records answered at a time. No effect on the answers but by rounding."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Tokens of one answer at most; an answer that reaches it is marked as cut."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0: the most probable token each time (greedy). Above: tokens are drawn from the distribution at this temperature."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw among the k most probable tokens only."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw among the fewest tokens that together reach this probability."""
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Fixes the draws, together with each record's name and words: neither batches nor a stop on the way change them."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What happens to a record that cannot be read or asked. error: it stops the command. skip: it is left out and counted."""
+
+    @model_validator(mode="after")
+    def _choices_need_a_draw(self) -> Generation:
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but temperature is 0, where nothing is drawn; give a temperature above 0, or "
+                    f"leave {name} out"
+                )
+        return self
 
 
 class Composition(Knobs):

@@ -53,6 +53,8 @@ class Conversation:
     place: str = "a conversation made in memory"
     kind: str = ""
     """A label for scoring by group (`category` or `kind` in the file); empty if there is none."""
+    responses: Literal["gold", "teacher"] = "gold"
+    """Whose words the assistant's turns are: the record's own, or a teacher's in their place."""
 
     def __post_init__(self) -> None:
         check(self)

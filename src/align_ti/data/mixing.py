@@ -1,4 +1,4 @@
-"""Several sources as one set of training records: what is taken of each, by count or by weight, fixed by the seed."""
+"""Several sources as one set of training records: what is taken of each, by count or weight, fixed by the seed; whose responses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align_ti.config import Data, Source
+from align_ti.data.answers import Answers, with_responses
 from align_ti.data.conversation import Conversation
 from align_ti.data.records import ImageRoot
 from align_ti.data.sources import Refused, image_root, read_source, stop
@@ -35,28 +36,36 @@ class Mixture:
     conversations: list[Conversation]
     sources: tuple[SourceReport, ...]
     refused: tuple[Refused, ...] = ()
+    unanswered: tuple[Refused, ...] = ()
+    """Records that were drawn and left out, since the teacher has no usable answer to them."""
 
 
 def read_mixture(data: Data, seed: int = 0) -> Mixture:
     """All training records of a recipe, source by source, each in its own order.
 
     Raises:
-        DataError: a source or record cannot be used (a record only if bad ones are not skipped), or a source has fewer records
-            than its count.
+        DataError: a source or record cannot be used (a record only if bad ones are not skipped), a source has fewer records
+            than its count, or there is no usable answer to a record that should have the teacher's.
     """
+    answers = None if data.answers is None else Answers(data.answers)
     refused: list[Refused] = []
+    unanswered: list[Refused] = []
+    skip = data.on_bad_record == "skip"
     read: list[tuple[list[Conversation], ImageRoot, int]] = []
     for source in data.sources:
         before, root = len(refused), image_root(source, data.images)
-        records = read_source(source, root, refused.append if data.on_bad_record == "skip" else stop)
+        records = read_source(source, root, refused.append if skip else stop)
         read.append((records, root, len(refused) - before))
     counts = numbers_taken(data.sources, [len(records) for records, _, _ in read])
     conversations: list[Conversation] = []
     reports = []
     for index, (source, (records, root, bad), count) in enumerate(zip(data.sources, read, counts, strict=True)):
-        conversations += drawn(records, count, f"{seed}/{index}")
-        reports.append(SourceReport(source.path, len(records) + bad, bad, count, root.other_extension))
-    return Mixture(conversations, tuple(reports), tuple(refused))
+        taken = drawn(records, count, f"{seed}/{index}")
+        if answers is not None:
+            taken = with_responses(taken, source, data, seed, answers, unanswered.append if skip else stop)
+        conversations += taken
+        reports.append(SourceReport(source.path, len(records) + bad, bad, len(taken), root.other_extension))
+    return Mixture(conversations, tuple(reports), tuple(refused), tuple(unanswered))
 
 
 def numbers_taken(sources: Sequence[Source], sizes: Sequence[int]) -> list[int]:

@@ -224,6 +224,13 @@ def without_line_ends(text: str) -> str:
     return re.sub(rf"(?:\r?\n)?{IMAGE_TAG}(?:\r?\n)?", IMAGE_TAG, text)
 
 
+def with_line_ends(text: str) -> str:
+    """The text that `without_line_ends` makes this one of: line ends beside an image tag are doubled, so that they stay."""
+    first, *others = text.split(IMAGE_TAG)
+    pieces = [first, *("\n" + piece if piece.startswith(("\n", "\r\n")) else piece for piece in others)]
+    return IMAGE_TAG.join([*(piece + "\n" if piece.endswith("\n") else piece for piece in pieces[:-1]), pieces[-1]])
+
+
 def as_caption(turns: Sequence[Turn], place: str) -> tuple[Turn, ...]:
     """The two turns of a caption, the question reduced to its picture."""
     speakers = [turn.speaker for turn in turns]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Evaluation
 from align_ti.data.collator import Collator
@@ -47,7 +47,6 @@ def placed(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Te
     return {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
 
 
-@torch.no_grad()
 def answer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -62,21 +61,42 @@ def answer(
     """
     order = sorted(range(len(questions)), key=lambda index: questions[index].kind)
     answers: dict[int, tuple[str, bool]] = {}
-    collate = Collator(processor.tokenizer.pad_token_id, side="left")
-    model.eval()
     for indices in chunks(order, settings.batch_size):
         part = [questions[index] for index in indices]
         samples = [encode(one.conversation, processor, train=False, ask=True) for one in part]
-        inputs = placed(model_inputs(collate(samples)), model)
-        generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
-        made = generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
-        made = made[:, inputs["input_ids"].shape[1] :]
-        ends = torch.tensor(sorted(end_tokens(model)), device=made.device)
-        cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= settings.max_new_tokens)
-        words = processor.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers |= {index: (text.strip(), bool(short)) for index, text, short in zip(indices, words, cut, strict=True)}
+        answers |= zip(indices, said(model, processor, samples, settings.max_new_tokens), strict=True)
         advance(len(part))
     return [answers[index] for index in range(len(questions))]
+
+
+@torch.no_grad()
+def said(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Mapping[str, Tensor]],
+    max_new_tokens: int,
+    choose: Sequence[LogitsProcessor] = (),
+) -> list[tuple[str, bool]]:
+    """What the model says behind each prompt of one batch, and whether it was cut at the token limit.
+
+    Args:
+        model: the model; it is set to eval mode.
+        processor: its processor.
+        samples: the prompts, encoded to ask.
+        max_new_tokens: tokens at most.
+        choose: changes the logits of each step before the most probable token is taken; nothing: greedy.
+    """
+    model.eval()
+    inputs = placed(model_inputs(Collator(processor.tokenizer.pad_token_id, side="left")(samples)), model)
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
+    made = generate(
+        **inputs, do_sample=False, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList(choose)
+    )
+    made = made[:, inputs["input_ids"].shape[1] :]
+    ends = torch.tensor(sorted(end_tokens(model)), device=made.device)
+    cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= max_new_tokens)
+    words = processor.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [(text.strip(), bool(short)) for text, short in zip(words, cut, strict=True)]
 
 
 def evaluate(

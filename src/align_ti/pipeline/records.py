@@ -69,10 +69,11 @@ def training_data(
     mixture = read_mixture(settings, recipe.seed) if mixture is None else mixture
     records = sum(source.records for source in mixture.sources)
     refuse_too_many(mixture.refused, records, settings.max_skipped)
+    refuse_too_many(mixture.unanswered, len(mixture.conversations) + len(mixture.unanswered), settings.max_skipped)
     data = encoded_mixture(mixture, settings, processor)
     if teacher_processor is not None:
         data.teacher = encoded_mixture(mixture, settings, teacher_processor)
-    refused, cut = list(mixture.refused), []
+    refused, cut = [*mixture.refused, *mixture.unanswered], []
     if needs_check(recipe):
         found = checked(data, recipe, run, advance)
         refused, cut = refused + found.refused, found.cut
@@ -90,6 +91,7 @@ def training_data(
         "used": len(data),
         "skipped": len(refused),
         "truncated": len(cut),
+        "responses": told_responses(data.conversations, mixture),
         "first_reasons": [one.reason for one in refused[:5]],
     }
     if run is not None and PartialState().is_main_process:
@@ -97,6 +99,13 @@ def training_data(
         write_lines(run.truncated, cut)
         write_json(run.data, story)
     return data, story
+
+
+def told_responses(used: Sequence[Conversation], mixture: Mixture) -> dict[str, int]:
+    """How many of the records that are used have responses of their own, and how many the teacher's; how many were left out for want
+    of an answer."""
+    teacher = sum(one.responses == "teacher" for one in used)
+    return {"gold": len(used) - teacher, "teacher": teacher, "without_answer": len(mixture.unanswered)}
 
 
 def encoded_mixture(mixture: Mixture, settings: Data, processor: ProcessorMixin) -> EncodedConversations:
