@@ -157,21 +157,23 @@ def test_every_way_to_draw_trains_under_accumulation(folder, tmp_path, draw):
 
 
 WORKER = """
+import json
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.test_trainer import trainer
-folder, out, batch, accumulate = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-run = trainer(folder, out, batch, accumulate)
+import tests.test_trainer as here
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+run = here.trainer(folder, out, 2, 1, objective=getattr(here, sys.argv[3]))
 run.train()
 if run.is_world_process_zero():
     run.model.save_pretrained(out / "final")
+    (out / "log.json").write_text(json.dumps(run.state.log_history))
 """
 
 
-def test_two_processes_equal_one(folder, tmp_path):
-    """2 x 2 samples on two processes give the weights that 4 on one do."""
+def on_two_processes(folder: Path, tmp_path: Path, objective: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The weights and the log of 2 x 2 samples on two processes, with an objective of this module."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     root = Path(__file__).parent.parent
@@ -184,14 +186,25 @@ def test_two_processes_equal_one(folder, tmp_path):
         "--master_port=0",
         "--rdzv-backend=c10d",
     ]
-    launch += ["--rdzv-endpoint=localhost:0", str(script), str(folder), str(tmp_path / "two"), "2", "1"]
+    launch += ["--rdzv-endpoint=localhost:0", str(script), str(folder), str(tmp_path / "two"), objective]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = json.loads((tmp_path / "two" / "log.json").read_text())
+    return load_file(tmp_path / "two" / "final" / "model.safetensors"), [line for line in lines if "tpa" in line]
+
+
+def saved(run: AlignTITrainer, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights by the names that they are saved under."""
+    run.model.save_pretrained(folder / "final")
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    """2 x 2 samples on two processes give the weights that 4 on one do."""
+    two, _ = on_two_processes(folder, tmp_path, "FIXED")
     one = trainer(folder, tmp_path / "one", 4, 1)
     one.train()
-    two = load_file(tmp_path / "two" / "final" / "model.safetensors")
-    one.model.save_pretrained(tmp_path / "one" / "final")
-    for name, value in load_file(tmp_path / "one" / "final" / "model.safetensors").items():
+    for name, value in saved(one, tmp_path / "one").items():
         assert float((value - two[name]).norm()) < 1e-5 * (1 + float(value.norm())), name
 
 
@@ -465,3 +478,45 @@ def test_sampling_options_reach_the_draw(folder, tmp_path):
     line = next(line for line in run.state.log_history if "branch_share" in line)
     # Three draws of the most probable token are one row at most.
     assert line["branch_share"] <= 1 / 3 + 1e-6
+
+
+EVERY_TERM = Objective(
+    iva=Iva(layer=0),
+    kd={"divergence": {"name": "skew_kl", "alpha": 0.2}},
+    llava_kd_mdist={"weight": 0.7},
+    llava_kd_rdist={},
+    align_kd={"weight": 3.0},
+    compodistill={},
+    em_kd_vsd={},
+    em_kd_vlad={},
+)
+"""Every built-in term at once: rows, rows with partners of their own, scalars over hidden states and over attention."""
+
+
+def logged(run: AlignTITrainer) -> list[dict[str, float]]:
+    return [line for line in run.state.log_history if "tpa" in line]
+
+
+def test_every_term_is_the_same_however_a_step_is_cut_into_batches(folder, tmp_path):
+    runs = [trainer(folder, tmp_path / str(size), size, 4 // size, objective=EVERY_TERM) for size in (4, 1)]
+    for run in runs:
+        run.train()
+    for one, two in zip(*map(logged, runs), strict=True):
+        for name, term in EVERY_TERM.terms.items():
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name
+            assert one[f"{name}_weight"] == term.weight
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    weights = [run.model.state_dict() for run in runs]
+    for name, value in weights[0].items():
+        assert float((value - weights[1][name]).norm()) < 2e-5 * (1 + float(value.norm())), name
+
+
+def test_every_term_is_the_same_on_two_processes(folder, tmp_path):
+    weights, lines = on_two_processes(folder, tmp_path, "EVERY_TERM")
+    one = trainer(folder, tmp_path / "one", 4, 1, objective=EVERY_TERM)
+    one.train()
+    for ours, theirs in zip(logged(one), lines, strict=True):
+        for name in ("loss", *EVERY_TERM.active):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for name, value in saved(one, tmp_path / "one").items():
+        assert float((value - weights[name]).norm()) < 2e-5 * (1 + float(value.norm())), name

@@ -55,6 +55,8 @@ class Term(Knobs):
     """Whether it compares with a teacher."""
     one_sequence: ClassVar[bool] = False
     """Whether it is defined only where both models read the same inputs."""
+    visual: ClassVar[Literal["none", "equal"]] = "none"
+    """How visual tokens are compared where the teacher reads inputs of its own: not one by one, or equal numbers one by one."""
     needs_visual: ClassVar[bool] = False
     """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
     fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"
@@ -80,10 +82,9 @@ class Term(Knobs):
         return Reads()
 
     @property
-    def visual(self) -> Literal["none", "equal", "resampled"]:
-        """How visual tokens are compared: not at all one by one; equal numbers one by one; the teacher's resampled to the "
-        "student's grid."""
-        return "none"
+    def visual_rows(self) -> Literal["none", "equal", "resampled"]:
+        """`visual`, and resampled where the term has an option `resample` that says so."""
+        return "resampled" if getattr(self, "resample", False) else self.visual
 
     @property
     def candidate_options(self) -> CandidateOptions | None:

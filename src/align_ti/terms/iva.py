@@ -28,6 +28,7 @@ class Iva(Compares):
 
     name: ClassVar[str] = "iva"
     where: ClassVar[str] = "objective.iva"
+    visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (
         "see that an instruction stands behind a picture (roles), choose another objective.iva.layer, or objective.iva.weight: 0"
@@ -48,11 +49,6 @@ class Iva(Compares):
         """The attention of instruction tokens at the layer."""
         assert isinstance(self.layer, int), "the layer has to be chosen first"
         return Reads.of(attention=[(self.layer, (INSTRUCTION,))])
-
-    @property
-    def visual(self) -> Literal["equal", "resampled"]:
-        """One by one, or resampled if the option says so."""
-        return "resampled" if self.resample else "equal"
 
     @property
     def needs_layer(self) -> bool:

@@ -28,17 +28,13 @@ class LlavaKdMdist(Compares):
 
     name: ClassVar[str] = "llava_kd_mdist"
     where: ClassVar[str] = "objective.llava_kd_mdist"
+    visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     visual_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much the mean over visual rows counts beside the mean over response rows."""
     resample: bool = False
     """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows to the "
     "student's grid."""
-
-    @property
-    def visual(self) -> Literal["equal", "resampled"]:
-        """One by one, or resampled if the option says so."""
-        return "resampled" if self.resample else "equal"
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
         """Samples with a response."""

@@ -32,6 +32,7 @@ class LlavaKdRdist(Term):
 
     name: ClassVar[str] = "llava_kd_rdist"
     where: ClassVar[str] = "objective.llava_kd_rdist"
+    visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 0.5."""
@@ -51,11 +52,6 @@ class LlavaKdRdist(Term):
                 linear_head(
                     model, f"{self.where} takes logits; give of: hidden, or leave the term out ({self.where}.weight: 0)"
                 )
-
-    @property
-    def visual(self) -> Literal["equal", "resampled"]:
-        """One by one, or resampled if the option says so."""
-        return "resampled" if self.resample else "equal"
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
         """Samples with a picture."""

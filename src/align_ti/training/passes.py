@@ -222,7 +222,7 @@ def places_of(ours: View, theirs: View, terms: Terms) -> Correspondence:
     for name, term in terms.items():
         if term.one_sequence:
             raise refuse_own_sequence(name)
-    visual = {name: term.visual for name, term in terms.items() if term.visual != "none"}
+    visual = {name: term.visual_rows for name, term in terms.items() if term.visual_rows != "none"}
     ids, roles = (of.to(ours.roles.device) for of in (theirs.inputs["input_ids"], theirs.roles))
     found = correspond(ours.inputs["input_ids"], ours.roles, ids, roles, with_visual=bool(visual))
     if not visual:
