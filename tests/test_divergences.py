@@ -130,6 +130,26 @@ def test_divergences_meet_where_they_should(seed):
     assert bool((value("total_variation") ** 2 <= forward / 2 + 1e-12).all())
 
 
+PULL = {
+    "forward_kl": 1,
+    "reverse_kl": 1,
+    "jensen_shannon": 0.25,
+    "skew_kl": 0.81,
+    "skew_reverse_kl": 0.81,
+    "adaptive_kl": 1,
+}
+"""What docs/method.md says a divergence is near p = q, in units of forward KL."""
+
+
+@pytest.mark.parametrize("name", PULL)
+def test_near_the_teacher_a_divergence_is_the_documented_share_of_forward_kl(name):
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 9, dtype=torch.float64)
+    student = teacher + 1e-4 * torch.randn(4, 9, dtype=torch.float64)
+    of, unit = (values_of(read_divergence(one), student, teacher)[0] for one in (name, "forward_kl"))
+    torch.testing.assert_close(of / unit, torch.full_like(unit, PULL[name]), rtol=2e-3, atol=0)
+
+
 def test_the_head_of_adaptive_kl_holds_mu_or_more_and_ties_go_by_id():
     teacher = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
     student = torch.tensor([[0.3, 0.2, 0.5]], dtype=torch.float64).log()
