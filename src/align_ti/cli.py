@@ -119,8 +119,8 @@ def train(
 
     With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
     """
+    quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
-    quiet()
     if dry_run:
         dry(checked)
         return
@@ -159,8 +159,8 @@ def check(
     Pictures reach both models, vocabularies and image tokens agree, every term is alive, the loss equals a plain re-computation,
     no response is cut; with expected memory and time. check.json and check.html are written to the run folder.
     """
+    quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
-    quiet()
     import json
 
     from align_ti.pipeline.checking import check_recipe

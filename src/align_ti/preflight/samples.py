@@ -151,7 +151,7 @@ def role_shares(found: FirstRecords, needs_pictures: bool) -> Verdict:
         measured=f"{length:.0f} tokens a record: "
         + ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
         + f"; {looked_at} of {len(found.usable)} records have an instruction behind a picture",
-        expected="0.5 % response tokens at least, and pictures that an instruction looks at where IVA has weight",
+        expected="0.5 % response tokens at least, and pictures that an instruction looks at where a term is about them",
         way_out="look at the renderings in check.html: the chat template or the data hide responses or pictures",
         values={**shares, "tokens_per_record": length, "looked_at": looked_at},
     )

@@ -22,6 +22,7 @@ from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
 from align_ti.preflight.pair import Models, on_device, read_by
 from align_ti.preflight.verdicts import Verdict
+from align_ti.terms.base import Term
 from align_ti.terms.plain import Sample, own_logits
 from align_ti.training.objective import distillation_loss
 from align_ti.training.passes import candidate_options
@@ -95,8 +96,7 @@ def term_verdicts(
     }
     whole = sum(life.gradient for life in lives.values())
     return [
-        alive(name, life, life.gradient / whole if whole > 0 else 0.0, objective.terms[name].fix)
-        for name, life in lives.items()
+        alive(objective.terms[name], life, life.gradient / whole if whole > 0 else 0.0) for name, life in lives.items()
     ]
 
 
@@ -132,8 +132,9 @@ def live(
             parameter.grad = None
 
 
-def alive(name: str, life: Life, share: float, fix: str) -> Verdict:
+def alive(term: Term, life: Life, share: float) -> Verdict:
     """The verdict on one term's life."""
+    name, unit = term.name, f" {term.unit}" if term.unit else ""
     finite = life.value == life.value and abs(life.value) != float("inf") and life.gradient < float("inf")
     idle = life.mass == 0 and not life.error
     dead = life.error or not finite or (not idle and (life.value == 0 or not life.gradient > 0))
@@ -142,14 +143,14 @@ def alive(name: str, life: Life, share: float, fix: str) -> Verdict:
         if life.error
         else f"no row of the batch counts in {name}"
         if idle
-        else f"{name} is {life.value:.4g} nats with a gradient of norm {life.gradient:.3g}, {share:.2%} of all terms' norms"
+        else f"{name} is {life.value:.4g}{unit} with a gradient of norm {life.gradient:.3g}, {share:.2%} of all terms' norms"
     )
     return Verdict(
         name=f"term.{name}",
         state="fail" if dead else "warn" if idle or share < SMALL_SHARE else "pass",
         measured=measured,
         expected=f"finite, not 0, with gradient, and {SMALL_SHARE:.1%} of the norms at least",
-        way_out=fix if dead or idle else f"raise objective.{name}.weight, or set it to 0 to save its cost",
+        way_out=term.fix if dead or idle else f"raise objective.{name}.weight, or set it to 0 to save its cost",
         values={"value": life.value, "mass": life.mass, "gradient_norm": life.gradient, "gradient_share": share},
     )
 

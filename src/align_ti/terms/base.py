@@ -59,6 +59,8 @@ class Term(Knobs):
     """How visual tokens are compared where the teacher reads inputs of its own: not one by one, or equal numbers one by one."""
     needs_visual: ClassVar[bool] = False
     """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
+    unit: ClassVar[str] = ""
+    """What the value is counted in, if it has a unit."""
     fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"
     """What to look at when the check finds the term dead."""
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -119,6 +121,8 @@ class Term(Knobs):
 
 class Compares(Term):
     """A term that compares next-token distributions by a divergence."""
+
+    unit: ClassVar[str] = "nats"
 
     divergence: AnyDivergence = ForwardKl()
     """How far the student's distribution is from the teacher's: a name (forward_kl, reverse_kl, jensen_shannon, skew_kl,
