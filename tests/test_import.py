@@ -153,7 +153,8 @@ def check_equal(official, out, aspect):
         wanted = official_logits(official, prompt, PICTURES, aspect)
         found = model.eval()(**inputs).logits[0]
         assert wanted.std() > 0.3
-        torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, atol=2e-5, rtol=1e-4)
+        # float32 through two stacks in other shapes: up to 2e-5 was seen, by processor. Another layer or row is off by tenths.
+        torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="align-ti",
-    help="Distil a large vision-language model into a small one that is nearly as good.\n\nStart with: align-ti demo --out runs/demo",
+    help="Train a small vision-language model to imitate a large one.\n\nStart with: align-ti demo --out runs/demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -90,15 +90,14 @@ def load_language_model(path: str) -> PreTrainedModel:
     return loaded
 
 
-@torch.no_grad()
 def check_plain_logits(path: str, language: PreTrainedModel) -> None:
     """Refuse a language model that caps or scales its logits: a LLaVA model takes them as the head gives them.
 
     Raises:
         ModelError: what the model makes of hidden states is not what its head makes of them.
     """
-    hidden = torch.linspace(-3, 3, rows_of(language).shape[1], dtype=rows_of(language).dtype)[None]
-    if not torch.equal(Projection(language)(hidden), head(language)(hidden)):
+    # No product is compared: two of other shapes need not give the same bits.
+    if isinstance(head(language), nn.Linear) and Projection(language).linear is None:
         raise ModelError(
             f"{path}: {type(language).__name__} caps or scales its logits behind the head, which a LLaVA model does not, so its "
             "distributions would change; language models with plain logits are accepted, such as Llama, Qwen2 and Qwen3."
