@@ -53,10 +53,13 @@ def test_the_numbers_of_the_readme_are_those_of_the_kept_run():
             )
             row += f" {costs[0]:.3f} | {costs[1]:.3f} | {costs[2]:.0f} |"
         assert row in text, row
-    for seed in range(3):
-        other = json.loads((README.parent / "results" / "demo" / f"seed-{seed}.json").read_text())
+    runs = {f"seed-{seed}": str(seed) for seed in range(3)} | {"seed-0-epyc": "0, one core of an AMD EPYC"}
+    for file, label in runs.items():
+        other = json.loads((README.parent / "results" / "demo" / f"{file}.json").read_text())
         values = " | ".join(f"{other['accuracy'][name]['overall']:.1f}" for name in rows)
-        assert f"| {seed} | {values} |" in text
+        assert f"| {label} | {values} |" in text
+        processor, cores = other["provenance"]["processor"], other["provenance"]["cores"]
+        assert (processor, cores) == (("AMD EPYC", 1) if "EPYC" in label else (summary["provenance"]["processor"], 2))
 
 
 def test_every_public_name_can_be_imported():
