@@ -330,6 +330,38 @@ def test_files_that_are_no_safe_checkpoint_are_refused(tmp_path):
         import_released(str(official.folder), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (
+            ("tokenizer.json",),
+            r"no file holds a vocabulary.*made up a tokenizer of 2 token.*tokenizer.json, or all of vocab.json",
+        ),
+        (("tokenizer.json", "tokenizer_config.json"), r"made up a tokenizer of 1 token.*copy them"),
+        (("tokenizer_config.json",), r"no file names the tokenizer's special tokens.*tokenizer_config.json"),
+    ],
+)
+def test_a_checkpoint_without_its_tokenizer_s_files_is_refused(tmp_path, gone, message):
+    # transformers makes a tokenizer of its special tokens alone, and a student that knew two tokens was written.
+    official = write_official(tmp_path)
+    for name in gone:
+        (official.folder / name).unlink()
+    with pytest.raises(ModelError, match=message):
+        import_released(str(official.folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta"]
+)
+def test_a_setting_that_no_weight_shows_is_not_replaced_by_a_default(tmp_path, name):
+    official = write_official(tmp_path, **{name: None})
+    with pytest.raises(
+        ModelError, match=rf"config.json: does not say {name}, so transformers would take defaults of Qwen2Config"
+    ):
+        import_released(str(official.folder), tmp_path / "out")
+
+
 def test_a_tokenizer_without_the_authors_stop_is_refused(tmp_path):
     official = write_official(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -75,6 +75,9 @@ NAMES = (
 )
 """The authors' names and those of LLaVA files, which transformers 4 and 5 both read."""
 
+UNSEEN = ("hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+"""Settings of the language model that shapes of weights do not tell, so that a default in their place would go unseen."""
+
 LEFT_OUT = {
     "mtp_model.": "weights of a head that predicts several tokens, which answering does not use",
     "model.image_tower.": "weights of a vision tower; the tower's own folder is read, as in the authors' code",
@@ -191,6 +194,15 @@ def read_settings(source: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file}: mm_vision_select_layer is {settings.get('mm_vision_select_layer')!r}; the number of the tower's layer that was "
             "trained with is accepted (-2 or -1 in the authors' scripts); write it there."
+        )
+    missing = [name for name in UNSEEN if settings.get(name) is None]
+    if all(settings.get(name) is None for name in ("rope_theta", "rope_parameters")):
+        missing.append("rope_theta")
+    if missing:
+        raise ModelError(
+            f"{file}: does not say {', '.join(missing)}, so transformers would take defaults of "
+            f"{TEXT_CONFIGS[settings['model_type']].__name__}; the values that the model was trained with are accepted; fetch the file "
+            "again, or take them from the config.json of the language model that it was made from."
         )
     return settings
 
