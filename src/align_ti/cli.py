@@ -371,13 +371,16 @@ def import_checkpoint(
         str | None,
         typer.Option(help="The SigLIP tower's folder or hub name; by default the one that the checkpoint names."),
     ] = None,
+    own_tower: Annotated[
+        bool, typer.Option("--own-tower", help="Take the tower weights inside the checkpoint in place of the folder's.")
+    ] = False,
 ) -> None:
     """Turn a checkpoint in the authors' own layout into a folder that plain transformers loads."""
     quiet()
     from align_ti.checkpoints.released import import_released
 
     with console.status("importing"):
-        made = import_released(path, out, vision_tower)
+        made = import_released(path, out, vision_tower, own_tower=own_tower)
     show_made(made)
 
 
