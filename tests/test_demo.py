@@ -39,7 +39,8 @@ def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
     assert 0 < summary["branch_share"]["first"] <= 1
     # The same start and the same order of records: the first SFT value is one number for all methods.
     first = [json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])["sft"] for name in objectives(0)]
-    assert all(math.isclose(value, first[0], rel_tol=1e-6) for value in first)
+    # Chunks hold other rows with other terms, so float32 sums in another order: some units of 6e-8 on each row's logits.
+    assert all(math.isclose(value, first[0], rel_tol=1e-5) for value in first)
     parts = {"draw the benchmark", "load models", "prepare training data", "measure: answers", "measure: divergence"}
     parts |= {"score the teacher's layers", "write the report", "other", "train: SFT", "train: Align-TI"}
     assert parts <= summary["spent_seconds"].keys()

@@ -29,10 +29,14 @@ WITH_IVA = [name for name in FAMILIES if name != "llava-siglip-mistral"]
 BRANCHING = [name for name in FAMILIES if name not in RECURRENT]
 MIXED = "text only in the batch"
 
-EXACT, SINGLE, KERNEL, SHIFTED = 1e-9, 1e-6, 2e-6, 1e-7
+EXACT, SINGLE, KERNEL, SHIFTED = 1e-9, 1e-6, 2e-6, 1e-6
 """Relative tolerances. SINGLE: where transformers computes in float32 whatever the model's precision (the softmax of eager attention,
 from which the twin takes IVA's weights). KERNEL: Qwen3.5's linear attention, which is float32 throughout.
 SHIFTED: PaliGemma counts positions from 1 where we count from 0; only their differences matter, but rotations are float32."""
+
+PRODUCT = 1e-12
+"""Tolerance, relative and absolute, of one product in float64 that is taken in two shapes: kernels choose the order of a sum by the
+shape, and differently on each processor. 48 terms of order 1 move by 1e-14 at most."""
 
 _PAIRS: dict[str, tuple] = {}
 
@@ -220,17 +224,19 @@ def test_iva_reads_full_attention_layers_only():
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_projection_is_the_models_own(name):
+    # The same bits were asked of rows projected apart and in a batch, which some processors' kernels do not give.
     _, student, _ = pair(name)
     batch, _ = case(name, "one turn")
     inputs = {key: value for key, value in batch.items() if key not in {"roles", "labels"}}
     with torch.no_grad():
         hidden = student.model(**inputs).last_hidden_state[0]
-        torch.testing.assert_close(Projection(student)(hidden), student(**inputs).logits[0], rtol=0, atol=0)
+        own = student(**inputs).logits[0]
+        torch.testing.assert_close(Projection(student)(hidden), own, rtol=PRODUCT, atol=PRODUCT)
         linear = Projection(student).linear
         # A family that does anything beside one product is not taken for a product.
         assert (linear is None) == (name in {"paligemma", "gemma4"})
         if linear is not None:
-            torch.testing.assert_close(linear(hidden), student(**inputs).logits[0], rtol=0, atol=0)
+            torch.testing.assert_close(linear(hidden), own, rtol=PRODUCT, atol=PRODUCT)
 
 
 @pytest.mark.parametrize("cap", [16.0, 30.0, 32.0, 64.0])

@@ -153,7 +153,8 @@ def check_equal(official, out, aspect):
         wanted = official_logits(official, prompt, PICTURES, aspect)
         found = model.eval()(**inputs).logits[0]
         assert wanted.std() > 0.3
-        torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, atol=2e-5, rtol=1e-4)
+        # float32 through two stacks in other shapes: up to 2e-5 was seen, by processor. Another layer or row is off by tenths.
+        torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -219,15 +220,105 @@ def test_a_turn_is_learnt_with_its_end_and_the_next_follows_at_once(tmp_path):
     assert (stops.max_new_tokens, stops.do_sample) == (128, False)
 
 
+def inside(official, change=lambda weight: weight):
+    """Weights of a vision tower as a checkpoint of the authors' holds them: its tower's, each changed by the function."""
+    return {
+        f"model.image_tower.vision_tower.vision_model.{name}": change(weight.clone())
+        for name, weight in official.tower.state_dict().items()
+    }
+
+
 def test_tower_weights_inside_a_checkpoint_and_other_heads_are_left_out_and_named(tmp_path):
     official = write_official(tmp_path)
-    inside = {f"model.image_tower.vision_tower.vision_model.{n}": w * 0 for n, w in official.tower.state_dict().items()}
+    own = inside(official, lambda weight: weight * 0)
     extra = {"mtp_model.layers.0.weight": torch.ones(3), "mtp_model.norm.weight": torch.ones(3)}
-    write_shards(official.folder, official.weights | inside | extra, shards=3)
+    write_shards(official.folder, official.weights | own | extra, shards=3)
     report = import_released(str(official.folder), tmp_path / "out")
     assert "left out: 2 weights of a head that predicts several tokens" in " ".join(report.notes)
-    assert f"left out: {len(inside)} weights of a vision tower" in " ".join(report.notes)
+    assert f"left out: {len(own)} tower weights of the checkpoint's own" in " ".join(report.notes)
     check_equal(official, tmp_path / "out", "pad")
+
+
+def test_tower_weights_that_differ_from_the_folder_s_are_said_with_the_size_of_the_difference(tmp_path, caplog):
+    # A tower that was trained on was replaced by the published one without a word about the difference.
+    official = write_official(tmp_path)
+    changed = {"embeddings.patch_embedding.bias": 0.5, "post_layernorm.weight": -0.25}
+    own = inside(official)
+    for name, step in changed.items():
+        own[f"model.image_tower.vision_tower.vision_model.{name}"][0] += step
+    write_shards(official.folder, official.weights | own)
+    done = CliRunner().invoke(app, ["import", str(official.folder), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    size = sum(float(weight.double().norm()) ** 2 for weight in official.tower.state_dict().values()) ** 0.5
+    told = (
+        f"2 of {len(own)} differ from the tower's folder: largest difference 0.5, norm of all differences "
+        f"{(0.5**2 + 0.25**2) ** 0.5 / size:.3g} of the folder's"
+    )
+    assert told in " ".join(done.output.split()) and "--own-tower" in done.output
+    assert [record.levelname for record in caplog.records if told in record.getMessage()] == ["WARNING"]
+    check_equal(official, tmp_path / "out", "pad")
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight, lambda weight: weight.bfloat16()])
+def test_tower_weights_that_equal_the_folder_s_or_are_these_rounded_are_no_difference(tmp_path, caplog, change):
+    official = write_official(tmp_path)
+    write_shards(official.folder, official.weights | inside(official, change))
+    notes = import_released(str(official.folder), tmp_path / "out").notes
+    assert any(
+        "tower weights of the checkpoint's own" in note and "they equal the tower's folder" in note for note in notes
+    )
+    assert not [record for record in caplog.records if record.name.startswith("align_ti")]
+
+
+def test_the_checkpoint_s_own_tower_is_taken_where_it_is_asked_for(tmp_path):
+    official = write_official(tmp_path)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for weight in official.tower.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    write_shards(official.folder, official.weights | inside(official), shards=2)
+    arguments = ["import", str(official.folder), "--out", str(tmp_path / "out"), "--own-tower"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "tower weights: the checkpoint's own" in done.output and "differ from the tower's folder" in done.output
+    # The official forward here reads the changed tower.
+    check_equal(official, tmp_path / "out", "pad")
+    import_released(str(official.folder), tmp_path / "folder")
+    towers_of = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).model.vision_tower for name in ("out", "folder")
+    ]
+    assert not torch.equal(*(next(one.parameters()) for one in towers_of))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own.clear(), r"own tower cannot be taken: \d+ weight.* is missing.*leave --own-tower out"),
+        (
+            lambda own: own.pop(min(own)),
+            r"1 weight\(s\) do not fit the tower's config, first model.image_tower.*is missing",
+        ),
+        (lambda own: own.update({min(own): torch.ones(3, 3)}), r"has shape \(3, 3\) instead of"),
+        (lambda own: own.update({"model.image_tower.lora.weight": torch.ones(3)}), r"lora.weight is unknown"),
+    ],
+)
+def test_an_own_tower_that_is_not_whole_is_refused_and_without_the_option_said(tmp_path, change, message):
+    official = write_official(tmp_path)
+    own = inside(official)
+    change(own)
+    write_shards(official.folder, official.weights | own)
+    with pytest.raises(ModelError, match=message):
+        import_released(str(official.folder), tmp_path / "out", own_tower=True)
+    notes = " ".join(import_released(str(official.folder), tmp_path / "out").notes)
+    assert ("do not fit it, first" in notes) == bool(own)
+
+
+def test_own_tower_weights_of_which_none_fits_are_not_called_equal(tmp_path):
+    official = write_official(tmp_path)
+    write_shards(official.folder, official.weights | {"model.image_tower.other.weight": torch.ones(3)})
+    notes = " ".join(import_released(str(official.folder), tmp_path / "out").notes)
+    assert "none can be compared with the tower's folder" in notes and "other.weight is unknown" in notes
+    assert "they equal" not in notes
 
 
 def test_the_tower_can_be_named_where_the_checkpoint_names_none_that_is_here(tmp_path):
@@ -326,6 +417,38 @@ def test_files_that_are_no_safe_checkpoint_are_refused(tmp_path):
     write_shards(official.folder, official.weights)
     (official.folder / "model.safetensors").rename(official.folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"are pickles \(pytorch_model.bin\).*convert them"):
+        import_released(str(official.folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (
+            ("tokenizer.json",),
+            r"no file holds a vocabulary.*made up a tokenizer of 2 token.*tokenizer.json, or all of vocab.json",
+        ),
+        (("tokenizer.json", "tokenizer_config.json"), r"made up a tokenizer of 1 token.*copy them"),
+        (("tokenizer_config.json",), r"no file names the tokenizer's special tokens.*tokenizer_config.json"),
+    ],
+)
+def test_a_checkpoint_without_its_tokenizer_s_files_is_refused(tmp_path, gone, message):
+    # transformers makes a tokenizer of its special tokens alone, and a student that knew two tokens was written.
+    official = write_official(tmp_path)
+    for name in gone:
+        (official.folder / name).unlink()
+    with pytest.raises(ModelError, match=message):
+        import_released(str(official.folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta"]
+)
+def test_a_setting_that_no_weight_shows_is_not_replaced_by_a_default(tmp_path, name):
+    official = write_official(tmp_path, **{name: None})
+    with pytest.raises(
+        ModelError, match=rf"config.json: does not say {name}, so transformers would take defaults of Qwen2Config"
+    ):
         import_released(str(official.folder), tmp_path / "out")
 
 

@@ -168,6 +168,8 @@ def test_chunks_with_their_gradient_equal_autograd_over_all_rows(seed, chunk, bl
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_fused_loss_is_no_further_from_float64_than_the_plain_one(known):
+    # 1.5 times the plain loss's error was allowed. Which of the two sums in the better order is the processor's choice of kernels:
+    # between 0.06 and 2 times was seen. A digit lost for good, as by a sum in half precision, is hundreds of times.
     torch.manual_seed(0)
     count, hidden, vocabulary = 64, 32, 3000
     exact = replace(
@@ -203,7 +205,7 @@ def test_the_fused_loss_is_no_further_from_float64_than_the_plain_one(known):
     plain = found(single, terms32, lambda *given: plain_loss(*given)[0])
     for right, ours, theirs in zip(truth, fused, plain, strict=True):
         budget = max(float((theirs - right).norm()), float(torch.finfo(torch.float32).eps * right.norm()))
-        assert float((ours - right).norm()) <= 1.5 * budget
+        assert float((ours - right).norm()) <= 4 * budget
 
 
 def test_a_hook_on_the_head_is_heard():

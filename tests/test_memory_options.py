@@ -89,7 +89,8 @@ def test_untrained_adapters_change_nothing_and_trained_ones_merge_exactly(option
     assert value < before
     plain = merged(wrapped)
     assert plain is student and not any("lora" in name for name, _ in plain.named_parameters())
-    torch.testing.assert_close(loss(plain, teacher), value, rtol=1e-9, atol=0)
+    # One product in place of two; the norms between layers are float32, so a last digit there may turn over.
+    torch.testing.assert_close(loss(plain, teacher), value, rtol=1e-8, atol=0)
 
 
 def test_all_of_the_language_model_is_wrapped_and_other_parts_are_trained_in_full():
@@ -446,7 +447,8 @@ def test_a_compiled_pair_gives_the_same_loss_and_gradients(tmp_path):
     frames = torch._dynamo.utils.counters["frames"]
     assert 0 < frames["ok"] == frames["total"] <= 12
     for one, two in zip(*([*values, *gradients] for values, gradients in results), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+        # Compiled operations may sum in another order, and the norms are float32.
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
 def test_the_recipe_compiles_both_models_and_the_arguments_of_transformers_do_not(folder, tmp_path, monkeypatch):

@@ -62,7 +62,8 @@ def test_the_size_of_a_chunk_changes_nothing(chunk, seed):
     tried = tiny.candidates(batch, seed=seed)
     whole = Objective(iva=Iva(layer=0), chunk_rows=10_000)
     chunked = Objective(iva=Iva(layer=0), chunk_rows=chunk)
-    assert_equal(loss_and_gradient(batch, whole, tried), loss_and_gradient(batch, chunked, tried), rtol=1e-10)
+    # Products of other shapes differ in float64's last digit, and gradients pass norms in float32, where one digit is 1e-7 of a row.
+    assert_equal(loss_and_gradient(batch, whole, tried), loss_and_gradient(batch, chunked, tried), rtol=1e-8)
 
 
 @given(seed=st.integers(0, 20))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="align-ti",
-    help="Distil a large vision-language model into a small one that is nearly as good.\n\nStart with: align-ti demo --out runs/demo",
+    help="Train a small vision-language model to imitate a large one.\n\nStart with: align-ti demo --out runs/demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -472,13 +472,16 @@ def import_checkpoint(
         str | None,
         typer.Option(help="The SigLIP tower's folder or hub name; by default the one that the checkpoint names."),
     ] = None,
+    own_tower: Annotated[
+        bool, typer.Option("--own-tower", help="Take the tower weights inside the checkpoint in place of the folder's.")
+    ] = False,
 ) -> None:
     """Turn a checkpoint in the authors' own layout into a folder that plain transformers loads."""
     quiet()
     from align_ti.checkpoints.released import import_released
 
     with console.status("importing"):
-        made = import_released(path, out, vision_tower)
+        made = import_released(path, out, vision_tower, own_tower=own_tower)
     show_made(made)
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from align_ti.errors import ModelError
+from align_ti.models.completeness import check_pictures, check_tokenizer
 from align_ti.models.llava import IMAGE_TOKEN
 from align_ti.models.loading import check_loaded, first_line
 
@@ -81,7 +82,14 @@ def load_tower(path: str) -> PreTrainedModel:
     if kind not in TOWERS:
         raise ModelError(f"{path}: the vision tower is of type {kind!r}; accepted: {', '.join(TOWERS)}.")
     with loading(path, "vision tower", accepted):
-        tower, info = TOWERS[kind].from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
+        tower, info = TOWERS[kind].from_pretrained(
+            # Weights of another shape are not taken: check_loaded refuses them by name.
+            path,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     check_loaded(path, info)
     loaded: PreTrainedModel = tower.eval()
     return loaded
@@ -91,10 +99,11 @@ def load_pictures(path: str) -> BaseImageProcessor:
     """The image processor beside a vision tower.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it does not say what prepared pictures look like.
     """
     with loading(path, "image processor", "a preprocessor_config.json beside the vision tower"):
         pictures: BaseImageProcessor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    check_pictures(path, pictures)
     return pictures
 
 
@@ -102,10 +111,11 @@ def load_tokenizer(path: str, config: PreTrainedConfig) -> PreTrainedTokenizerBa
     """The tokenizer of a language model, with `<image>` as a special token, a padding token, and padding in front.
 
     Raises:
-        ModelError: there is none, or it cannot hold `<image>` as one token.
+        ModelError: there is none, transformers made it up, or it cannot hold `<image>` as one token.
     """
     with loading(path, "tokenizer", "a fast tokenizer (tokenizer.json) beside the language model"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+    check_tokenizer(path, tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     ids = tokenizer.encode(f"a{IMAGE_TOKEN}b", add_special_tokens=False)
     if ids.count(image_id(tokenizer)) != 1:

@@ -2,12 +2,14 @@
 
 Theirs need modelling code that was not released whole. The model itself is a LLaVA model: the SigLIP tower's hidden states at one
 layer, whole; Linear, GELU, Linear; Qwen2 or Qwen3. So names are mapped and nothing is computed. As in their code, the vision tower
-is read from its own folder, and tower weights inside a checkpoint are not.
+is read from its own folder; tower weights inside a checkpoint are compared with it, and taken in its place where that is asked for.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,8 @@ from align_ti.models.llava import build_config, build_processor
 from align_ti.models.loading import first_line
 from align_ti.runs import new_folder
 
+logger = logging.getLogger(__name__)
+
 TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {"llava_qwen2": Qwen2Config, "llava_qwen3": Qwen3Config}
 
 STOP = "<|endoftext|>"
@@ -75,10 +79,13 @@ NAMES = (
 )
 """The authors' names and those of LLaVA files, which transformers 4 and 5 both read."""
 
-LEFT_OUT = {
-    "mtp_model.": "weights of a head that predicts several tokens, which answering does not use",
-    "model.image_tower.": "weights of a vision tower; the tower's own folder is read, as in the authors' code",
-}
+UNSEEN = ("hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+"""Settings of the language model that shapes of weights do not tell, so that a default in their place would go unseen."""
+
+LEFT_OUT = {"mtp_model.": "weights of a head that predicts several tokens, which answering does not use"}
+
+TOWER = "model.image_tower."
+"""Where a checkpoint holds tower weights of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +98,14 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def import_released(path: str, out: Path, vision_tower: str | None = None) -> Made:
+def import_released(path: str, out: Path, vision_tower: str | None = None, *, own_tower: bool = False) -> Made:
     """Writes a published checkpoint as a folder that plain transformers loads.
 
     Args:
         path: folder or hub name of the checkpoint.
         out: a new or empty folder.
         vision_tower: folder or hub name of the SigLIP tower; by default the one that the checkpoint names.
+        own_tower: take the tower weights inside the checkpoint in place of the folder's, which then gives config and image processor.
 
     Raises:
         RunError: the folder is not empty.
@@ -114,13 +122,14 @@ def import_released(path: str, out: Path, vision_tower: str | None = None) -> Ma
         text.vocab_size = max(held, image + 1)
         layer = int(settings["mm_vision_select_layer"])
         config = build_config(tower.config, text, image_token=image, feature_layer=layer, strategy="full")
-        entries, left_out = plan(source, config, held)
+        entries, inside, left_out = plan(source, config, held)
+        vision, seen = choose_tower(source, inside, tower, own=own_tower)
         pictures, shape = prepare_pictures(tower_path, settings)
         processor = build_processor(
             pictures, tokenizer, vision=tower.config, strategy="full", chat_template=tokenizer.chat_template
         )
         check_template(processor, config, path)
-        dtype = write_weights(entries, tower, draft, held, text.vocab_size)
+        dtype = write_weights(entries, vision, draft, held, text.vocab_size)
         write_config(config, dtype, draft)
         generation = greedy_generation(tokenizer, ends)
         generation.max_new_tokens = ANSWER_TOKENS
@@ -133,7 +142,7 @@ def import_released(path: str, out: Path, vision_tower: str | None = None) -> Ma
         image_token=config.image_token_index,
         visual_tokens=config.image_seq_length,
         end_tokens=ends,
-        notes=(f"vision tower: {tower_path}", shape, *left_out),
+        notes=(f"vision tower: {tower_path}", *seen, shape, *left_out),
     )
 
 
@@ -191,6 +200,15 @@ def read_settings(source: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file}: mm_vision_select_layer is {settings.get('mm_vision_select_layer')!r}; the number of the tower's layer that was "
             "trained with is accepted (-2 or -1 in the authors' scripts); write it there."
+        )
+    missing = [name for name in UNSEEN if settings.get(name) is None]
+    if all(settings.get(name) is None for name in ("rope_theta", "rope_parameters")):
+        missing.append("rope_theta")
+    if missing:
+        raise ModelError(
+            f"{file}: does not say {', '.join(missing)}, so transformers would take defaults of "
+            f"{TEXT_CONFIGS[settings['model_type']].__name__}; the values that the model was trained with are accepted; fetch the file "
+            "again, or take them from the config.json of the language model that it was made from."
         )
     return settings
 
@@ -279,8 +297,8 @@ def prepare_pictures(tower: str, settings: Mapping[str, Any]) -> tuple[BaseImage
     return padded, "pictures are padded to a square in the mean colour"
 
 
-def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], list[str]]:
-    """Every tensor to carry over, and what is left out, as sentences.
+def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], list[Entry], list[str]]:
+    """Every tensor to carry over, those of the checkpoint's own tower, and what is left out, as sentences.
 
     Args:
         source: the checkpoint's folder.
@@ -291,13 +309,19 @@ def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], lis
         ModelError: a tensor is missing, unknown, or of another shape; the first ones are named.
     """
     wanted = expected(config)
-    entries, unknown, left = [], [], dict.fromkeys(LEFT_OUT, 0)
+    entries: list[Entry] = []
+    inside: list[Entry] = []
+    unknown, left = [], dict.fromkeys(LEFT_OUT, 0)
     tied = 0
     for file, name, shape in tensors(source):
         prefix = next((prefix for prefix in LEFT_OUT if name.startswith(prefix)), None)
         target = next((new + name.removeprefix(old) for old, new in NAMES if name.startswith(old)), None)
         if prefix is not None:
             left[prefix] += 1
+        elif name.startswith(TOWER):
+            # Older releases saved this count from 0 as a weight.
+            if not name.endswith(".position_ids"):
+                inside.append(Entry(file, name, tower_name(name.removeprefix(TOWER)), shape))
         elif target == "language_model.lm_head.weight" and config.tie_word_embeddings:
             tied += 1
         elif target is None or target not in wanted:
@@ -317,7 +341,91 @@ def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], lis
             "layout is accepted; fetch it again."
         )
     notes = [f"left out: {count} {LEFT_OUT[prefix]} ({prefix}*)" for prefix, count in left.items() if count]
-    return entries, notes + (["left out: lm_head.weight, which is tied to the embeddings"] if tied else [])
+    return entries, inside, notes + (["left out: lm_head.weight, which is tied to the embeddings"] if tied else [])
+
+
+def tower_name(name: str) -> str:
+    """A tower weight's name without the wrappers around it, which differ between releases."""
+    return name.removeprefix("vision_tower.").removeprefix("vision_model.")
+
+
+def choose_tower(
+    source: Path, inside: list[Entry], tower: PreTrainedModel, *, own: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tower weights that are written, and what is to be said of those inside the checkpoint.
+
+    Raises:
+        ModelError: the checkpoint's own are asked for and are not all there.
+    """
+    apart = {tower_name(name): weight for name, weight in tower.state_dict().items()}
+    problems = misfits(inside, apart)
+    if own:
+        if problems:
+            raise ModelError(
+                f"{source}: the checkpoint's own tower cannot be taken: {len(problems)} weight(s) do not fit the tower's config, first "
+                f"{'; '.join(problems[:3])}; a checkpoint with a whole tower ({TOWER}*) is accepted; leave --own-tower out, or name "
+                "the tower that it belongs to with --vision-tower."
+            )
+        held = {entry.target: read_tensor(entry) for entry in inside}
+        return held, [f"tower weights: the checkpoint's own; {difference(held, apart)}"]
+    if not inside:
+        return apart, []
+    fitting = [entry for entry in inside if entry.target in apart and entry.shape == tuple(apart[entry.target].shape)]
+    told = difference({entry.target: read_tensor(entry) for entry in fitting}, apart)
+    more = f"; {len(problems)} do not fit it, first {problems[0]}" if problems else ""
+    note = f"left out: {len(inside)} tower weights of the checkpoint's own ({TOWER}*); {told}{more}"
+    if problems or told != SAME:
+        note += "; the folder's are used, as in the authors' code; --own-tower takes the checkpoint's"
+        logger.warning("%s: %s.", source, note)
+    return apart, [note]
+
+
+SAME = "they equal the tower's folder"
+"""Said where nothing differs."""
+
+
+def misfits(inside: list[Entry], apart: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the checkpoint's own tower weights from filling the tower."""
+    found = {entry.target: entry for entry in inside}
+    return (
+        [f"{found[name].name} is unknown" for name in sorted(found.keys() - apart.keys())]
+        + [f"{TOWER}...{name} is missing" for name in sorted(apart.keys() - found.keys())]
+        + [
+            f"{found[name].name} has shape {found[name].shape} instead of {tuple(apart[name].shape)}"
+            for name in sorted(found.keys() & apart.keys())
+            if found[name].shape != tuple(apart[name].shape)
+        ]
+    )
+
+
+def read_tensor(entry: Entry) -> Tensor:
+    """The entry's values."""
+    with safe_open(entry.file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(entry.name)
+    return tensor
+
+
+def difference(own: Mapping[str, Tensor], apart: Mapping[str, Tensor]) -> str:
+    """How far tower weights are from those of the folder, in the coarser precision of the two: rounding is no difference."""
+    differing, largest, square, norm = 0, 0.0, 0.0, 0.0
+    for name, weight in own.items():
+        other = apart[name]
+        coarse = max(weight.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        one, two = weight.to(coarse).double(), other.to(coarse).double()
+        change = float((one - two).norm())
+        if change != 0:
+            differing += 1
+            largest = math.nan if math.isnan(change) else max(largest, float((one - two).abs().max()))
+        square, norm = square + change**2, norm + float(two.norm()) ** 2
+    if not own:
+        return "none can be compared with the tower's folder"
+    if not differing:
+        return SAME
+    relative = (square / norm) ** 0.5 if norm else float("inf")
+    return (
+        f"{differing} of {len(own)} differ from the tower's folder: largest difference {largest:.3g}, norm of all differences "
+        f"{relative:.3g} of the folder's"
+    )
 
 
 def expected(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
@@ -379,7 +487,7 @@ def missing_weights(source: Path, file: str) -> str:
     )
 
 
-def write_weights(entries: list[Entry], tower: PreTrainedModel, out: Path, held: int, rows: int) -> torch.dtype:
+def write_weights(entries: list[Entry], tower: Mapping[str, Tensor], out: Path, held: int, rows: int) -> torch.dtype:
     """Writes one shard for each of the checkpoint's and one for the tower; returns the precision of the language model.
 
     A shard at a time is in memory. Where `<image>` needs a row more than the checkpoint held, it is the mean of the others, as
@@ -401,10 +509,7 @@ def write_weights(entries: list[Entry], tower: PreTrainedModel, out: Path, held:
             content[target] = grown(content[target], rows - held)
         dtype = content.get("language_model.model.norm.weight", torch.empty(0, dtype=dtype)).dtype
         size += write(number, content)
-    vision = {
-        "vision_tower.vision_model." + name.removeprefix("vision_model."): weight.to(dtype).contiguous()
-        for name, weight in tower.state_dict().items()
-    }
+    vision = {"vision_tower.vision_model." + name: weight.to(dtype).contiguous() for name, weight in tower.items()}
     size += write(total, vision)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

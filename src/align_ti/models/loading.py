@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,8 +14,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from align_ti.errors import ModelError
+from align_ti.models.completeness import check_counts, check_pictures, check_tokenizer, has_file, unstated_ends
 from align_ti.models.families import backbone
 from align_ti.models.placement import check_device, quantization_config
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -44,7 +48,14 @@ def load_model(
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = load(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Not taken: check_loaded refuses them by name.
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise not_loaded(path, error) from error
@@ -54,6 +65,8 @@ def load_model(
         raise not_loaded(f"{path}, quantised by {dict(quantization)}", error) from error
     check_loaded(path, info)
     loaded: PreTrainedModel = model
+    if told := unstated_ends(path, loaded)[1]:
+        logger.warning("%s: %s; save one beside the model (model.generation_config.save_pretrained).", path, told)
     if not options:
         nn.Module.to(loaded, torch.device(device))
     loaded.eval()
@@ -73,6 +86,11 @@ def no_folder(path: str) -> str:
     return "" if Path(path.partition(", quantised")[0]).exists() else "no folder of that name is here; "
 
 
+def no_vocabulary(path: str) -> str:
+    """Says that a folder has no tokenizer.json, which transformers' own message about it does not."""
+    return "no tokenizer.json is there; " if Path(path).is_dir() and not has_file(path, "tokenizer.json") else ""
+
+
 def best_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +103,10 @@ def check_loaded(path: str, info: Mapping[str, Any]) -> None:
         ModelError: weights are missing or have another shape; the first ones are named.
     """
     wrong = [f"{name} is missing" for name in sorted(info.get("missing_keys") or [])]
-    wrong += [f"{entry} has another shape" for entry in map(str, info.get("mismatched_keys") or [])]
+    wrong += [
+        f"{name} has shape {tuple(saved)} instead of {tuple(wanted)}"
+        for name, saved, wanted in sorted(info.get("mismatched_keys") or [])
+    ]
     if wrong:
         raise ModelError(
             f"{path}: {len(wrong)} weight(s) cannot be loaded: {'; '.join(wrong[:3])}; a complete checkpoint of the model that its "
@@ -97,11 +118,11 @@ def load_processor(path: str) -> ProcessorMixin:
     """The processor beside a model.
 
     Raises:
-        ModelError: it cannot be loaded, or has no chat template.
+        ModelError: it cannot be loaded, has no chat template, or transformers made up a part of it.
     """
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, ImportError) or "torchvision" in str(error):
             # The video part of Qwen-VL's, InternVL's, SmolVLM's and LLaVA-OneVision's processors, even where no video is read.
             raise ModelError(
@@ -109,13 +130,17 @@ def load_processor(path: str) -> ProcessorMixin:
                 "build of your torch, for processors that can read videos."
             ) from error
         raise ModelError(
-            f"{path}: the processor cannot be loaded ({no_folder(path)}{first_line(error)}); save it beside the model with "
-            "processor.save_pretrained."
+            f"{path}: the processor cannot be loaded ({no_folder(path)}{no_vocabulary(path)}{first_line(error)}); save it beside the "
+            "model with processor.save_pretrained."
         ) from error
     if getattr(processor, "tokenizer", None) is None or not getattr(processor, "chat_template", None):
         raise ModelError(
             f"{path}: the processor has no chat template, so roles cannot be told apart; save one with it (chat_template.jinja)."
         )
+    check_tokenizer(path, processor.tokenizer)
+    check_counts(path, processor)
+    if getattr(processor, "image_processor", None) is not None:
+        check_pictures(path, processor.image_processor)
     return processor
 
 
