@@ -230,6 +230,7 @@ def test_questions_in_a_batch_are_answered_as_they_are_alone(name):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_check_before_training_passes_for_a_sound_pair(name, tmp_path):
+    # Qwen3.5's linear attention moved by 6.6e-4 nats in a batch on some processors, more than the check took for rounding.
     processor = family_processors.FAMILIES[name]()
     student = tiny_model(name, processor, 1).float()
     teacher = tiny_model(name, processor, 2, hidden=48, layers=3).float().requires_grad_(False)
