@@ -2,9 +2,9 @@
 
     python -m benchmarks.objectives --out results/objectives.json
 
-The models and the batch are those of `benchmarks.step` on a processor, in float32. All variants run in one process, in turn, another one
-first in each round; ratios are taken within a round. A divergence takes the place of KD's forward KL; a term is added to SFT + KD at its
-default weight. So both say what a choice costs beside vanilla KD, not what it is worth.
+The models and the batch are those of `benchmarks.step` on a processor, in float32. All variants run in one process, in turn,
+another one first in each round; ratios are taken within a round. A divergence takes the place of KD's forward KL; a term is added to
+SFT + KD at its default weight. So both say what a choice costs beside vanilla KD, not what it is worth.
 """
 
 from __future__ import annotations
