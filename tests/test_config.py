@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_ti.cli import shipped
-from align_ti.config import Iva, Kd, Objective, Recipe, Sft, Tpa, read_recipe
-from align_ti.errors import AlignTIError, ConfigError
+from align_ti.config import Iva, Kd, Objective, OnPolicy, Recipe, Sft, Tpa, read_recipe
+from align_ti.errors import AlignTIError, ConfigError, RunError
+from align_ti.runs import RunFolder
 
 SMALL = {"out": "runs/x", "student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "d.json"}}
 
@@ -28,6 +29,10 @@ def refusal(folder: Path, content: object, changes: list[str] | None = None) -> 
     return str(caught.value)
 
 
+def on_policy(**options: object) -> dict[str, object]:
+    return {**SMALL, "data": {"train": "d.json", "on_policy": options}}
+
+
 def test_a_small_recipe_has_the_documented_defaults(tmp_path):
     recipe = read_recipe(written(tmp_path, SMALL))
     assert recipe.objective == Objective(
@@ -37,6 +42,9 @@ def test_a_small_recipe_has_the_documented_defaults(tmp_path):
         tpa=Tpa(weight=1.0, candidates=4, temperature=1.0, top_k=None, top_p=None),
     )
     assert recipe.student.freeze == ("vision_tower",)
+    assert recipe.data.on_policy is None
+    chosen = read_recipe(written(tmp_path, SMALL), ["data.on_policy.temperature=0.9"]).data.on_policy
+    assert chosen == OnPolicy(probability=0.5, max_new_tokens=128, temperature=0.9, top_k=None, top_p=None)
 
 
 def test_every_error_comes_in_one_message_with_the_nearest_key(tmp_path):
@@ -105,6 +113,16 @@ def test_a_value_out_of_range_names_option_and_value(tmp_path, section, key, val
         ({**SMALL, "training": {"max_steps": -2}}, "training.max_steps is -2"),
         ({**SMALL, "objective": {t: {"weight": 0} for t in ("sft", "kd", "iva", "tpa")}}, "every weight is 0"),
         ({k: v for k, v in SMALL.items() if k != "out"}, "out is missing"),
+        (on_policy(probability=0.0), "data.on_policy.probability is 0"),
+        (on_policy(probability=1.5), "data.on_policy.probability is 1.5"),
+        (on_policy(temperature=0.0), "data.on_policy.temperature is 0"),
+        (on_policy(max_new_tokens=0), "data.on_policy.max_new_tokens is 0"),
+        (on_policy(top_p=1.1), "data.on_policy.top_p is 1.1"),
+        (on_policy(tempreature=1.0), "data.on_policy.tempreature is no known option; did you mean 'temperature'?"),
+        (
+            {**on_policy(), "objective": {t: {"weight": 0.0} for t in ("kd", "iva", "tpa")}},
+            "data.on_policy is given, but no term with weight compares with a teacher",
+        ),
     ],
 )
 def test_a_broken_recipe_is_refused_with_file_and_reason(tmp_path, content, expected):
@@ -196,3 +214,18 @@ def test_errors_are_one_tree():
     for value in vars(errors).values():
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, AlignTIError)
+
+
+def test_a_run_from_before_an_option_existed_goes_on_and_a_changed_one_does_not(tmp_path):
+    # A recipe that was kept before an option existed was refused as one "with other settings ()".
+    recipe = Recipe.model_validate({**SMALL, "out": str(tmp_path / "run")})
+    run = RunFolder(tmp_path / "run")
+    run.claim(recipe)
+    run.append_metrics({"step": 1, "loss": 1.0})
+    kept = yaml.safe_load(run.recipe.read_text())
+    del kept["extensions"], kept["data"]["on_policy"], kept["objective"]["kd"]["divergence"]
+    run.recipe.write_text(yaml.safe_dump(kept))
+    assert run.claim(recipe)
+    other = recipe.model_copy(update={"seed": 5})
+    with pytest.raises(RunError, match=r"other settings \(seed\)"):
+        run.claim(other)

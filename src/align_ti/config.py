@@ -241,6 +241,27 @@ Train = Annotated[
 ]
 
 
+class OnPolicy(Knobs):
+    """On-policy batches: with some probability the student answers in place of the data, and both models read its answer.
+
+    The last response of every record of the batch is replaced; no gradient flows through the draw of its tokens.
+
+    Source: GKD (arXiv:2306.13649), the student data fraction lambda.
+    """
+
+    where: ClassVar[str] = "data.on_policy"
+    probability: float = Field(default=0.5, gt=0, le=1)
+    """How likely a micro-batch is answered by the student (lambda); 1: all of them."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of one answer at most; an answer that reaches it is learned from as far as it goes, and counted as cut."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature of the answer; no effect on the divergence. 1: the student's own distribution. TRL's GKD trainer has 0.9."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw among the k most probable tokens only."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw among the fewest tokens that together reach this probability."""
+
+
 class Data(Knobs):
     """What the student learns from and is measured on."""
 
@@ -278,6 +299,8 @@ class Data(Knobs):
     """Read one source as it is needed instead of as a whole: for data that do not fit. Needs training.max_steps."""
     shuffle_buffer: int = Field(default=1000, ge=1)
     """Records that a stream is shuffled among; 1 keeps its order."""
+    on_policy: OnPolicy | None = None
+    """Let the student answer some of the batches. By default it learns from the recorded answers alone."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -546,6 +569,15 @@ class Recipe(Knobs):
                 raise ValueError(
                     "training.group_by_length is true, but data.stream is true and lengths to come are unknown; set one to false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_to_compare_with(self) -> Recipe:
+        if self.data.on_policy is not None and not self.objective.needs_teacher:
+            raise ValueError(
+                "data.on_policy is given, but no term with weight compares with a teacher, and nothing else is learned from the "
+                "student's own answers; give such a term a weight (objective.kd.weight: 1), or leave data.on_policy out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -159,7 +159,7 @@ class RunFolder:
         content = recipe.model_dump(mode="json")
         extensions = {file: digest(Path(file)) for file in recipe.extensions}
         if self.recipe.exists():
-            before = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            before = with_new_defaults(recipe, yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
             if before != content and self.trained_something():
                 changed = sorted(differing(before, content))
                 raise RunError(
@@ -214,6 +214,14 @@ def whole_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def with_new_defaults(recipe: Recipe, before: Any) -> Any:
+    """The content of a kept recipe, with the defaults of options that are newer than it; as it is if it is no recipe any more."""
+    try:
+        return type(recipe).model_validate(before).model_dump(mode="json")
+    except ValueError:
+        return before
 
 
 def differing(before: Any, after: Any, name: str = "") -> list[str]:

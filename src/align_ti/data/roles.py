@@ -30,10 +30,19 @@ ROLE_OF_WORDS = {"system": OTHER, "user": INSTRUCTION, "assistant": RESPONSE}
 NO_LABEL = -100
 """The label of a token that no loss reads; transformers' own convention."""
 
-NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "pictures", "candidates", "teacher"})
+NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "pictures", "student_written", "candidates", "teacher"})
 
 PER_TOKEN = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "roles", "labels", "pictures"}
+    {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "roles",
+        "labels",
+        "pictures",
+        "student_written",
+    }
 )
 """Fields with one entry a token: what tokenizers return, the two names for "which modality", and ours. All else is of pictures."""
 

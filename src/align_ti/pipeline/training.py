@@ -118,6 +118,7 @@ def distil(
         processing_class=parts.processor,
         teacher_processing_class=parts.teacher_processor,
         scores=recipe.layer_scores,
+        on_policy=recipe.data.on_policy,
         callbacks=[recorder],
         phases=phases,
     )

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.allocator import keep_freed_memory
-from align_ti.config import Objective, Scores, listed
+from align_ti.config import Objective, OnPolicy, Scores, listed
 from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation
@@ -33,6 +33,7 @@ from align_ti.phases import OTHER, phase
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
 from align_ti.training.passes import candidate_options, candidates_for
+from align_ti.training.rollout import respond
 from align_ti.training.watch import StepPhases
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,12 @@ class Sums:
         if output.branch_share is not None:
             parts.append(("branch_share", output.branch_share, torch.ones_like(output.branch_share)))
         for name, total, mass in parts:
-            self.totals[name] = self.totals.get(name, 0.0) + total.to(widest_float(total.device))
-            self.masses[name] = self.masses.get(name, 0.0) + mass.to(widest_float(mass.device))
+            self.count(name, total, mass)
+
+    def count(self, name: str, total: Tensor, mass: Tensor) -> None:
+        """Adds to one mean: the sum of some values, and their number."""
+        self.totals[name] = self.totals.get(name, 0.0) + total.to(widest_float(total.device))
+        self.masses[name] = self.masses.get(name, 0.0) + mass.to(widest_float(mass.device))
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term over everything added, on all processes, and a fresh start."""
@@ -89,6 +94,8 @@ class AlignTITrainer(Trainer):
         data_collator: by default one that pads with the processor's pad token.
         scores: the size of the sample that layers are scored on.
         phases: given, it counts where the time of each step goes.
+        on_policy: given, some training batches are answered by the student. `on_policy_share` in the log is the share of batches that
+            were, `cut_share` the share of their answers that were cut at the limit.
         trainer_options: anything else that transformers' Trainer takes, such as callbacks.
     """
 
@@ -105,9 +112,16 @@ class AlignTITrainer(Trainer):
         scores: Scores | None = None,
         teacher_processing_class: ProcessorMixin | None = None,
         phases: StepPhases | None = None,
+        on_policy: OnPolicy | None = None,
         **trainer_options: Any,
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
+        self.on_policy = on_policy
+        if on_policy is not None and not self.objective.needs_teacher:
+            raise ConfigError(
+                "on_policy is given, but no term with weight compares with a teacher, and nothing else is learned from the student's "
+                "own answers; give such a term a weight, or leave on_policy out."
+            )
         if self.objective.needs_teacher and teacher_model is None:
             raise ConfigError(
                 f"the objective has {', '.join(self.objective.active)}, but no teacher_model was given; give one, or leave out "
@@ -182,8 +196,14 @@ class AlignTITrainer(Trainer):
         """Refuse forms of sharding in which parts of the student cannot be called as the loss does.
 
         Raises:
-            ConfigError: FSDP of version 2; FSDP with its own checkpointing, or with accumulation, where TPA has weight.
+            ConfigError: any sharding with on-policy batches; FSDP of version 2; FSDP with its own checkpointing, or with accumulation,
+                where TPA has weight.
         """
+        if self.on_policy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "training is sharded (FSDP or DeepSpeed), but on_policy is given, and the student cannot answer before a wrapped "
+                "forward pass gathers its weights; leave on_policy out (in a recipe: data.on_policy), or use DDP or one GPU."
+            )
         if not self.is_fsdp_enabled:
             return
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
@@ -307,6 +327,8 @@ class AlignTITrainer(Trainer):
             self.phases.begin_step()
         with phase("data"):
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is not None:
+            batches = [self.perhaps_answered(batch, number, self.on_policy) for number, batch in enumerate(batches)]
         self.step_totals = None
         if len(batches) > 1:
             objective = self.resolve_layer()
@@ -317,6 +339,26 @@ class AlignTITrainer(Trainer):
                     sums[name] = sums.get(name, 0) + mass
             self.step_totals = self.over_processes(sums)
         return batches, count
+
+    def perhaps_answered(self, batch: dict[str, Any], number: int, settings: OnPolicy) -> dict[str, Any]:
+        """The batch with this number in the step, or, as chance has it, the same one answered by the student.
+
+        Chance is fixed by seed, step and number alone: on all processes the same batches are answered, so that none waits for another
+        that writes. What is written differs, as all draws do.
+        """
+        # A tuple of integers hashes to the same number in every process and Python.
+        chance = torch.Generator().manual_seed(hash((self.args.seed, self.state.global_step, number)) % 2**63)
+        answered = bool(torch.rand((), generator=chance) < settings.probability)
+        one = torch.ones((), device=self.args.device)
+        self.train_sums.count("on_policy_share", one * answered, one)
+        if not answered:
+            return batch
+        batch = self._prepare_inputs(batch)
+        student = unwrapped(self.accelerator.unwrap_model(self.model))
+        with phase("generation"), self.accelerator.autocast():
+            rollout = respond(student, batch, settings, self.generator(), self.pairing)
+        self.train_sums.count("cut_share", rollout.cut.sum().to(one.device), one * len(rollout.cut))
+        return rollout.batch
 
     def known_masses(self, batch: dict[str, Any], objective: Objective) -> Masses:
         """The masses of one batch; its candidates are drawn and put into it if a term has some."""

@@ -24,6 +24,7 @@ WARM_UP = 5
 
 STEP = (
     "data",
+    "generation",
     "vision",
     "student forward",
     "teacher forward",
