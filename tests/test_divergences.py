@@ -82,7 +82,7 @@ def lists(twin):
     return None if twin is None else lambda p, q: float(twin(p.tolist(), q.tolist()))
 
 
-@pytest.mark.parametrize(("divergence", "twin"), TWINS, ids=str)
+@pytest.mark.parametrize(("divergence", "twin"), TWINS, ids=[str(one) for one, _ in TWINS])
 def test_a_divergence_keeps_the_rules_and_equals_its_plain_twin(divergence, twin):
     # Near its limit the plain formula of alpha-beta loses digits to cancellation, so there it is compared apart.
     near_limit = isinstance(divergence, dict) and divergence.get("alpha") == 0.5 and divergence.get("beta") == 0.0
