@@ -261,28 +261,16 @@ def packing_table() -> str:
 
 def opened_table() -> str:
     """The step's ratios before and after the objective was opened, beside those of the first table."""
-    runs = [read("step.json")["variants"], *(read("step-objective.json")[when]["variants"] for when in ("before", "after"))]
+    runs = [
+        read("step.json")["variants"],
+        *(read("step-objective.json")[when]["variants"] for when in ("before", "after")),
+    ]
     rows = (
         (f"{WORDS[name]}: {of}", *(number(run[name]["against_vanilla_kd"][of]["median"]) for run in runs))
         for name in SHORT[1:]
         for of in ("time", "memory")
     )
     return table(("x vanilla KD", "the table above", "before, this machine", "after, this machine"), rows)
-
-
-def objectives_table() -> str:
-    """What each divergence and term costs beside SFT + KD."""
-    rows = (
-        (
-            "SFT + KD by forward KL" if name == "kd" else name.replace("kd by ", "by "),
-            number(one["seconds"]["median"]),
-            f"{one['time']['median']:.2f} ({one['time']['lower']:.2f} - {one['time']['upper']:.2f})",
-            number(one["mib"], 0),
-            number(one["memory"]),
-        )
-        for name, one in read("objectives.json")["variants"].items()
-    )
-    return table(("a step of SFT + KD", "seconds", "x time", "peak MiB", "x memory"), rows)
 
 
 def share_table() -> str:
@@ -314,7 +302,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing_table,
     "demo": demo_table,
     "opened": opened_table,
-    "objectives": objectives_table,
 }
 
 

@@ -68,6 +68,7 @@ TWINS = [
     ({"name": "skew_reverse_kl", "alpha": 0.6}, lambda p, q: kl(q, mixed(q, p, 0.6))),
     ("adaptive_kl", adaptive(0.5)),
     ({"name": "adaptive_kl", "mu": 0.9}, adaptive(0.9)),
+    ({"name": "adaptive_kl", "mu": 1.0}, kl),
     ("alpha_beta", alpha_beta(0.2, 0.7)),
     ({"name": "alpha_beta", "alpha": 1.0, "beta": 1.5}, alpha_beta(1.0, 1.5)),
     ({"name": "alpha_beta", "alpha": 1.0, "beta": 0.0}, kl),
@@ -189,8 +190,16 @@ def test_a_negative_divergence_and_one_that_is_not_zero_are_found():
         def values(self, log_p, log_q):
             return -(log_p.exp() * log_q).sum(-1)
 
+    class Gap(Divergence):
+        name = "gap"
+
+        def values(self, log_p, log_q):
+            return log_p[:, 0] - log_q[:, 0]
+
     with pytest.raises(AssertionError, match="where student equals teacher"):
         check_divergence(Entropy())
+    with pytest.raises(AssertionError, match="above 0 is expected"):
+        check_divergence(Gap())
 
 
 @pytest.mark.parametrize("term", [Kd, Iva, Tpa])

@@ -8,7 +8,7 @@ import torch
 from align_ti import Objective, Reads
 from align_ti.data.roles import INSTRUCTION, VISUAL
 from align_ti.errors import BatchError, ConfigError, ModelError
-from align_ti.models.families import full_attention_layers, language_model, layer_kinds
+from align_ti.models.families import full_attention_layers, layer_kinds
 from align_ti.terms.base import Term
 from align_ti.terms.plain import Sample
 from align_ti.training.objective import distillation_loss
@@ -229,7 +229,11 @@ def test_two_terms_that_draw_candidates_are_refused(monkeypatch):
     assert Objective.only(another={}).terms["another"].candidate_options is not None
 
 
-def test_the_depth_that_middle_layers_are_counted_in_is_the_language_models():
-    _, student, _ = pair("llava-siglip-qwen3")
-    term = Objective.only(compodistill={}).terms["compodistill"]
-    assert term.layers_of(student, None) == list(range(language_model(student).config.num_hidden_layers))
+@pytest.mark.parametrize(("depth", "first", "last"), [(24, 7, 16), (28, 8, 19), (36, 10, 25), (2, 0, 1)])
+def test_middle_layers_are_those_from_30_to_70_per_cent_of_the_depth(monkeypatch, depth, first, last):
+    from align_ti.terms import compodistill
+
+    monkeypatch.setattr(compodistill, "layer_kinds", lambda model: ["full_attention"] * depth)
+    monkeypatch.setattr(compodistill, "full_attention_layers", lambda model: list(range(depth)))
+    term, (_, student, _) = Objective.only(compodistill={}).terms["compodistill"], pair("llava-siglip-qwen3")
+    assert term.layers_of(student, None) == list(range(first, last + 1))

@@ -148,13 +148,6 @@ class Lora(Knobs):
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks stable."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("targets"), list):
-            return {**options, "targets": tuple(options["targets"])}
-        return options
-
 
 class Student(Knobs):
     """The model that is trained."""
@@ -169,13 +162,6 @@ class Student(Knobs):
     """Precision of the weights while they are trained. float16 is for frozen weights only (beside adapters)."""
     lora: Lora | None = None
     """Train adapters instead of the language model's own weights."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("freeze"), list):
-            return {**options, "freeze": tuple(options["freeze"])}
-        return options
 
     @field_validator("freeze")
     @classmethod
@@ -544,13 +530,6 @@ class Recipe(Knobs):
     training: Training = Training()
     layer_scores: Scores = Scores()
     evaluation: Evaluation = Evaluation()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("extensions"), list):
-            return {**options, "extensions": tuple(options["extensions"])}
-        return options
 
     @model_validator(mode="after")
     def _what_a_stream_needs(self) -> Recipe:

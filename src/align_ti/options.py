@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypeVar, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 
 from align_ti.errors import ConfigError
 
@@ -25,6 +26,17 @@ class Knobs(BaseModel):
             self.__pydantic_validator__.validate_python(options, self_instance=self)
         except ValidationError as error:
             raise ConfigError(explain(type(self), error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, options: Any) -> Any:
+        """YAML and JSON have lists where options are tuples."""
+        if not isinstance(options, Mapping):
+            return options
+        return {
+            name: tuple(value) if isinstance(value, list) and takes_tuple(cls, name) else value
+            for name, value in options.items()
+        }
 
     @classmethod
     def known(cls) -> tuple[str, ...]:
@@ -64,7 +76,7 @@ def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str],
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known_keys(knobs, parts[:-1]))}."
         return f"{name} is no known option; {hint}"
     if kind == "sentence":
-        return f"{name} {message}"
+        return f"{name}{'' if message.startswith(':') else ' '}{message}"
     if kind == "missing":
         return f"{name} is missing; it has no default; give it."
     if kind == "value_error":
@@ -88,6 +100,15 @@ def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
                 return []
             knobs = inner
     return list(knobs.known())
+
+
+def takes_tuple(knobs: type[Knobs], name: str) -> bool:
+    """Whether an option takes a tuple, alone or among other forms."""
+
+    def inside(annotation: Any) -> bool:
+        return get_origin(annotation) is tuple or any(inside(inner) for inner in get_args(annotation))
+
+    return name in knobs.model_fields and inside(knobs.model_fields[name].annotation)
 
 
 def section_in(annotation: Any) -> Iterator[type[Knobs]]:
@@ -126,6 +147,8 @@ def placed(group: type[Knobs], item: Any, place: tuple[str, ...]) -> InitErrorDe
         return sentence(f"is no known option; {hint}", (*place, *where), item["input"])
     if kind == "sentence":
         return sentence(item["msg"], (*place, *where), item["input"])
+    if kind not in get_args(ErrorType):
+        return sentence(f": {item['msg']}", (*place, *where), item["input"])
     details: InitErrorDetails = {"type": kind, "loc": (*place, *where), "input": item["input"]}
     if "ctx" in item:
         details["ctx"] = item["ctx"]

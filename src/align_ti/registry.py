@@ -7,6 +7,7 @@ decorator `register`; it runs only if the user asks for it (`load_extension`), n
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import re
 import sys
@@ -93,12 +94,29 @@ def register(cls: Registered) -> Registered:
         raise ConfigError(
             f"{cls.__name__}.name is {name!r}; accepted: small letters, digits and underscores; it is what a recipe calls the {kind}."
         )
+    if kind == "term" and (name in RESERVED or name.endswith("_weight")):
+        raise ConfigError(
+            f"{cls.__name__}.name is {name!r}, which the log or the objective uses already; give another name."
+        )
     other = _REGISTERED[kind].get(name)
-    # A file that is loaded again replaces its own classes.
-    if name in BUILT_IN[kind] or (other is not None and other.__qualname__ != cls.__qualname__):
+    # A file that is loaded again replaces its own classes, and no others.
+    if name in BUILT_IN[kind] or (other is not None and source_of(other) != source_of(cls)):
         raise ConfigError(f"{cls.__name__}: there is a {kind} named {name!r} already; give another name.")
     _REGISTERED[kind][name] = cls
     return cls
+
+
+RESERVED = frozenset(
+    ("loss", "step", "epoch", "grad_norm", "learning_rate", "branch_share", "on_policy_share", "cut_share")
+    + ("chunk_rows", "terms", "active", "only", "known", "section", "where", "needs_teacher", "needs_layer", "at_layer")
+)
+"""Names that the log or `Objective` uses for something else than a term."""
+
+
+def source_of(cls: type[Any]) -> tuple[str, str]:
+    """Where a class was written: its file or module, and its name there."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) or cls.__module__, cls.__qualname__
 
 
 def load_extension(path: Path) -> tuple[str, ...]:
@@ -111,7 +129,8 @@ def load_extension(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise ConfigError(f"extension {path}: no such file; give the path of a Python file that registers its classes.")
     before = {kind: dict(found) for kind, found in _REGISTERED.items()}
-    module_name = f"align_ti_extension_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    # Two files of one name are two modules.
+    module_name = f"align_ti_extension_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"extension {path}: not a Python file; a file that ends in .py is accepted.")
@@ -120,9 +139,13 @@ def load_extension(path: Path) -> tuple[str, ...]:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except ConfigError:
-        raise
     except Exception as error:
+        # Nothing of a file that failed halfway stays known.
+        for kind, found in before.items():
+            _REGISTERED[kind].clear()
+            _REGISTERED[kind].update(found)
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"extension {path}: running it stopped with {type(error).__name__}: {error}") from error
     added = tuple(_added(before))
     if not added:

@@ -170,10 +170,11 @@ class RunFolder:
                 kept = read_json(self.provenance).get("extensions", {})
                 if kept != extensions and self.trained_something():
                     raise RunError(
-                        f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, so it would "
-                        "go on by "
-                        "go on by another objective; restore them, or choose another folder (out)."
+                        f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, and it would go on "
+                        "by another objective; restore them, or choose another folder (out)."
                     )
+                if kept != extensions:
+                    write_json(self.provenance, provenance() | {"extensions": extensions})
                 return True
         elif self.root.exists() and (not self.root.is_dir() or self.foreign_files()):
             raise RunError(

@@ -52,13 +52,6 @@ class CandidateOptions(Knobs):
     """How candidates are evaluated: over the first pass's cache, or packed with the gold tokens into one pass. auto: reuse, where
     the model keeps a cache. The result is the same number."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("left_out"), list):
-            return {**options, "left_out": tuple(options["left_out"])}
-        return options
-
     @model_validator(mode="after")
     def _draw_fits(self) -> CandidateOptions:
         if self.source == "gold" and self.draw != "with_replacement":

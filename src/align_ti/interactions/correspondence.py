@@ -117,7 +117,11 @@ def overlap(cells: int, teacher_cells: int) -> Float[Tensor, "cells teacher_cell
 
 
 def check_visual(
-    roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "batch teacher_seq"], term: str = "iva"
+    roles: Int[Tensor, "batch seq"],
+    teacher_roles: Int[Tensor, "batch teacher_seq"],
+    term: str = "iva",
+    *,
+    resample: bool = True,
 ) -> None:
     """Refuse different numbers of visual tokens, for which no row of the teacher is the student's.
 
@@ -130,14 +134,17 @@ def check_visual(
         sample = int(wrong[0])
         raise BatchError(
             f"sample {sample}: {int(ours[sample])} visual tokens for the student, {int(theirs[sample])} for the teacher; "
-            f"objective.{term} "
-            f"compares equal numbers; set objective.{term}.resample: true to resample the teacher's on the image grid, or leave "
-            "the term "
-            f"out (objective.{term}.weight: 0)."
+            f"objective.{term} compares equal numbers; {ways_out(term, resample=resample)}"
         )
 
 
-def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequence[Grid]], term: str = "iva") -> None:
+def check_grids(
+    grids: Sequence[Sequence[Grid]],
+    teacher_grids: Sequence[Sequence[Grid]],
+    term: str = "iva",
+    *,
+    resample: bool = True,
+) -> None:
     """Refuse equal numbers of visual tokens on different grids: one by one they would show different parts of the picture.
 
     Raises:
@@ -147,6 +154,13 @@ def check_grids(grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequenc
         if list(ours) != list(theirs):
             raise BatchError(
                 f"sample {sample}: the student's visual tokens form grids {list(ours)} (rows, columns), the teacher's {list(theirs)}; "
-                f"objective.{term} compares equal grids; set objective.{term}.resample: true, or leave the term out "
-                f"(objective.{term}.weight: 0)."
+                f"objective.{term} compares equal grids; {ways_out(term, resample=resample)}"
             )
+
+
+def ways_out(term: str, *, resample: bool) -> str:
+    """What to do about visual tokens that cannot be compared one by one; not every term can resample them."""
+    leave = f"leave the term out (objective.{term}.weight: 0)."
+    if not resample:
+        return leave
+    return f"set objective.{term}.resample: true to resample the teacher's on the image grid, or {leave}"

@@ -1,5 +1,5 @@
-"""Which of the teacher's visual tokens is which of the student's, where their numbers differ: by what they say, not by where "
-"they are."""
+"""Which of the teacher's visual tokens is which of the student's, where their numbers differ: by what they say, not by where
+they are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def match_rows(
     """
     device = student.device
     cost = torch.zeros(len(student), len(teacher), dtype=torch.float64, device=device)
-    heads = [(of.weight[shared], None if of.bias is None else of.bias[shared]) for of in (student_head, teacher_head)]
+    heads = []
+    for of in (student_head, teacher_head):
+        chosen = shared if isinstance(shared, slice) else shared.to(of.weight.device)
+        heads.append((of.weight[chosen], None if of.bias is None else of.bias[chosen]))
     tokens = max(1, COMPARED_LOGITS // max(len(student), len(teacher), 1))
     for start in range(0, len(heads[0][0]), tokens):
         part = slice(start, start + tokens)

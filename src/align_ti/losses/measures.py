@@ -1,5 +1,5 @@
-"""What is measured on one row, one position whose next-token distribution is compared: a likelihood, or a divergence at a "
-"temperature."""
+"""What is measured on one row, one position whose next-token distribution is compared: a likelihood, or a divergence at a
+temperature."""
 
 from __future__ import annotations
 

@@ -34,7 +34,6 @@ class AlignKd(Term):
     """
 
     name: ClassVar[str] = "align_kd"
-    where: ClassVar[str] = "objective.align_kd"
     one_sequence: ClassVar[bool] = True
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (

@@ -66,6 +66,13 @@ class Term(Knobs):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """What the term is multiplied by in the loss; 0 leaves it out."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls) -> None:
+        """Messages about a term's options name it as a recipe does."""
+        super().__pydantic_init_subclass__()
+        if "name" in cls.__dict__:
+            cls.where = f"objective.{cls.name}"
+
     # --- what it needs ------------------------------------------------------------------------------------------------
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,7 +43,6 @@ class CompoDistill(Term):
     """
 
     name: ClassVar[str] = "compodistill"
-    where: ClassVar[str] = "objective.compodistill"
     one_sequence: ClassVar[bool] = True
     needs_visual: ClassVar[bool] = True
     form: Literal["paper", "code"] = "paper"
@@ -54,13 +53,6 @@ class CompoDistill(Term):
     """The student's layers; by default those from 30 to 70 per cent of its depth."""
     teacher_layers: Layers | None = None
     """The teacher's layers, as many as the student's or more; by default those from 30 to 70 per cent of its depth."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, options: Any) -> Any:
-        if not isinstance(options, dict):
-            return options
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuses a pair whose layers form no groups.
@@ -112,7 +104,7 @@ class CompoDistill(Term):
             teacher.attention_at(layer, self.queries)
             for layer in self.layers_of(teacher.view.model, self.teacher_layers)
         ]
-        whole = ours[0].weights.sum() * 0
+        whole = ours[0].weights[:, :0].sum()
         for sample in readings.tokens.pictured.nonzero().flatten().tolist():
             blocks = [to_visual(of, sample, visual[sample]) for of in ours]
             others = [to_visual(of, sample, visual[sample].to(of.weights.device)).to(blocks[0]) for of in theirs]

@@ -38,7 +38,6 @@ class EmKdVsd(Compares):
     """
 
     name: ClassVar[str] = "em_kd_vsd"
-    where: ClassVar[str] = "objective.em_kd_vsd"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=0.25, ge=0, allow_inf_nan=False)
     """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 0.25."""

@@ -27,7 +27,6 @@ class Iva(Compares):
     """
 
     name: ClassVar[str] = "iva"
-    where: ClassVar[str] = "objective.iva"
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (

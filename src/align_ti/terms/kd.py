@@ -25,7 +25,6 @@ class Kd(Compares):
     """
 
     name: ClassVar[str] = "kd"
-    where: ClassVar[str] = "objective.kd"
     fix: ClassVar[str] = (
         "see that the teacher differs from the student, and that something which reaches the responses is trained (parts)"
     )

@@ -27,14 +27,13 @@ class LlavaKdMdist(Compares):
     """
 
     name: ClassVar[str] = "llava_kd_mdist"
-    where: ClassVar[str] = "objective.llava_kd_mdist"
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     visual_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much the mean over visual rows counts beside the mean over response rows."""
     resample: bool = False
-    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows to the "
-    "student's grid."""
+    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows to the
+    student's grid."""
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
         """Samples with a response."""

@@ -31,7 +31,6 @@ class LlavaKdRdist(Term):
     """
 
     name: ClassVar[str] = "llava_kd_rdist"
-    where: ClassVar[str] = "objective.llava_kd_rdist"
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
@@ -64,7 +63,7 @@ class LlavaKdRdist(Term):
             metric = self.metric(teacher, readings)
             theirs = teacher.aligned(teacher.hidden).to(readings.device)
             metric = None if metric is None else metric.to(readings.device)
-        whole, own = wide(student.hidden).sum() * 0, self.metric(student, readings)
+        whole, own = wide(student.hidden[:, :0]).sum(), self.metric(student, readings)
         for sample in readings.tokens.pictured.nonzero().flatten().tolist():
             rows = readings.tokens.visual[sample]
             expected = relations(theirs[sample][rows], metric)
@@ -77,7 +76,8 @@ class LlavaKdRdist(Term):
             return None
         head = linear_head(passed.view.model, self.where)
         weight = head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
-        chosen = wide(weight[readings.pairing.shared])
+        shared = readings.pairing.shared
+        chosen = wide(weight[shared if isinstance(shared, slice) else shared.to(weight.device)])
         return chosen.mT @ chosen
 
     def plain(self, sample: Sample) -> float | None:

@@ -27,7 +27,6 @@ class Sft(Term):
     """
 
     name: ClassVar[str] = "sft"
-    where: ClassVar[str] = "objective.sft"
     needs_teacher: ClassVar[bool] = False
     unit: ClassVar[str] = "nats"
     fix: ClassVar[str] = "see that responses are there (roles) and that something which reaches them is trained (parts)"

@@ -26,7 +26,6 @@ class Tpa(Compares, CandidateOptions):
     """
 
     name: ClassVar[str] = "tpa"
-    where: ClassVar[str] = "objective.tpa"
     fix: ClassVar[str] = "see that candidates are not all left out (objective.tpa.left_out), or objective.tpa.weight: 0"
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -54,8 +53,8 @@ class Tpa(Compares, CandidateOptions):
         return WeightedRows(readings.plan.gold_weights, self.measure, readings.plan.branch_weights)
 
     def plain(self, sample: Sample) -> float:
-        """Mean over positions, and over the candidates of each, of the divergence behind a candidate: one full forward for "
-        "every one."""
+        """Mean over positions, and over the candidates of each, of the divergence behind a candidate: one full forward for
+        every one."""
         positions = []
         for step, tried in sample.candidates.items():
             values = []

@@ -37,7 +37,7 @@ def check_term(term: Term, plain: Plain | None = None) -> None:
 
     Its value on one sample equals the plain twin; it is 0 where the student equals the teacher; its gradient is that of finite
     differences, and flows into the student alone; padding on either side, gradient checkpointing, and the cut of a step into batches
-    change nothing; where the teacher reads a sequence of its own it is the same number, or refused by name; bfloat16 models give it
+    change nothing; where the teacher reads a sequence of its own its rows are found, or it is refused by name; bfloat16 models give it
     to a stated error; and a recipe holds it.
 
     Args:
@@ -194,6 +194,15 @@ def check_own_sequence(objective: Objective, term: Term, student: PreTrainedMode
         )
         return
     holds(bool(out.loss.isfinite()), f"{term.name} is {float(out.loss)} for a teacher with a sequence of its own")
+    # The same sequence behind masked padding is a sequence of its own with the same numbers: rows have to be found, not counted.
+    pushed = {
+        "teacher": {**batch, **{name: pad_left(name, value) for name, value in batch.items() if value.dim() == 2}}
+    }
+    alone, found = (float(run(objective, student, teacher, of).loss.detach()) for of in (batch, {**batch, **pushed}))
+    holds(
+        abs(alone - found) <= 1e-9 + VALUE * abs(alone),
+        f"{term.name} is {alone}, but {found} where the same sequence of the teacher stands behind padding",
+    )
     if term.needs_teacher and term.candidate_options is None:
         sample = {name: value[:1] for name, value in both.items() if isinstance(value, Tensor)}
         sample["pixel_values"] = both["pixel_values"][:1]
@@ -204,6 +213,11 @@ def check_own_sequence(objective: Objective, term: Term, student: PreTrainedMode
             expected is None or abs(value - expected) <= 1e-9 + VALUE * abs(expected),
             f"{term.name} is {value} for a teacher with a sequence of its own, {expected} by its plain twin",
         )
+
+
+def pad_left(name: str, value: Tensor) -> Tensor:
+    """Two tokens of padding in front."""
+    return torch.nn.functional.pad(value, (2, 0), value={"input_ids": tiny.PAD, "labels": -100}.get(name, 0))
 
 
 def fill(name: str) -> int:

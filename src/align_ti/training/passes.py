@@ -231,15 +231,16 @@ def places_of(ours: View, theirs: View, terms: Terms) -> Correspondence:
     if "iva" in visual:
         check_order(ours.roles, roles)
     if equal is not None:
-        check_visual(ours.roles, roles, equal)
-    if equal is None or "resampled" in visual.values():
+        check_visual(ours.roles, roles, equal, resample=hasattr(terms[equal], "resample"))
+    if equal is None:
         return resampled(found, *(grids_of(of) for of in (ours, theirs)))
     try:
         one, other = grids_of(ours), grids_of(theirs)
     except BatchError:
         # Neither config nor inputs tell the grids, so equal numbers are all that can be asked for.
         return found
-    check_grids(one, other, equal)
+    # Where one term resamples and another takes them one by one, the grids are equal, and both come to the same rows.
+    check_grids(one, other, equal, resample=hasattr(terms[equal], "resample"))
     return found
 
 

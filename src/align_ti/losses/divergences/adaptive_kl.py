@@ -31,14 +31,16 @@ class AdaptiveKl(Divergence):
     def values(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
         """Both divergences, weighed."""
         share = self.head_share(log_p, log_q)
-        return share * ForwardKl().values(log_p, log_q) + (1 - share) * ReverseKl().values(log_p, log_q)
+        forward, reverse = ForwardKl().values(log_p, log_q), ReverseKl().values(log_p, log_q)
+        return part(share, forward) + part(1 - share, reverse)
 
     def with_slope(self, log_p: Rows, log_q: Rows) -> tuple[Float[Tensor, " rows"], Rows]:
         """Both slopes, weighed."""
         share = self.head_share(log_p, log_q)
         forward, slope = ForwardKl().with_slope(log_p.clone(), log_q.clone())
         reverse, other = ReverseKl().with_slope(log_p, log_q)
-        return share * forward + (1 - share) * reverse, other.lerp_(slope, share[:, None])
+        mixed = part(share[:, None], slope) + part(1 - share[:, None], other)
+        return part(share, forward) + part(1 - share, reverse), mixed
 
     @torch.no_grad()
     def head_share(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
@@ -49,4 +51,10 @@ class AdaptiveKl(Divergence):
         # A token is in the head unless those before it hold mu already.
         in_head = ranked.cumsum(-1) - ranked < self.mu
         head, whole = (gap.gather(-1, order) * in_head).sum(-1), gap.sum(-1)
-        return torch.where(whole == 0, 0.5, head / whole)
+        # Two sums in different orders: a head that holds all of it is not to hold more.
+        return torch.where(whole == 0, 0.5, (head / whole).clamp(max=1))
+
+
+def part(weight: Float[Tensor, "..."], values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """weight * values, and 0 where the weight is 0: a divergence without weight may be infinite."""
+    return torch.where(weight == 0, 0.0, weight * values)

@@ -28,7 +28,11 @@ class SkewKl(Divergence):
         return times(log_p.exp(), log_p - log_mixture(log_p, log_q, self.alpha)).sum(-1)
 
     def with_slope(self, log_p: Rows, log_q: Rows) -> tuple[Float[Tensor, " rows"], Rows]:
-        """With g = -(1 - alpha) q p / m the slope is g - q sum(g)."""
+        """With h = (1 - alpha)^2 q (q - p) / m the slope is h - q sum(h).
+
+        That is g - q sum(g) for g = -(1 - alpha) q p / m, which differs from h by a multiple of q alone; h is small near p = q, where g
+        would cancel.
+        """
         log_m, p, q = log_mixture(log_p, log_q, self.alpha), log_p.exp(), log_q.exp()
-        derivative = times(p, (log_q - log_m).exp()).mul_(self.alpha - 1)
-        return times(p, log_p - log_m).sum(-1), through_softmax(derivative, q)
+        derivative = times(q, (log_q - log_m).exp()) - times(p, (log_q - log_m).exp())
+        return times(p, log_p - log_m).sum(-1), through_softmax(derivative.mul_((1 - self.alpha) ** 2), q)
