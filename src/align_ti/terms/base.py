@@ -67,7 +67,7 @@ class Term(Knobs):
     """What the term is multiplied by in the loss; 0 leaves it out."""
 
     @classmethod
-    def __pydantic_init_subclass__(cls) -> None:
+    def __pydantic_init_subclass__(cls) -> None:  # type: ignore[override]  # classes of terms take no options
         """Messages about a term's options name it as a recipe does."""
         super().__pydantic_init_subclass__()
         if "name" in cls.__dict__:
