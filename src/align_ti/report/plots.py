@@ -115,8 +115,9 @@ def term_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def terms_in(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The terms of a log, known by their weights: those that always have a colour of their own first."""
-    found = dict.fromkeys(key.removesuffix("_weight") for line in metrics for key in line if key.endswith("_weight"))
+    """The terms of a log, known by their weights, or by their names where those are Align-TI's, which come first."""
+    weighted = (key.removesuffix("_weight") for line in metrics for key in line if key.endswith("_weight"))
+    found = dict.fromkeys([*weighted, *(term for line in metrics for term in TERMS if term in line)])
     return sorted(found, key=lambda term: (term not in TERMS, list(TERMS).index(term) if term in TERMS else 0))
 
 
