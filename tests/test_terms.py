@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align_ti import Objective
+from align_ti import Objective, Term, register, registry
 from align_ti.registry import lookup, names
 from align_ti.testing import check_term
 from align_ti.training.objective import distillation_loss
@@ -19,6 +19,7 @@ OPTIONS = [
     ("iva", {"layer": 0, "images": "separately", "share": 0.6, "divergence": "reverse_kl"}),
     ("tpa", {}),
     ("tpa", {"form": "packed", "divergence": {"name": "skew_kl", "alpha": 0.2}}),
+    ("kd", {"divergence": "adaptive_kl"}),
     ("llava_kd_mdist", {}),
     ("llava_kd_mdist", {"visual_weight": 0.3, "divergence": "total_variation"}),
     ("llava_kd_rdist", {}),
@@ -34,7 +35,28 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_a_term_keeps_the_rules_and_equals_its_plain_twin(name, options):
-    check_term(Objective.only(**{name: options}).terms[name])
+    check_term(Objective.only(**{name: options}).terms[name], fixed_parts=options.get("divergence") == "adaptive_kl")
+
+
+def test_a_term_that_loses_a_part_of_its_gradient_is_found(monkeypatch):
+    # Along its own gradient such a term changes as it says; along others it does not.
+    monkeypatch.setattr(registry, "_REGISTERED", {"divergence": {}, "term": {}})
+
+    @register
+    class Torn(Term):
+        name = "torn"
+        needs_teacher = False
+
+        def mass(self, tokens, plan):
+            return tokens.response.sum()
+
+        def total(self, readings):
+            hidden = readings.student.hidden[readings.tokens.response]
+            half = hidden.shape[-1] // 2
+            return hidden[:, :half].sin().sum() + hidden[:, half:].detach().sin().sum()
+
+    with pytest.raises(AssertionError, match="along a random direction by finite differences"):
+        check_term(Torn())
 
 
 def test_every_term_is_held_to_the_rules():
