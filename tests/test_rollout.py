@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from align_ti.training.watch import WARM_UP
 from tests import family_plain as plain
 from tests import small, tiny
 from tests.family_models import COMPOSITIONS, FAMILIES
+from tests.launching import on_processes
 from tests.test_objective_twins import only
 from tests.test_trainer import Stop
 
@@ -541,6 +539,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from align_ti.config import OnPolicy
+from align_ti.processes import part_in_order
 from tests.test_rollout import answers, trainer, watched
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 run = trainer(folder, out, OnPolicy(probability=0.5, max_new_tokens=4), 3, steps=2)
@@ -553,25 +552,12 @@ told = {
     "sum": sum(float(value.double().sum()) for value in run.model.state_dict().values()),
 }
 (out / f"rank-{run.args.process_index}.json").write_text(json.dumps(told))
+part_in_order()
 """
 
 
 def test_two_processes_answer_the_same_batches_with_answers_of_their_own(folder, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}", "OMP_NUM_THREADS": "1"}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=0",
-        "--rdzv-backend=c10d",
-    ]
-    launch += ["--rdzv-endpoint=localhost:0", str(script), str(folder), str(tmp_path)]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_processes(2, WORKER, folder, tmp_path)
     one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert one["on"] == two["on"] and 0 < sum(one["on"]) < len(one["on"]) == 6
     assert one["written"] != two["written"]

@@ -28,6 +28,7 @@ from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder
 from align_ti.training.trainer import AlignTITrainer, through_wrapper
 from tests import small
+from tests.launching import on_processes
 
 FIXED = Objective(iva=Iva(layer=1))
 
@@ -163,32 +164,20 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import tests.test_trainer as here
+from align_ti.processes import part_in_order
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 run = here.trainer(folder, out, 2, 1, objective=getattr(here, sys.argv[3]))
 run.train()
 if run.is_world_process_zero():
     run.model.save_pretrained(out / "final")
     (out / "log.json").write_text(json.dumps(run.state.log_history))
+part_in_order()
 """
 
 
 def on_two_processes(folder: Path, tmp_path: Path, objective: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The weights and the log of 2 x 2 samples on two processes, with an objective of this module."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}", "OMP_NUM_THREADS": "1"}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=0",
-        "--rdzv-backend=c10d",
-    ]
-    launch += ["--rdzv-endpoint=localhost:0", str(script), str(folder), str(tmp_path / "two"), objective]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_processes(2, WORKER, folder, tmp_path / "two", objective)
     lines = json.loads((tmp_path / "two" / "log.json").read_text())
     return load_file(tmp_path / "two" / "final" / "model.safetensors"), [line for line in lines if "tpa" in line]
 

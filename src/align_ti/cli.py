@@ -30,6 +30,7 @@ from rich.text import Text
 from align_ti.config import Composition, Evaluation, Generation, Recipe, Scores, Source, Teacher, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
 from align_ti.phases import Stopwatch, phase_names
+from align_ti.processes import part_in_order
 from align_ti.registry import Kind, lookup, names
 
 if TYPE_CHECKING:
@@ -767,6 +768,10 @@ def main() -> None:
     """The entry point: an error that a user can meet is one message, not a traceback."""
     try:
         app()
+    except SystemExit as end:
+        if not end.code:
+            part_in_order()
+        raise
     except AlignTIError as error:
         Console(stderr=True).print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
         print(error, file=sys.stderr)
