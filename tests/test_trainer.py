@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,12 @@ from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelEr
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.models.pairing import own_processor, reads_the_same, shared_ids
+from align_ti.models.sharding import called_as
 from align_ti.pipeline.measuring import train_and_measure
 from align_ti.pipeline.parts import load_parts
 from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder
-from align_ti.training.trainer import AlignTITrainer, through_wrapper
+from align_ti.training.trainer import AlignTITrainer
 from tests import small
 from tests.launching import on_processes
 
@@ -67,33 +70,45 @@ def pad_candidates(samples):
 
 
 def trainer(
-    folder: Path, out: Path, batch: int, accumulate: int, steps: int = 2, objective: Objective = FIXED
+    folder: Path,
+    out: Path,
+    batch: int,
+    accumulate: int,
+    steps: int = 2,
+    objective: Objective = FIXED,
+    before: Callable[[], None] | None = None,
+    **options: Any,
 ) -> AlignTITrainer:
     processor = load_processor(str(folder / "student"))
     from align_ti.data.sources import read_conversations
 
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        seed=3,
+    )
+    if before is not None:
+        args.device  # noqa: B018 - the processes find each other here
+        before()
     return AlignTITrainer(
         model=load_model(str(folder / "student"), "float32"),
         teacher_model=load_model(str(folder / "teacher"), "float32"),
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=1e-2,
-            optim="sgd",
-            max_grad_norm=1e9,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            save_strategy="no",
-            seed=3,
-        ),
+        args=args,
         objective=objective,
         train_dataset=FixedDraws(read_conversations(folder / "train.json"), processor),
         processing_class=processor,
         data_collator=pad_candidates,
+        **options,
     )
 
 
@@ -445,9 +460,9 @@ def test_the_redirected_call_restores_forward_even_after_an_error(folder):
 
     inner = torch.nn.Linear(1, 1)
     wrapper = Wrapper(inner)
-    assert through_wrapper(wrapper, inner, lambda: "result") == "result"
+    assert called_as(wrapper, inner, lambda: "result") == "result"
     with pytest.raises(ZeroDivisionError):
-        through_wrapper(wrapper, inner, lambda: 1 / 0)
+        called_as(wrapper, inner, lambda: 1 / 0)
     assert "forward" not in inner.__dict__
 
 

@@ -190,6 +190,8 @@ class Teacher(Knobs):
     """Options of one of transformers' quantization methods, such as {load_in_4bit: true} or {quant_method: quanto, weights: int8}."""
     device: str | None = Field(default=None, pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$")
     """Where the teacher stays: cpu, cuda:1, ..., or auto: spread over all accelerators. By default the student's device."""
+    sharded: bool = False
+    """Spread the teacher's weights over all processes, and gather each layer when it is called; no effect with one process."""
 
 
 def path_or_sources(value: Any) -> str:

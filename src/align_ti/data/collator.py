@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from align_ti.data.cache import SampleCache
-from align_ti.data.conversation import Conversation
+from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
 from align_ti.data.lengths import TooLong, estimated_lengths, fit, paired
 from align_ti.data.roles import NO_LABEL, OTHER, PER_TOKEN, encode
 from align_ti.errors import DataError
@@ -119,6 +120,8 @@ class Collator:
     """Where padding goes: "right" or "left". The loss is the same either way."""
     teacher_pad_token: int | None = None
     """The pad token of a teacher that reads inputs of its own; by default the student's."""
+    blank: Sample | None = None
+    """A sample of no weight with a picture, which a batch without any picture gets at its end; by default none does."""
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The batch; what the samples hold for a teacher alone (`teacher`) becomes a batch of its own in it.
@@ -126,11 +129,15 @@ class Collator:
         Raises:
             DataError: pictures of different size that the processor gives no way to fill up.
         """
+        if self.blank is not None:
+            pictures = self.blank.keys() - PER_TOKEN - {"teacher"}
+            if not any(pictures & sample.keys() for sample in samples):
+                samples = [*samples, self.blank]
         if "teacher" in samples[0]:
             theirs = self.pad_token if self.teacher_pad_token is None else self.teacher_pad_token
-            teacher = replace(self, pad_token=theirs)([sample["teacher"] for sample in samples])
+            teacher = replace(self, pad_token=theirs, blank=None)([sample["teacher"] for sample in samples])
             own = [{name: value for name, value in sample.items() if name != "teacher"} for sample in samples]
-            return {**self(own), "teacher": teacher}
+            return {**replace(self, blank=None)(own), "teacher": teacher}
         names = dict.fromkeys(name for sample in samples for name in sample)
         by_sample = pictures_by_sample(samples)
         batch: dict[str, Any] = {}
@@ -162,6 +169,26 @@ class Collator:
         """The vector grown to the length on the collator's side."""
         room = (0, length - len(value)) if self.side == "right" else (length - len(value), 0)
         return torch.nn.functional.pad(value, room, value=fill)
+
+
+def blank_sample(processor: ProcessorMixin, teacher_processor: ProcessorMixin | None = None) -> dict[str, Any]:
+    """A sample that has a picture and weighs nothing in any term: none of its tokens has a role or a label.
+
+    Where weights are gathered in a module's call, every process has to call the same modules; a process whose records have no picture
+    calls its towers with this one.
+    """
+    turns = (Turn("user", f"{IMAGE_TAG}\n."), Turn("assistant", "."))
+    conversation = Conversation(turns, (Image.new("RGB", (64, 64), "white"),), "a blank picture")
+
+    def of(one: ProcessorMixin) -> dict[str, Any]:
+        sample = encode(conversation, one)
+        nothing = {"labels": NO_LABEL, "roles": OTHER, "pictures": 0}
+        return {
+            name: torch.full_like(value, nothing[name]) if name in nothing else value for name, value in sample.items()
+        }
+
+    own = of(processor)
+    return own if teacher_processor is None else {**own, "teacher": of(teacher_processor)}
 
 
 FILLED = frozenset({"image_sizes", "pixel_attention_mask"})

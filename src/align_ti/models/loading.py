@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -47,16 +48,18 @@ def load_model(
         options["device_map"] = "auto" if str(device) == "auto" else {"": str(device)}
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, info = load(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # Not taken: check_loaded refuses them by name.
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        # Under FSDP all processes but the first would get a model without weights, the teacher too, and nobody says so.
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            model, info = load(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # Not taken: check_loaded refuses them by name.
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise not_loaded(path, error) from error
     except (RuntimeError, TypeError, AssertionError) as error:

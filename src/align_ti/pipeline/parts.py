@@ -42,8 +42,7 @@ def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
         ModelError: one cannot be loaded, or they do not fit each other.
     """
     processor = load_processor(recipe.student.path)
-    student = load_model(recipe.student.path, recipe.student.dtype)
-    freeze(student, recipe.student.freeze)
+    student = load_base(recipe)
     teacher, teacher_processor = None, None
     if recipe.teacher is not None and recipe.objective.needs_teacher:
         teacher_processor = load_processor(recipe.teacher.path)
@@ -52,10 +51,27 @@ def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
             own = own_processor(processor, teacher_processor)
             shared_tokens(student, teacher, processor, own)
             check_pair(student, teacher, shared_inputs=own is None)
-    lora = recipe.student.lora
-    wrapped = student if lora is None else wrap_with_lora(student, **lora.model_dump())
+    wrapped = with_adapters(recipe, student)
     check_precision(wrapped, fp16=recipe.training.fp16)
     return Parts(wrapped, teacher, processor, teacher_processor)
+
+
+def load_student(recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """The student as its training begins, with adapters if the recipe says so."""
+    return with_adapters(recipe, load_base(recipe))
+
+
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """The student without adapters, frozen where the recipe says so."""
+    student = load_model(recipe.student.path, recipe.student.dtype)
+    freeze(student, recipe.student.freeze)
+    return student
+
+
+def with_adapters(recipe: Recipe, student: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    """The student, wrapped by the recipe's adapters if it has any."""
+    lora = recipe.student.lora
+    return student if lora is None else wrap_with_lora(student, **lora.model_dump())
 
 
 def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:

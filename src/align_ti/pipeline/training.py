@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,7 +19,7 @@ from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.phases import part
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
-from align_ti.pipeline.parts import Parts, load_parts
+from align_ti.pipeline.parts import Parts, load_parts, load_student
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
@@ -121,6 +120,7 @@ def distil(
         on_policy=recipe.data.on_policy,
         callbacks=[recorder],
         phases=phases,
+        shard_teacher=recipe.teacher is not None and recipe.teacher.sharded,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
@@ -135,7 +135,7 @@ def distil(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
             "command goes on from it."
         )
-    save_student(run, parts, trainer)
+    save_student(run, recipe, parts, trainer)
     if trainer.is_world_process_zero():
         write_json(
             run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
@@ -150,16 +150,18 @@ def distil(
     return run
 
 
-def save_student(run: RunFolder, parts: Parts, trainer: AlignTITrainer) -> None:
-    """Writes the trained student, adapters merged, with its processor to the run's draft folder."""
-    if not isinstance(parts.student, PeftModel):
-        trainer.save_model(str(run.draft))
-    elif trainer.is_world_process_zero():
-        merged(parts.student).save_pretrained(run.draft)
-        parts.processor.save_pretrained(run.draft)
+def save_student(run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer) -> None:
+    """Writes the trained student, adapters merged, with its processor to the run's draft folder: the same files from every engine."""
+    student = parts.student
+    if trainer.shards_weights:
+        # On the first process alone; all take part in gathering.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_world_process_zero():
+            student = load_student(recipe)
+            student.load_state_dict(weights)
     if trainer.is_world_process_zero():
-        # A pickle, which nobody needs to use the student.
-        (run.draft / "training_args.bin").unlink(missing_ok=True)
+        merged(student).save_pretrained(run.draft)
+        parts.processor.save_pretrained(run.draft)
 
 
 def write_phases(run: RunFolder, phases: StepPhases) -> None:

@@ -7,7 +7,7 @@ loss
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from align_ti.interactions.transitions import Candidates, Transitions
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
+from align_ti.models.sharding import called_as, nothing_of
 from align_ti.models.standins import Projection, tower_once
 from align_ti.phases import phase
 from align_ti.terms.base import WeightedRows
@@ -58,6 +59,8 @@ def distillation_loss(
     generator: torch.Generator | None = None,
     step_masses: Callable[[Masses], Masses] | None = None,
     pairing: Pairing | None = None,
+    *,
+    in_step: bool = False,
 ) -> DistillationOutput:
     """The loss of a batch: a weighted sum of the objective's terms.
 
@@ -75,6 +78,8 @@ def distillation_loss(
         step_masses: turns this batch's masses into those of the whole optimizer step, for gradient accumulation and data
             parallelism; by default the batch is the step.
         pairing: what `pair_up` found about the two models; by default heads of one size are taken to have the same tokens.
+        in_step: several processes exchange weights or gradients inside the models' passes, so all make the same ones, whatever their
+            batches hold.
 
     Raises:
         BatchError: the batch contradicts itself.
@@ -100,11 +105,13 @@ def distillation_loss(
     found = None if theirs is None or "teacher" not in batch else places_of(ours, theirs, terms)
 
     with tower_once(student, compared if pairing.one_tower else None):
-        readings = run_passes(ours, theirs, terms, tokens, candidates, generator, pairing, found)
+        readings = run_passes(ours, theirs, terms, tokens, candidates, generator, pairing, found, in_step=in_step)
     masses = term_masses(terms, tokens, readings.plan)
     whole = masses if step_masses is None else step_masses(masses)
     with phase("divergence"):
         loss, totals = added_up(terms, readings, whole, objective.chunk_rows)
+        if in_step:
+            loss = loss + nothing_of(*readings.touched)
     plan = readings.plan
     return DistillationOutput(
         loss=loss,
@@ -136,16 +143,20 @@ def added_up(
     totals = {name: total.detach().to(readings.device, dtype) for name, total in scalars.items()}
     if rows:
         gathered, weights = gather_rows(rows, readings)
-        result = weighted_row_loss(
-            gathered,
-            {
-                name: RowWeights(weights=weights[name], coefficient=coefficients[name], measure=part.measure)
-                for name, part in rows.items()
-            },
-            chunk_rows,
-        )
-        losses.append(result.loss)
-        totals |= result.totals
+        weighted = {
+            name: RowWeights(weights=weights[name], coefficient=coefficients[name], measure=part.measure)
+            for name, part in rows.items()
+        }
+
+        def projected(student: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            result = weighted_row_loss(replace(gathered, student=student), weighted, chunk_rows)
+            return result.loss, dict(result.totals)
+
+        # As a call of the head, since its weights may be gathered for it.
+        last = families.head(readings.student.view.model)
+        loss, found = called_as(last, last, projected, gathered.student)
+        losses.append(loss)
+        totals |= found
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0], {name: totals[name] for name in terms}
 
 

@@ -60,8 +60,13 @@ def run_passes(
     generator: torch.Generator | None,
     pairing: Pairing,
     found: Correspondence | None,
+    *,
+    in_step: bool = False,
 ) -> Readings:
-    """Everything that the models compute for the terms."""
+    """Everything that the models compute for the terms.
+
+    With `in_step` each model makes the same passes whatever the batch holds: other processes may wait for this one in them.
+    """
     options = candidate_options(terms)
     source = None if options is None or candidates is not None else options.source
     ours_wanted = united(term.reads_of_student(ours.model) for term in terms.values())
@@ -92,18 +97,31 @@ def run_passes(
                     ours.model, {"roles": tokens.roles, "input_ids": tokens.ids}, candidates, options, pairing
                 )
         with phase(second_phase("student", student_first)):
-            student_pass = second_pass(ours, student_first, ours_wanted, None if plan is None else plan.branches)
+            branches = None if plan is None else plan.branches
+            student_pass = second_pass(ours, student_first, ours_wanted, branches)
+            touched = [made for made in student_pass if isinstance(made, Tensor)] + [student_pass[0].hidden]
+            if in_step and branches is not None and not branches and student_first is not None:
+                touched.append(continue_branches(ours.model, ours.inputs, student_first, one_branch(ours)))
         if theirs is not None:
             branches = None if plan is None else branches_for(theirs, plan.branches, found)
             with torch.no_grad(), phase(second_phase("teacher", teacher_first)):
                 teacher_pass = second_pass(theirs, teacher_first, theirs_wanted, branches)
+                if in_step and branches is not None and not branches and teacher_first is not None:
+                    continue_branches(theirs.model, theirs.inputs, teacher_first, one_branch(theirs))
     return Readings(
         tokens,
         made_of(ours, student_pass, our_watch),
         None if theirs is None or teacher_pass is None else made_of(theirs, teacher_pass, their_watch, found),
         plan,
         pairing,
+        tuple(touched),
     )
+
+
+def one_branch(of: View) -> Branches:
+    """One branch that no term knows of, at the last token of the first sample."""
+    place = of.real[0].nonzero()[-1]
+    return Branches(of.inputs["input_ids"][0, place], place, (1, *(0 for _ in of.roles[1:])))
 
 
 def united(wanted: Any) -> Reads:

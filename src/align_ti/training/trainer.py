@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
@@ -16,19 +19,21 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from align_ti.allocator import keep_freed_memory
 from align_ti.config import Objective, OnPolicy, Scores, listed
 from align_ti.data.batch import Tokens
-from align_ti.data.collator import Collator, EncodedConversations
+from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import encode
-from align_ti.errors import ConfigError
-from align_ti.interactions.candidates import plan_candidates
+from align_ti.errors import AlignTIError, ConfigError, ModelError
+from align_ti.interactions.candidates import CandidateOptions, plan_candidates
 from align_ti.interactions.layer_scores import score_layers
+from align_ti.interactions.transitions import Candidates
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import head, widest_float
 from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
+from align_ti.models.sharding import as_one_call, called_as, is_sharded, shard
 from align_ti.phases import OTHER, phase
 from align_ti.runs import read_json, write_json
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
@@ -96,6 +101,7 @@ class AlignTITrainer(Trainer):
         phases: given, it counts where the time of each step goes.
         on_policy: given, some training batches are answered by the student. `on_policy_share` in the log is the share of batches that
             were, `cut_share` the share of their answers that were cut at the limit.
+        shard_teacher: the teacher's weights are spread over all processes, whatever trains the student; nothing with one process.
         trainer_options: anything else that transformers' Trainer takes, such as callbacks.
     """
 
@@ -113,6 +119,7 @@ class AlignTITrainer(Trainer):
         teacher_processing_class: ProcessorMixin | None = None,
         phases: StepPhases | None = None,
         on_policy: OnPolicy | None = None,
+        shard_teacher: bool = False,
         **trainer_options: Any,
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
@@ -169,12 +176,9 @@ class AlignTITrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
-        if isinstance(model, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigError(
-                "the student has adapters and training is sharded (FSDP or DeepSpeed), where checkpoints of both together are not "
-                "followed; launch without sharding, which adapters hardly need, or train without student.lora."
-            )
         self.check_sharding()
+        if self.is_fsdp_enabled:
+            name_layers(self.accelerator.state.fsdp_plugin, unwrapped(model))
         self.scores = Scores() if scores is None else scores
         self.teacher_model = teacher_model
         if teacher_model is not None:
@@ -185,6 +189,16 @@ class AlignTITrainer(Trainer):
         if teacher_model is not None and self.objective.needs_teacher:
             student_processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
             self.pairing = pair_up(unwrapped(model), teacher_model, student_processor, self.teacher_processor)
+        self.teacher_digest: str | None = None
+        if teacher_model is not None and self.args.world_size > 1:
+            self.teacher_digest = self.digest_of_teacher()
+        if shard_teacher and teacher_model is not None and self.args.world_size > 1:
+            shard(teacher_model, self.args.device)
+        self.in_step = self.args.world_size > 1
+        if self.in_step and isinstance(self.data_collator, Collator) and isinstance(processing_class, ProcessorMixin):
+            # Where no record of a batch has a picture, one of no weight goes through the towers: other processes wait in them.
+            blank = blank_sample(processing_class, self.teacher_processor)
+            self.data_collator = replace(self.data_collator, blank=blank)
         # The loss is divided by the masses of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -193,33 +207,38 @@ class AlignTITrainer(Trainer):
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     def check_sharding(self) -> None:
-        """Refuse forms of sharding in which parts of the student cannot be called as the loss does.
+        """Refuse forms of sharding in which the loss would not be the same number.
 
         Raises:
-            ConfigError: any sharding with on-policy batches; FSDP of version 2; FSDP with its own checkpointing, or with accumulation,
-                where TPA has weight.
+            ConfigError: FSDP 1; on-policy batches where weights are sharded; FSDP's own checkpointing where a term has candidates.
         """
-        if self.on_policy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.on_policy is not None and self.shards_weights:
             raise ConfigError(
-                "training is sharded (FSDP or DeepSpeed), but on_policy is given, and the student cannot answer before a wrapped "
-                "forward pass gathers its weights; leave on_policy out (in a recipe: data.on_policy), or use DDP or one GPU."
+                "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
+                "differ in length would wait for each other; leave on_policy out (in a recipe: data.on_policy), or use DDP, ZeRO-2 or "
+                "one GPU."
             )
         if not self.is_fsdp_enabled:
             return
-        if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
+        plugin = self.accelerator.state.fsdp_plugin
+        if getattr(plugin, "fsdp_version", 1) != 2:
             raise ConfigError(
-                "training is sharded by FSDP 2, whose hooks the loss bypasses; FSDP 1 (fsdp_version: 1), DDP, or one GPU are accepted."
+                "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (fsdp_version: 2 in the config of "
+                "accelerate, see `align-ti recipes copy accelerate-fsdp2`)."
             )
-        if self.accelerator.state.fsdp_plugin.activation_checkpointing and self.draws_candidates:
+        if plugin.activation_checkpointing and self.draws_candidates:
             raise ConfigError(
                 "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
                 "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
             )
-        if self.args.gradient_accumulation_steps > 1 and self.draws_candidates:
-            raise ConfigError(
-                "training is sharded by FSDP with gradient_accumulation_steps above 1, where candidates are drawn before the wrapped "
-                "forward pass gathers the weights; use accumulation 1, DDP, or objective.tpa.weight: 0."
-            )
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the student's weights lie in parts on the processes: FSDP, or ZeRO-3."""
+        if self.is_fsdp_enabled:
+            return True
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
 
     @property
     def draws_candidates(self) -> bool:
@@ -247,7 +266,7 @@ class AlignTITrainer(Trainer):
         if kept.get("of") == made_from:
             layer = int(kept["layer"])
         else:
-            scores = self.score_teacher()
+            scores = self.score_teacher_once()
             layer = max(scores, key=lambda key: scores[key])
             if self.is_world_process_zero():
                 values = {str(key): value for key, value in scores.items()}
@@ -258,14 +277,52 @@ class AlignTITrainer(Trainer):
     def scored_from(self) -> dict[str, Any]:
         """What layer scores depend on: kept scores of anything else are not used."""
         assert self.teacher_model is not None
-        weights = next(head(self.teacher_model).parameters())
         return {
             "teacher": self.teacher_model.config.name_or_path,
-            "weights": f"{float(weights.detach().float().abs().sum()):.6g}",
+            "weights": self.teacher_digest or self.digest_of_teacher(),
             "records": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             "sample": self.scores.model_dump(),
             "seed": self.args.seed,
         }
+
+    def digest_of_teacher(self) -> str:
+        """A number that tells the teacher's weights.
+
+        Raises:
+            ModelError: it is another one on another process.
+        """
+        assert self.teacher_model is not None
+        weights = next(head(self.teacher_model).parameters())
+        digest = f"{float(weights.detach().float().abs().sum()):.6g}"
+        if self.args.world_size > 1:
+            found = gather_object([digest])
+            if len(set(found)) > 1:
+                raise ModelError(
+                    f"the teacher's head differs between processes (sums of its weights: {', '.join(found)}); the same weights on all "
+                    "of them are accepted; load it on every process (FSDP_CPU_RAM_EFFICIENT_LOADING=false does so in from_pretrained)."
+                )
+        return digest
+
+    def score_teacher_once(self) -> dict[int, float]:
+        """The scores of the teacher's layers, the same on all processes: the first computes them, unless the teacher is sharded.
+
+        Raises:
+            ConfigError, DataError: as `score_teacher`, on all processes.
+        """
+        assert self.teacher_model is not None
+        if self.args.world_size == 1:
+            return self.score_teacher()
+        result: list[Any] = [None]
+        if self.is_world_process_zero() or is_sharded(self.teacher_model):
+            try:
+                result = [as_one_call(self.teacher_model, self.score_teacher)]
+            except AlignTIError as error:
+                result = [error]
+        found = broadcast_object_list(result, from_process=0)[0]
+        if isinstance(found, AlignTIError):
+            raise found
+        scores: dict[int, float] = found
+        return scores
 
     def score_teacher(self) -> dict[int, float]:
         """The instruction-relevance score of the teacher's layers on a sample of the training data."""
@@ -370,11 +427,19 @@ class AlignTITrainer(Trainer):
             with phase("candidates"):
                 with self.accelerator.autocast():
                     if "candidates" not in batch:
-                        batch["candidates"] = candidates_for(
-                            student, self.teacher_model, batch, options, self.generator(), self.pairing
-                        )
+                        batch["candidates"] = self.candidates_of(student, batch, options)
                 plan = plan_candidates(student, batch, batch["candidates"], options, self.pairing)
         return term_masses(objective.terms, Tokens.of(batch), plan)
+
+    def candidates_of(self, student: PreTrainedModel, batch: dict[str, Any], options: CandidateOptions) -> Candidates:
+        """Candidates of a batch, drawn before its own pass."""
+
+        def drawn() -> Candidates:
+            return candidates_for(student, self.teacher_model, batch, options, self.generator(), self.pairing)
+
+        whole = self.accelerator.unwrap_model(self.model)
+        inner = drawn if not is_sharded(whole) else partial(called_as, whole, whole, drawn)
+        return as_one_call(self.teacher_model, inner)
 
     def over_processes(self, masses: Masses) -> Masses:
         """The masses summed over all processes."""
@@ -444,10 +509,10 @@ class AlignTITrainer(Trainer):
                 return masses
             return self.step_totals if self.step_totals is not None else self.over_processes(masses)
 
-        def loss() -> DistillationOutput:
+        def loss() -> tuple[Tensor, DistillationOutput]:
             batch = {name: value for name, value in inputs.items() if name != "candidates"}
             with self.accelerator.autocast():
-                return distillation_loss(
+                made = distillation_loss(
                     student,
                     self.teacher_model,
                     batch,
@@ -456,13 +521,19 @@ class AlignTITrainer(Trainer):
                     self.generator(training),
                     step_masses,
                     self.pairing,
+                    in_step=self.in_step,
                 )
+                return made.loss, made
+
+        def called() -> tuple[Tensor, DistillationOutput]:
+            # Called by itself, a model without hooks or wrapper is no more than its loss.
+            return loss() if model is whole and not is_sharded(whole) else called_as(model, whole, loss)
 
         with phase(OTHER):
-            output = through_wrapper(model, whole, loss)
+            value, output = as_one_call(self.teacher_model, called)
         (self.train_sums if training else self.eval_sums).add(output)
         # Data parallelism averages gradients over processes; the sum over processes is meant.
-        value = output.loss * self.args.world_size if training else output.loss
+        value = value * self.args.world_size if training else value
         return (value, {"loss": output.loss.detach()}) if return_outputs else value
 
     def prediction_step(
@@ -482,7 +553,7 @@ class AlignTITrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As in transformers; with adapters also what is trained beside them, which peft does not save."""
         super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and self.args.should_save:
+        if isinstance(self.model, PeftModel) and self.args.should_save and not self.shards_weights:
             save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -504,9 +575,12 @@ class AlignTITrainer(Trainer):
         (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error. With adapters
         peft loads its own; weights that are trained beside them are loaded here.
         """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Their own files are by the names that the model has in memory.
+            return
         if isinstance(model, PeftModel):
             load_trained(model, Path(checkpoint))
-        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(model, PreTrainedModel):
             load: Any = type(model).from_pretrained
             saved, info = load(checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
             check_loaded(checkpoint, info)
@@ -538,6 +612,16 @@ class AlignTITrainer(Trainer):
         super().log(logs, start_time)
 
 
+def name_layers(plugin: Any, model: PreTrainedModel) -> None:
+    """Tells accelerate which classes of layers to shard, if the user did not: those that the model names and has.
+
+    transformers names layers that a model does not have (SigLIP's text embeddings in a vision tower), and accelerate refuses these.
+    """
+    names = {type(module).__name__ for module in model.modules()}
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sorted(names & set(model._no_split_modules or ())) or None
+
+
 def encoded(data: Any, processor: Any, teacher_processor: ProcessorMixin | None = None) -> Any:
     """Conversations as an encoded dataset, for a teacher with a processor of its own too; anything else as it is."""
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], Conversation):
@@ -550,35 +634,3 @@ def encoded(data: Any, processor: Any, teacher_processor: ProcessorMixin | None 
     if isinstance(data, EncodedConversations) and teacher_processor is not None and data.teacher is None:
         data.teacher = EncodedConversations(data.conversations, teacher_processor)
     return data
-
-
-Result = TypeVar("Result")
-
-
-def through_wrapper(wrapper: nn.Module, module: nn.Module, function: Callable[[], Result]) -> Result:
-    """Runs a function of the module as the wrapper's forward pass.
-
-    The loss works on parts of the student (backbone, head), which would bypass a data-parallel wrapper and with it the exchange
-    of gradients; so for one call the student's forward is the loss.
-    """
-    if wrapper is module:
-        return function()
-    kept = module.__dict__.get("forward")
-
-    def redirected(**_: Any) -> Result:
-        restore()
-        return function()
-
-    def restore() -> None:
-        if kept is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = kept
-
-    module.__dict__["forward"] = redirected
-    try:
-        # A keyword, since data parallelism on GPUs does not pass on a call without any argument.
-        result: Result = wrapper(redirected=True)
-        return result
-    finally:
-        restore()
