@@ -22,6 +22,7 @@ import torch
 torch.set_num_threads(1)
 from tests.test_engines import engine, WITH_IVA
 from tests.test_trainer import trainer
+from align_ti.models.loading import load_model
 from align_ti.processes import part_in_order
 folder, out, name, batch, accumulate = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 with engine(name) as options:
@@ -29,7 +30,9 @@ with engine(name) as options:
 run.train()
 weights = run.accelerator.get_state_dict(run.model_wrapped)
 if run.is_world_process_zero():
-    run.accelerator.unwrap_model(run.model).save_pretrained(out / "final", state_dict=weights)
+    whole = load_model(str(folder / "student"), "float32")
+    whole.load_state_dict(weights)
+    whole.save_pretrained(out / "final")
     (out / "log.json").write_text(json.dumps(run.state.log_history))
 part_in_order()
 """
