@@ -3,68 +3,172 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
 from align_ti.config import Iva, Objective
+from align_ti.data.collator import Collator
+from align_ti.data.conversation import Conversation, Turn
+from align_ti.data.sources import read_conversations
+from align_ti.models.adapters import wrap_with_lora
+from align_ti.models.loading import freeze, load_model, load_processor
+from align_ti.training.trainer import AlignTITrainer
 from tests import small
 from tests.launching import on_processes
-from tests.test_trainer import saved, trainer
-
-WITH_IVA = Objective(iva=Iva(layer=1))
+from tests.test_trainer import FixedDraws
 
 WORKER = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.test_engines import engine, WITH_IVA
-from tests.test_trainer import trainer
-from align_ti.models.loading import load_model
+from tests.test_engines import Case, left_behind
 from align_ti.processes import part_in_order
-folder, out, name, batch, accumulate = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-with engine(name) as options:
-    run = trainer(folder, out, batch, accumulate, objective=WITH_IVA, **options)
-run.train()
-weights = run.accelerator.get_state_dict(run.model_wrapped)
-if run.is_world_process_zero():
-    whole = load_model(str(folder / "student"), "float32")
-    whole.load_state_dict(weights)
-    whole.save_pretrained(out / "final")
-    (out / "log.json").write_text(json.dumps(run.state.log_history))
+left_behind(Path(sys.argv[1]), Path(sys.argv[2]), Case(**json.loads(sys.argv[3])))
 part_in_order()
 """
 
 
-def engine(name: str):
-    """Tells accelerate, which offers FSDP on accelerators alone, that this machine's CPU is one; else nothing."""
-    from contextlib import contextmanager
+@dataclass(frozen=True)
+class Case:
+    """How some samples are trained on."""
 
-    @contextmanager
-    def prepared():
-        yield {
-            "before": as_accelerator if name.startswith("fsdp2") else None,
-            "shard_teacher": name.endswith("teacher"),
+    engine: str = "none"
+    """none, ddp, or fsdp2."""
+    processes: int = 1
+    batch: int = 4
+    accumulate: int = 1
+    shard_teacher: bool = False
+    uneven: bool = False
+    """Half of the samples have no picture, and these have no candidates either."""
+    checkpointing: bool = False
+    lora: bool = False
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of terms other than 1."""
+
+    def alone(self) -> Case:
+        """The same step by one process that takes all samples at once."""
+        batch = self.processes * self.batch * self.accumulate
+        return Case(
+            batch=batch, uneven=self.uneven, checkpointing=self.checkpointing, lora=self.lora, weights=self.weights
+        )
+
+    def __str__(self) -> str:
+        changed = {name: value for name, value in asdict(self).items() if value != getattr(Case(), name)}
+        return "-".join(str(value) if isinstance(value, str) else f"{name}={value}" for name, value in changed.items())
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCandidates(Collator):
+    """As the collator, with the candidates that samples carry."""
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        batch = super(FixedCandidates, self).__call__(
+            [{name: value for name, value in sample.items() if name != "candidates"} for sample in samples]
+        )
+        candidates = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            candidates[row, : len(sample["candidates"])] = sample["candidates"]
+        return {**batch, "candidates": candidates}
+
+
+class Uneven(FixedDraws):
+    """Samples without a picture try nothing but the end of a turn, which is left out: they have no candidate."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if "pixel_values" not in sample:
+            sample["candidates"] = torch.full_like(sample["candidates"], int(sample["input_ids"][-1]))
+        return sample
+
+
+def run_of(folder: Path, out: Path, case: Case) -> AlignTITrainer:
+    """A trainer of two steps; it tells accelerate, which offers FSDP on accelerators alone, that this machine's CPU is one."""
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=2,
+        per_device_train_batch_size=case.batch,
+        gradient_accumulation_steps=case.accumulate,
+        gradient_checkpointing=case.checkpointing,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        seed=3,
+    )
+    if case.engine == "fsdp2":
+        assert args.device.type == "cpu"  # the processes find each other here
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         }
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    processor = load_processor(str(folder / "student"))
+    records = read_conversations(folder / "train.json")
+    if case.uneven:
+        words = (Turn("user", "what is seven plus one?"), Turn("assistant", "eight"))
+        records = [*records[:2], *(Conversation(words, place=f"words {index}") for index in range(2))]
+    kind = Uneven if case.uneven else FixedDraws
+    return AlignTITrainer(
+        model=student_of(folder, case),
+        teacher_model=load_model(str(folder / "teacher"), "float32"),
+        args=args,
+        objective=objective_of(case),
+        train_dataset=kind(records, processor),
+        processing_class=processor,
+        data_collator=FixedCandidates(0),
+        shard_teacher=case.shard_teacher,
+    )
 
-    return prepared()
+
+def objective_of(case: Case) -> Objective:
+    """The four terms of Align-TI, with the case's weights."""
+    iva = Iva(layer=1, weight=case.weights.get("iva", 1.0))
+    others = {name: {"weight": weight} for name, weight in case.weights.items() if name != "iva"}
+    return Objective.model_validate({"iva": iva, **others})
 
 
-def as_accelerator() -> None:
-    import os
+def student_of(folder: Path, case: Case):
+    """The student as training begins."""
+    student = load_model(str(folder / "student"), "float32")
+    if case.lora:
+        freeze(student, ("vision_tower",))
+        torch.manual_seed(0)
+        return wrap_with_lora(student, rank=2, alpha=4)
+    return student
 
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
 
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+def left_behind(folder: Path, out: Path, case: Case) -> None:
+    """Trains, and leaves all weights and the log."""
+    run = run_of(folder, out, case)
+    run.train()
+    weights = run.accelerator.get_state_dict(run.model_wrapped)
+    if run.is_world_process_zero():
+        whole = student_of(folder, case)
+        whole.load_state_dict(weights)
+        torch.save(whole.state_dict(), out / "weights.pt")
+        (out / "log.json").write_text(json.dumps(run.state.log_history))
+
+
+def left(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """What `left_behind` left."""
+    lines = json.loads((out / "log.json").read_text())
+    return torch.load(out / "weights.pt"), [line for line in lines if "tpa" in line or "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -75,34 +179,33 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
-    """The weights and the log of one process that takes all samples at once."""
-    out = tmp_path_factory.mktemp("alone")
-    run = trainer(folder, out, 4, 1, objective=WITH_IVA)
-    run.train()
-    return saved(run, out), [line for line in run.state.log_history if "tpa" in line]
+CASES = [
+    Case("ddp", 2, 1, 2),
+    Case("ddp", 2, 2, shard_teacher=True),
+    Case("ddp", 4, 1, uneven=True),
+    Case("fsdp2", 2, 2),
+    Case("fsdp2", 2, 1, 2),
+    Case("fsdp2", 2, 1, 2, uneven=True, shard_teacher=True, checkpointing=True),
+    Case("fsdp2", 4, 1, uneven=True),
+    Case("fsdp2", 2, 2, lora=True, checkpointing=True),
+    # Nothing but candidates: no row of the gold pass has weight, and yet its keys carry gradient.
+    Case("fsdp2", 2, 2, weights={"sft": 0.0, "kd": 0.0, "iva": 0.0}),
+]
 
 
-@pytest.mark.parametrize(
-    ("processes", "name", "batch", "accumulate"),
-    [
-        (2, "ddp", 1, 2),
-        (2, "fsdp2", 2, 1),
-        (2, "fsdp2", 1, 2),
-        (4, "fsdp2", 1, 1),
-        (2, "fsdp2-teacher", 2, 1),
-        (2, "ddp-teacher", 2, 1),
-    ],
-)
-def test_every_engine_gives_the_numbers_of_one_process(folder, alone, tmp_path, processes, name, batch, accumulate):
-    on_processes(processes, WORKER, folder, tmp_path, name, batch, accumulate)
-    weights, log = alone
-    found = load_file(tmp_path / "final" / "model.safetensors")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_engine_gives_the_numbers_of_one_process(folder, tmp_path, case):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    left_behind(folder, tmp_path / "one", case.alone())
+    on_processes(case.processes, WORKER, folder, tmp_path / "many", json.dumps(asdict(case)))
+    (weights, log), (found, lines) = left(tmp_path / "one"), left(tmp_path / "many")
     assert found.keys() == weights.keys()
+    before = student_of(folder, case).state_dict()
+    assert sum(float((weights[key] - before[key]).norm()) for key in weights) > 1e-3
     for key, value in weights.items():
         assert float((value - found[key]).norm()) < 1e-5 * (1 + float(value.norm())), key
-    lines = [line for line in json.loads((tmp_path / "log.json").read_text()) if "tpa" in line]
+    assert len(lines) == len(log) > 0
     for one, other in zip(log, lines, strict=True):
-        for term in ("loss", "grad_norm", "sft", "kd", "iva", "tpa"):
+        for term in one.keys() & {"loss", "grad_norm", "sft", "kd", "iva", "tpa"}:
             assert one[term] == pytest.approx(other[term], rel=1e-4), term

@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -76,8 +74,6 @@ def trainer(
     accumulate: int,
     steps: int = 2,
     objective: Objective = FIXED,
-    before: Callable[[], None] | None = None,
-    **options: Any,
 ) -> AlignTITrainer:
     processor = load_processor(str(folder / "student"))
     from align_ti.data.sources import read_conversations
@@ -97,9 +93,6 @@ def trainer(
         save_strategy="no",
         seed=3,
     )
-    if before is not None:
-        args.device  # noqa: B018 - the processes find each other here
-        before()
     return AlignTITrainer(
         model=load_model(str(folder / "student"), "float32"),
         teacher_model=load_model(str(folder / "teacher"), "float32"),
@@ -108,7 +101,6 @@ def trainer(
         train_dataset=FixedDraws(read_conversations(folder / "train.json"), processor),
         processing_class=processor,
         data_collator=pad_candidates,
-        **options,
     )
 
 
