@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from align_ti.config import Iva, Objective
-from align_ti.data.collator import Collator
+from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.sources import read_conversations
 from align_ti.models.adapters import wrap_with_lora
@@ -52,6 +52,10 @@ class Case:
     """Half of the samples have no picture, and these have no candidates either."""
     checkpointing: bool = False
     lora: bool = False
+    untied: bool = False
+    """The head has weights of its own, which nothing gathers before it is called."""
+    draw: bool = False
+    """Candidates are drawn, the most probable token each time, rather than given by the samples."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights of terms other than 1."""
 
@@ -59,7 +63,13 @@ class Case:
         """The same step by one process that takes all samples at once."""
         batch = self.processes * self.batch * self.accumulate
         return Case(
-            batch=batch, uneven=self.uneven, checkpointing=self.checkpointing, lora=self.lora, weights=self.weights
+            batch=batch,
+            draw=self.draw,
+            uneven=self.uneven,
+            checkpointing=self.checkpointing,
+            lora=self.lora,
+            untied=self.untied,
+            weights=self.weights,
         )
 
     def __str__(self) -> str:
@@ -76,9 +86,9 @@ class FixedCandidates(Collator):
             [{name: value for name, value in sample.items() if name != "candidates"} for sample in samples]
         )
         candidates = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
-        for row, sample in enumerate(samples):
+        for row, sample in enumerate(sample for sample in samples if "candidates" in sample):
             candidates[row, : len(sample["candidates"])] = sample["candidates"]
-        return {**batch, "candidates": candidates}
+        return {**batch, "candidates": candidates} if "candidates" in samples[0] else batch
 
 
 class Uneven(FixedDraws):
@@ -123,7 +133,7 @@ def run_of(folder: Path, out: Path, case: Case) -> AlignTITrainer:
     if case.uneven:
         words = (Turn("user", "what is seven plus one?"), Turn("assistant", "eight"))
         records = [*records[:2], *(Conversation(words, place=f"words {index}") for index in range(2))]
-    kind = Uneven if case.uneven else FixedDraws
+    kind = EncodedConversations if case.draw else Uneven if case.uneven else FixedDraws
     return AlignTITrainer(
         model=student_of(folder, case),
         teacher_model=load_model(str(folder / "teacher"), "float32"),
@@ -140,12 +150,13 @@ def objective_of(case: Case) -> Objective:
     """The four terms of Align-TI, with the case's weights."""
     iva = Iva(layer=1, weight=case.weights.get("iva", 1.0))
     others = {name: {"weight": weight} for name, weight in case.weights.items() if name != "iva"}
-    return Objective.model_validate({"iva": iva, **others})
+    drawn = {"tpa": {"top_k": 1, **others.pop("tpa", {})}} if case.draw else {}
+    return Objective.model_validate({"iva": iva, **others, **drawn})
 
 
 def student_of(folder: Path, case: Case):
     """The student as training begins."""
-    student = load_model(str(folder / "student"), "float32")
+    student = load_model(str(folder / ("untied" if case.untied else "student")), "float32")
     if case.lora:
         freeze(student, ("vision_tower",))
         torch.manual_seed(0)
@@ -176,6 +187,10 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("engines")
     small.write_pair(path)
     small.write_records(path)
+    student = load_model(str(path / "student"), "float32")
+    student.config.tie_word_embeddings = student.config.text_config.tie_word_embeddings = False
+    student.get_output_embeddings().weight = torch.nn.Parameter(student.get_output_embeddings().weight.detach() + 0.01)
+    student.save_pretrained(path / "untied")
     return path
 
 
@@ -188,6 +203,8 @@ CASES = [
     Case("fsdp2", 2, 1, 2, uneven=True, shard_teacher=True, checkpointing=True),
     Case("fsdp2", 4, 1, uneven=True),
     Case("fsdp2", 2, 2, lora=True, checkpointing=True),
+    Case("fsdp2", 2, 1, 2, shard_teacher=True, draw=True),
+    Case("fsdp2", 2, 1, 2, untied=True, draw=True),
     # Nothing but candidates: no row of the gold pass has weight, and yet its keys carry gradient.
     Case("fsdp2", 2, 2, weights={"sft": 0.0, "kd": 0.0, "iva": 0.0}),
 ]

@@ -19,6 +19,7 @@ from align_ti.interactions.transitions import Candidates, Transitions, draw, pla
 from align_ti.models import families
 from align_ti.models.pairing import Pairing
 from align_ti.models.recomputation import reuse_possible
+from align_ti.models.sharding import in_call_of
 from align_ti.models.standins import Projection
 from align_ti.options import Knobs
 
@@ -118,10 +119,15 @@ def draw_candidates(
         *left_out_tokens(student, options, pairing),
         *range(Projection(student).out_features, project.out_features),
     )
-    drawn = [
-        draw_as(options, project(rows).to(device), its, left_out, generator)
-        for rows, its in zip(hidden.split(chunk), gold.split(chunk), strict=True)
-    ]
+
+    def draws() -> list[tuple[Tensor, Tensor]]:
+        return [
+            draw_as(options, project(rows).to(device), its, left_out, generator)
+            for rows, its in zip(hidden.split(chunk), gold.split(chunk), strict=True)
+        ]
+
+    # One call of the head, however many chunks there are on this process.
+    drawn = in_call_of(families.head(source.model), draws)
     tokens, weights = (laid_out(torch.cat(parts), response) for parts in zip(*drawn, strict=True))
     return Candidates(tokens, None if options.draw == "with_replacement" else weights)
 

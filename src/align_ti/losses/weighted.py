@@ -222,7 +222,8 @@ def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
     """Whether the layer's product is that of its weights as they are: no hook, no quantised or sharded weights, no autocast."""
     own = [linear.weight, *([] if linear.bias is None else [linear.bias])]
     return (
-        type(linear) is nn.Linear
+        # FSDP 2 gives a layer a class of its own, with the forward that it had.
+        type(linear).forward is nn.Linear.forward
         and not any(getattr(linear, hooks) for hooks in HOOKS)
         and "forward" not in vars(linear)
         and all(type(weight) is nn.Parameter and weight.dtype == hidden.dtype for weight in own)

@@ -6,6 +6,7 @@ backbone and head by themselves, so it runs as a call of the whole model, and it
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -93,6 +94,29 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def nothing_of(*tensors: Tensor) -> Tensor:
-    """0, with a gradient of 0 at each tensor: a pass that weighs nothing on this process takes part in every exchange all the same."""
-    return torch.stack([tensor.reshape(-1)[:1].float().sum() * 0 for tensor in tensors if tensor.numel()]).sum()
+def in_call_of(part: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
+    """The function's result, as that of one call of a part of the model if its weights are gathered for that; else simply called.
+
+    Inside, the part has no hooks: its weights are there already, and however often the function uses them, no other process has to.
+    """
+    if not is_sharded(part):
+        return function(*given)
+
+    def without_hooks(*arguments: Any) -> Result:
+        kept = {name: part.__dict__[name] for name in HOOKS}
+        part.__dict__.update({name: OrderedDict() for name in HOOKS})
+        try:
+            return function(*arguments)
+        finally:
+            part.__dict__.update(kept)
+
+    return called_as(part, part, without_hooks, *given)
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where a module of torch keeps the hooks around its call."""
+
+
+def nothing_of(*passes: Tensor | None) -> Tensor:
+    """0, with a gradient of 0 at what each pass made: backward goes through all of them, whatever of it a process weighs."""
+    return torch.stack([made.reshape(-1)[:1].float().sum() * 0 for made in passes if made is not None]).sum()

@@ -100,8 +100,6 @@ class Readings:
     teacher: Passed | None
     plan: Transitions | None
     pairing: Pairing
-    touched: tuple[Tensor, ...] = ()
-    """A tensor behind each of the student's passes, for a gradient of 0 through all of them where processes exchange them."""
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property

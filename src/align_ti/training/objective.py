@@ -23,7 +23,7 @@ from align_ti.interactions.transitions import Candidates, Transitions
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import families
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
-from align_ti.models.sharding import called_as, nothing_of
+from align_ti.models.sharding import in_call_of, nothing_of
 from align_ti.models.standins import Projection, tower_once
 from align_ti.phases import phase
 from align_ti.terms.base import WeightedRows
@@ -111,14 +111,14 @@ def distillation_loss(
     with phase("divergence"):
         loss, totals = added_up(terms, readings, whole, objective.chunk_rows)
         if in_step:
-            loss = loss + nothing_of(*readings.touched)
+            loss = loss + nothing_of(readings.student.hidden, readings.student.branches)
     plan = readings.plan
     return DistillationOutput(
         loss=loss,
         terms={name: total / masses[name].to(total).clamp(min=1) for name, total in totals.items()},
         totals=totals,
         masses=masses,
-        branch_share=None if plan is None else len(plan.branches) / plan.kept.clamp(min=1),
+        branch_share=None if plan is None else (plan.branch_weights != 0).sum() / plan.kept.clamp(min=1),
     )
 
 
@@ -152,9 +152,7 @@ def added_up(
             result = weighted_row_loss(replace(gathered, student=student), weighted, chunk_rows)
             return result.loss, dict(result.totals)
 
-        # As a call of the head, since its weights may be gathered for it.
-        last = families.head(readings.student.view.model)
-        loss, found = called_as(last, last, projected, gathered.student)
+        loss, found = in_call_of(families.head(readings.student.view.model), projected, gathered.student)
         losses.append(loss)
         totals |= found
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0], {name: totals[name] for name in terms}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -73,7 +74,7 @@ def run_passes(
     theirs_wanted = (
         Reads() if theirs is None else united(term.reads_of_teacher(theirs.model) for term in terms.values())
     )
-    plan, teacher_first, teacher_pass = None, None, None
+    plan, teacher_first, teacher_pass, unweighted = None, None, None, False
     with reading_attention(ours, ours_wanted) as our_watch, reading_attention(theirs, theirs_wanted) as their_watch:
         with phase("student forward"):
             student_first = first_pass(ours, options, ours_wanted, drawn_from=source == "student")
@@ -96,30 +97,28 @@ def run_passes(
                 plan = plan_candidates(
                     ours.model, {"roles": tokens.roles, "input_ids": tokens.ids}, candidates, options, pairing
                 )
+                if unweighted := in_step and not plan.branches:
+                    # Of no weight in any term, and gathered, projected and sent back as any other is.
+                    plan = replace(plan, branches=one_branch(ours), branch_weights=plan.branch_weights.new_zeros(1))
         with phase(second_phase("student", student_first)):
             branches = None if plan is None else plan.branches
             student_pass = second_pass(ours, student_first, ours_wanted, branches)
-            touched = [made for made in student_pass if isinstance(made, Tensor)] + [student_pass[0].hidden]
-            if in_step and branches is not None and not branches and student_first is not None:
-                touched.append(continue_branches(ours.model, ours.inputs, student_first, one_branch(ours)))
         if theirs is not None:
-            branches = None if plan is None else branches_for(theirs, plan.branches, found)
+            if plan is not None:
+                branches = one_branch(theirs) if unweighted else branches_for(theirs, plan.branches, found)
             with torch.no_grad(), phase(second_phase("teacher", teacher_first)):
                 teacher_pass = second_pass(theirs, teacher_first, theirs_wanted, branches)
-                if in_step and branches is not None and not branches and teacher_first is not None:
-                    continue_branches(theirs.model, theirs.inputs, teacher_first, one_branch(theirs))
     return Readings(
         tokens,
         made_of(ours, student_pass, our_watch),
         None if theirs is None or teacher_pass is None else made_of(theirs, teacher_pass, their_watch, found),
         plan,
         pairing,
-        tuple(touched),
     )
 
 
 def one_branch(of: View) -> Branches:
-    """One branch that no term knows of, at the last token of the first sample."""
+    """One branch, at the last token of the first sample."""
     place = of.real[0].nonzero()[-1]
     return Branches(of.inputs["input_ids"][0, place], place, (1, *(0 for _ in of.roles[1:])))
 
