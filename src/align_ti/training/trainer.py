@@ -224,7 +224,7 @@ class AlignTITrainer(Trainer):
         if getattr(plugin, "fsdp_version", 1) != 2:
             raise ConfigError(
                 "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (fsdp_version: 2 in the config of "
-                "accelerate, see `align-ti recipes copy accelerate-fsdp2`)."
+                "accelerate, which `accelerate config` writes)."
             )
         if plugin.activation_checkpointing and self.draws_candidates:
             raise ConfigError(
