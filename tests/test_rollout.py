@@ -571,7 +571,7 @@ def test_what_an_on_policy_run_cannot_be_is_refused_by_name(folder, tmp_path):
         trainer(folder, tmp_path, SHORT, objective=only(sft=Sft()))
     run = trainer(folder, tmp_path, SHORT)
     run.check_sharding()
-    for kind in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+    for kind in ("is_fsdp_enabled",):
         setattr(run, kind, True)
         with pytest.raises(ConfigError, match=r"sharded .* on_policy"):
             run.check_sharding()
