@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from align_ti.config import Iva, Kd, Objective, Sft
+from align_ti.config import Iva, Kd, Objective, Recipe, Sft
 from align_ti.data.roles import TEACHER_ATTENTION, TEACHER_HIDDEN
-from align_ti.errors import BatchError
-from align_ti.models.families import backbone
+from align_ti.data.teacher_cache import Made, TeacherCache, passes_until_even
+from align_ti.errors import BatchError, CacheError, ConfigError, InterruptedRunError
+from align_ti.models.families import backbone, full_attention_layers
 from align_ti.models.headonly import has_head_only, load_head, save_head
+from align_ti.models.loading import load_processor
 from align_ti.models.placement import move
+from align_ti.pipeline.caching import cache_teacher, estimate
+from align_ti.pipeline.training import distil
 from align_ti.training.objective import distillation_loss
 from align_ti.training.recall import keep
-from tests import family_models, tiny
+from tests import family_models, small, tiny
+from tests.launching import on_processes
 
 OBJECTIVE = Objective.only(
     sft=Sft(weight=0.5), kd=Kd(temperature=2.0), iva=Iva(layer=1, weight=0.7, images="separately")
@@ -64,19 +76,14 @@ def test_loss_terms_and_gradients_are_the_teachers_own(composition, side, tmp_pa
 def test_every_family_is_cached_exactly(family, tmp_path):
     made = family_models.FAMILIES[family]
     student, teacher = made.model(0), made.model(1)
-    layer = family_models_layer(teacher)
+    # Where every layer slides, IVA has none to read.
+    layer = next(reversed(full_attention_layers(teacher)), None)
     batch = made.batch(family_models.COMPOSITIONS["one turn"])
-    objective = Objective.only(sft=Sft(), kd=Kd(), iva=Iva(layer=layer))
+    objective = Objective.only(sft=Sft(), kd=Kd(), iva=Iva(layer=layer or 0, weight=float(layer is not None)))
     light = head_of(teacher, tmp_path)
     assert type(light) is type(teacher)
     online = loss_and_gradients(student, teacher, batch, objective)
     check_equal(online, loss_and_gradients(student, light, with_kept(teacher, batch, layer), objective))
-
-
-def family_models_layer(teacher):
-    from align_ti.models.families import full_attention_layers
-
-    return full_attention_layers(teacher)[-1]
 
 
 def test_the_head_alone_has_no_backbone_in_memory_and_moves(tmp_path):
@@ -105,3 +112,315 @@ def test_a_batch_that_holds_too_little_is_refused(tmp_path):
     check_equal(online, loss_and_gradients(student, light, with_kept(teacher, batch, None), only))
     check_equal(online, loss_and_gradients(student, light, whole, only))
     assert TEACHER_ATTENTION in whole
+
+
+# --- from a recipe ----------------------------------------------------------------------------------------------------
+
+
+TERMS = {"tpa": {"weight": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pair")
+    small.write_pair(path)
+    small.write_records(path)
+    return path
+
+
+def recipe_of(pair, cache, run="run", **sections):
+    """A recipe that trains from the cache; batches of 1, as the cache is made."""
+    content = small.recipe(pair, objective={**TERMS, **sections.pop("objective", {})}, **sections)
+    content["out"] = str(Path(cache).parent / run)
+    content["training"] |= {"per_device_train_batch_size": 1, "max_steps": 3}
+    content["data"] |= {"teacher_cache": str(cache)}
+    return Recipe.model_validate(content)
+
+
+def online_of(recipe, run="online"):
+    data = recipe.data.model_copy(update={"teacher_cache": None})
+    return recipe.model_copy(update={"data": data, "out": str(Path(recipe.out).parent / run)})
+
+
+@pytest.fixture(scope="module")
+def cached(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached") / "cache"
+    return cache_teacher(recipe_of(pair, folder), shard_bytes=2**17)
+
+
+def logged(run):
+    return [{name: line[name] for name in ("loss", "sft", "kd", "iva") if name in line} for line in run.read_metrics()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_run_from_the_cache_is_the_run_with_the_teacher(pair, tmp_path, autocast):
+    recipe = recipe_of(pair, tmp_path / "cache")
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": autocast})})
+    cache_teacher(recipe)
+    moved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy()})
+    from_cache, online = distil(moved), distil(online_of(recipe))
+    assert logged(from_cache) == logged(online)
+    assert logged(from_cache)[0]["kd"] > 0 and logged(from_cache)[0]["iva"] > 0
+    ours, theirs = (load_file(run.student / "model.safetensors") for run in (from_cache, online))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_batches_and_epochs_of_any_kind_come_from_one_cache(pair, cached, tmp_path):
+    """Padding and other batches round differently; nothing else differs."""
+    recipe = recipe_of(pair, cached.folder)
+    training = recipe.training.model_copy(
+        update={"per_device_train_batch_size": 5, "dataloader_num_workers": 1, "gradient_accumulation_steps": 2}
+    )
+    recipe = recipe.model_copy(update={"training": training, "out": str(tmp_path / "run")})
+    for ours, theirs in zip(logged(distil(recipe)), logged(distil(online_of(recipe))), strict=True):
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_sizes_are_what_is_on_disk(cached):
+    shards = list(cached.folder.glob("shard-*.safetensors"))
+    assert len(shards) > 1
+    assert cached.totals.bytes == sum(path.stat().st_size for path in shards)
+    assert cached.totals.samples == cached.records == cached.measured == 12
+    # Hidden states in float32, and one float32 a visual token; what is more is the files' own headers.
+    visual = 12 * 49
+    plain = cached.totals.rows * cached.hidden * 4 + visual * 4
+    assert plain < cached.totals.bytes < 1.5 * plain
+    assert cached.totals.rows > visual
+    assert cached.cost.teacher > 0 and cached.cost.writing > 0 and cached.cost.reading > 0
+
+
+def test_the_break_even_is_where_the_cache_takes_less_time():
+    for teacher, writing, reading in ((1.0, 0.2, 0.1), (1.0, 0.0, 0.0), (0.3, 2.0, 0.29), (1.0, 1.0, 0.5)):
+        even = passes_until_even(teacher, writing, reading)
+        assert even * teacher > teacher + writing + even * reading
+        assert (even - 1) * teacher <= teacher + writing + (even - 1) * reading
+    assert passes_until_even(1.0, 0.1, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "update", "named"),
+    [
+        ("training", {"bf16": True}, "autocast .* is 'none' there and 'bfloat16' here"),
+        ("teacher", {"dtype": "auto"}, "teacher's precision .* is 'float32' there and 'auto' here"),
+        ("objective", {"iva": {"layer": 0}}, "objective.iva.layer"),
+        ("data", {"max_length": 60, "too_long": "truncate"}, "none of these tokens, roles and pixels"),
+    ],
+)
+def test_a_cache_made_otherwise_is_refused(pair, cached, section, update, named):
+    found = Made.read(cached.folder)
+    assert found.layer == 1, "the test's other layer is 0"
+    content = recipe_of(pair, cached.folder).model_dump(exclude_unset=True)
+    content = {**content, "out": content["out"] + section, section: {**content[section], **update}}
+    with pytest.raises(CacheError, match=named) as error:
+        distil(Recipe.model_validate(content))
+    assert "align-ti cache" in str(error.value)
+
+
+@pytest.mark.parametrize("changed", ["weights", "template", "processor"])
+def test_another_teacher_processor_or_template_is_refused(pair, cached, tmp_path, changed):
+    shutil.copytree(pair, tmp_path / "pair")
+    teacher = tmp_path / "pair" / "teacher"
+    if changed == "weights":
+        weights = load_file(teacher / "model.safetensors")
+        name = next(name for name in weights if "mlp" in name)
+        weights[name].view(-1)[0] += 1e-3
+        save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+        said = r"the teacher \(config or weights\)"
+    else:
+        processor = load_processor(str(teacher))
+        if changed == "template":
+            processor.chat_template = processor.chat_template + " "
+            said = "the chat template"
+        else:
+            processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+            said = "the processor that the teacher reads by"
+        processor.save_pretrained(teacher)
+    recipe = recipe_of(tmp_path / "pair", cached.folder, f"run-{changed}")
+    with pytest.raises(CacheError, match=said) as error:
+        distil(recipe)
+    assert "make it again" in str(error.value)
+    # Nor is it gone on with.
+    with pytest.raises(CacheError, match=said) as error:
+        cache_teacher(recipe)
+    assert "--out" in str(error.value)
+
+
+@pytest.mark.parametrize("changed", ["words", "picture"])
+def test_other_data_are_refused_and_added(pair, tmp_path, changed):
+    shutil.copytree(pair, tmp_path / "pair")
+    recipe = recipe_of(tmp_path / "pair", tmp_path / "cache")
+    cache_teacher(recipe)
+    if changed == "words":
+        file = tmp_path / "pair" / "train.json"
+        file.write_text(file.read_text().replace('"gpt", "value": "', '"gpt", "value": "1'))
+    else:
+        small.write_records(tmp_path / "pair", seed=1)
+    with pytest.raises(CacheError, match="record 0.*none of these tokens, roles and pixels") as error:
+        distil(recipe)
+    assert "adds what is missing" in str(error.value)
+    assert cache_teacher(recipe).totals.samples == 24
+    distil(recipe)
+
+
+def test_another_version_is_refused(pair, cached, tmp_path):
+    shutil.copytree(cached.folder, tmp_path / "cache")
+    file = tmp_path / "cache" / "made.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "format": 0}))
+    with pytest.raises(CacheError, match="of format 0; this version reads and writes format 1"):
+        distil(recipe_of(pair, tmp_path / "cache"))
+    file.write_text(json.dumps({**told, "versions": {**told["versions"], "transformers": "5.0.0"}}))
+    with pytest.raises(CacheError, match="two caches"):
+        distil(recipe_of(pair, tmp_path / "cache", "other"))
+    index = json.loads((tmp_path / "cache" / "index.json").read_text())
+    (tmp_path / "cache" / "index.json").write_text(json.dumps({**index, "made": Made.read(tmp_path / "cache").digest}))
+    with pytest.raises(CacheError, match="versions is .*5.0.0"):
+        distil(recipe_of(pair, tmp_path / "cache", "third"))
+
+
+def test_recipes_that_ask_the_teacher_more_are_refused_by_name(pair, cached):
+    content = recipe_of(pair, cached.folder).model_dump(exclude_unset=True)
+    for update, said in (
+        ({"objective": {}}, r"tpa ask.* more than a cache holds.*objective.tpa.weight: 0"),
+        ({"objective": {**TERMS, "llava_kd_rdist": {}}}, r"llava_kd_rdist ask.*objective.llava_kd_rdist.weight: 0"),
+        ({"objective": {name: {"weight": 0} for name in ("kd", "iva", "tpa")}}, "no term with weight compares"),
+        ({"data": {**content["data"], "on_policy": {}}}, "leave data.on_policy out"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Recipe.model_validate({**content, **update})
+    with pytest.raises(ConfigError, match="tpa ask.* more than a cache holds"):
+        cache_teacher(online_of(Recipe.model_validate(content)).model_copy(update={"objective": Objective()}), "unused")
+    with pytest.raises(ConfigError, match="--out"):
+        cache_teacher(online_of(Recipe.model_validate(content)))
+
+
+# --- stops ------------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    cache = TeacherCache(folder)
+    return {key: cache.load(key, "here") for key in cache.places}
+
+
+def check_same_contents(one, other):
+    ours, theirs = contents(one), contents(other)
+    assert ours.keys() == theirs.keys()
+    for key, kept in ours.items():
+        for name, value in kept.items():
+            assert torch.equal(value, theirs[key][name])
+
+
+@pytest.mark.parametrize("left", ["nothing more", "half a draft", "half a shard", "a lost shard"])
+def test_a_stopped_cache_is_gone_on_with_and_is_the_same(pair, cached, tmp_path, left):
+    recipe, folder = recipe_of(pair, tmp_path / "cache"), tmp_path / "cache"
+
+    def stop(done, total):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="7 of this process's 12"):
+        cache_teacher(recipe, shard_bytes=2**17, advance=stop)
+    with pytest.raises(CacheError, match="unfinished"):
+        distil(recipe)
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    assert len(shards) > 1
+    if left == "half a draft":
+        (folder / ".draft-1-000.safetensors").write_bytes(shards[0].read_bytes()[:100])
+    elif left == "half a shard":
+        shards[0].write_bytes(shards[0].read_bytes()[:-5])
+    elif left == "a lost shard":
+        shards[0].unlink()
+    cache_teacher(recipe, shard_bytes=2**17)
+    assert not list(folder.glob(".draft-*"))
+    check_same_contents(folder, cached.folder)
+    # Nothing is left to do, and nothing is done again.
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    cache_teacher(recipe)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+
+
+def test_a_damaged_shard_is_told_while_it_is_read(pair, cached, tmp_path):
+    shutil.copytree(cached.folder, tmp_path / "cache")
+    for shard in (tmp_path / "cache").glob("shard-*"):
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 64
+        shard.write_bytes(content)
+    cache, damaged = TeacherCache(tmp_path / "cache"), 0
+    for key in cache.places:
+        try:
+            cache.load(key, "record 3")
+        except CacheError as error:
+            assert "checksum" in str(error) and "record 3" in str(error) and "remove it" in str(error)
+            damaged += 1
+    assert damaged == len(list((tmp_path / "cache").glob("shard-*")))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import align_ti.data.teacher_cache as teacher_cache
+from align_ti.config import read_recipe
+from align_ti.pipeline.caching import cache_teacher
+real, calls = teacher_cache.save_file, [0]
+def save(tensors, path, metadata):
+    calls[0] += 1
+    real(tensors, path, metadata)
+    if calls[0] == 3:
+        with open(path, "r+b") as file:
+            file.truncate(int(sys.argv[2]))
+        os._exit(9)
+teacher_cache.save_file = save
+cache_teacher(read_recipe(Path(sys.argv[1])), shard_bytes=2**17)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_kill_in_the_middle_of_a_file_loses_that_file_alone(pair, cached, tmp_path, size):
+    recipe, folder = recipe_of(pair, tmp_path / "cache"), tmp_path / "cache"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(size)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    assert len(list(folder.glob("shard-*"))) == 2
+    assert len(list(folder.glob(".draft-*"))) == 1
+    cache_teacher(recipe, shard_bytes=2**17)
+    assert not list(folder.glob(".draft-*"))
+    check_same_contents(folder, cached.folder)
+
+
+SEVERAL = """
+import sys
+from pathlib import Path
+from align_ti.config import read_recipe
+from align_ti.pipeline.caching import cache_teacher
+from align_ti.processes import part_in_order
+found = cache_teacher(read_recipe(Path(sys.argv[1])), shard_bytes=2**17)
+assert found.totals.samples == 12
+part_in_order()
+"""
+
+
+def test_two_processes_write_one_cache(pair, cached, tmp_path):
+    recipe, folder = recipe_of(pair, tmp_path / "cache"), tmp_path / "cache"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    on_processes(2, SEVERAL, tmp_path / "recipe.yaml")
+    names = {path.name.split("-")[1] for path in folder.glob("shard-*")}
+    assert names == {"000", "001"}
+    check_same_contents(folder, cached.folder)
+    # One process goes on where two stopped.
+    next(iter(folder.glob("shard-001-*"))).unlink()
+    cache_teacher(recipe)
+    check_same_contents(folder, cached.folder)
+
+
+def test_an_estimate_writes_nothing_and_is_near_what_comes(pair, cached, tmp_path):
+    recipe = recipe_of(pair, tmp_path / "cache")
+    found = estimate(recipe)
+    assert not list(tmp_path.iterdir())
+    assert found.measured == 8 and found.records == 12
+    assert found.totals.bytes == pytest.approx(cached.totals.bytes, rel=0.2)
+    assert found.totals.tokens == pytest.approx(cached.totals.tokens, rel=0.1)
+    assert found.cost.teacher > 0 and found.cost.reading > 0

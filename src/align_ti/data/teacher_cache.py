@@ -169,11 +169,13 @@ class ShardWriter:
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     size: int = 0
 
-    def add(self, key: str, kept: Kept, tokens: int) -> None:
-        """Take a sample of so many tokens; it is on disk when its shard is full or `flush` has returned."""
+    def add(self, key: str, kept: Kept, tokens: int, seconds: float) -> None:
+        """Take a sample of so many tokens, which took the teacher some seconds; it is on disk when its shard is full or `flush` has
+        returned."""
         whole = {name: value.contiguous().cpu() for name, value in kept.items()}
         self.held[key] = whole
-        self.told[key] = {"checksum": checksum(whole), "tokens": tokens, "rows": len(whole[TEACHER_HIDDEN])}
+        rows = len(whole[TEACHER_HIDDEN])
+        self.told[key] = {"checksum": checksum(whole), "tokens": tokens, "rows": rows, "seconds": seconds}
         self.size += sum(value.numel() * value.element_size() for value in whole.values())
         if self.size >= self.shard_bytes:
             self.flush()
