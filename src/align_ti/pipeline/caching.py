@@ -137,7 +137,8 @@ def cache_teacher(
         InterruptedRunError: Ctrl-C; the same call goes on.
         AlignTIError: whatever is wrong with data or models.
     """
-    work, state = prepared(recipe, out), PartialState()
+    state = launched()
+    work = prepared(recipe, out)
     with state.main_process_first():
         made = begun(work, first=state.is_main_process)
     done = {key for samples in whole_shards(work.folder, made).values() for key in samples}
@@ -237,6 +238,11 @@ def estimate(recipe: Recipe, out: Path | str | None = None, *, batch_size: int =
     return Cached(work.folder, len(work.data), totals, cost, len(samples), made.layer, hidden_size(work.teacher))
 
 
+def launched() -> PartialState:
+    """The processes of this launch, on CPUs too."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def hidden_size(model: PreTrainedModel) -> int:
     """The size of what the head reads."""
     return int(model.config.get_text_config(decoder=True).hidden_size)
@@ -262,7 +268,7 @@ def prepared(recipe: Recipe, out: Path | str | None) -> Work:
     assert recipe.teacher is not None
     with part("load models"):
         processor, theirs = load_processor(recipe.student.path), load_processor(recipe.teacher.path)
-        device = PartialState().device
+        device = launched().device
         teacher = load_teacher(recipe.teacher, device).requires_grad_(False)
         check_teacher_precision(teacher, device, bf16=recipe.training.bf16)
     own = own_processor(processor, theirs)
