@@ -263,7 +263,8 @@ def merge(folder: Path, made: Made, cost: Mapping[str, float]) -> Totals:
         shards[name] = {key: told["checksum"] for key, told in new.items()}
         seen |= new
     size = sum((folder / name).stat().st_size for name in shards)
-    totals = Totals(len(seen), *(sum(told[name] for told in seen.values()) for name in ("tokens", "rows")), size)
+    tokens, rows = (sum(told[name] for told in seen.values()) for name in ("tokens", "rows"))
+    totals = Totals(len(seen), tokens, rows, size)
     write_whole(
         folder / "index.json", {"made": made.digest, "totals": asdict(totals), "cost": dict(cost), "shards": shards}
     )
@@ -304,7 +305,9 @@ class TeacherCache:
                 "goes on with it."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{folder / 'index.json'}: cannot be read ({error}); run `align-ti cache` again.") from error
+            raise CacheError(
+                f"{folder / 'index.json'}: cannot be read ({error}); run `align-ti cache` again."
+            ) from error
         if of != made.digest:
             raise CacheError(
                 f"{folder}: index.json and made.json are of two caches; files of one are accepted; run `align-ti cache` again."

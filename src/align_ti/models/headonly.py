@@ -63,11 +63,10 @@ def load_head(folder: Path) -> PreTrainedModel:
     build: Any = AutoModelForImageTextToText.from_config
     with torch.device("meta"):
         # Eager, since no attention runs, and a family whose attention is capped is refused on any other.
-        model: PreTrainedModel = build(
-            config, dtype=next(iter(weights.values())).dtype, attn_implementation="eager"
-        )
+        model: PreTrainedModel = build(config, dtype=next(iter(weights.values())).dtype, attn_implementation="eager")
     head(model).load_state_dict(weights, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def digest_of(path: str, model_config: Any = None) -> str:

@@ -312,9 +312,7 @@ def resolved(work: Work, before: Made | None) -> Objective:
     groups = same_image_groups(work.data.conversations, settings.images, settings.instructions, work.recipe.seed)
     batches = (collate([encode(one, work.processor, train=False) for one in group]) for group in groups)
     device = work.teacher.device
-    scores = score_layers(
-        work.teacher, ({name: value.to(device) for name, value in one.items()} for one in batches)
-    )
+    scores = score_layers(work.teacher, ({name: value.to(device) for name, value in one.items()} for one in batches))
     return objective.at_layer(max(scores, key=lambda layer: scores[layer]))
 
 
