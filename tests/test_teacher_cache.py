@@ -25,7 +25,7 @@ from align_ti.pipeline.caching import cache_teacher, estimate
 from align_ti.pipeline.training import distil
 from align_ti.training.objective import distillation_loss
 from align_ti.training.recall import keep
-from tests import family_models, small, tiny
+from tests import family_models, small, test_family_chain, tiny
 from tests.launching import on_processes
 
 OBJECTIVE = Objective.only(
@@ -296,6 +296,44 @@ def test_recipes_that_ask_the_teacher_more_are_refused_by_name(pair, cached):
         cache_teacher(online_of(Recipe.model_validate(content)).model_copy(update={"objective": Objective()}), "unused")
     with pytest.raises(ConfigError, match=r"--out"):
         cache_teacher(online_of(Recipe.model_validate(content)))
+
+
+def test_a_teacher_with_a_processor_of_its_own_is_cached_in_its_own_sequence(tmp_path):
+    """Other pictures, another template, other numbers of visual tokens: its rows are resampled from the cache as from its pass."""
+    test_family_chain.write_two_families(tmp_path)
+    content = test_family_chain.folder_recipe(
+        tmp_path, objective={**TERMS, "iva": {"resample": True, "layer": 1}}, check=False
+    )
+    content["training"] |= {"per_device_train_batch_size": 1, "max_steps": 6}
+    content["data"] |= {"teacher_cache": str(tmp_path / "cache")}
+    recipe = Recipe.model_validate(content)
+    cache_teacher(recipe)
+    from_cache, online = logged(distil(recipe)), logged(distil(online_of(recipe)))
+    assert from_cache == online
+    assert any(line.get("iva", 0) > 0 for line in online)
+    trained = recipe.training.model_copy(update={"per_device_train_batch_size": 3, "max_steps": 2})
+    recipe = recipe.model_copy(update={"training": trained, "out": str(tmp_path / "batches")})
+    for ours, theirs in zip(logged(distil(recipe)), logged(distil(online_of(recipe, "online3"))), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_stream_reads_the_cache_of_its_records(pair, cached, tmp_path):
+    recipe = recipe_of(pair, cached.folder, objective={"iva": {"layer": 0}})
+    data = recipe.data.model_copy(update={"stream": True})
+    recipe = recipe.model_copy(update={"data": data, "out": str(tmp_path / "run")})
+    assert logged(distil(recipe)) == logged(distil(online_of(recipe)))
+    with pytest.raises(ConfigError, match=r"--set data.stream=false"):
+        cache_teacher(recipe)
+
+
+def test_a_cache_of_response_rows_serves_kd_alone(pair, tmp_path):
+    recipe = recipe_of(pair, tmp_path / "cache", objective={"iva": {"weight": 0.0}})
+    made = cache_teacher(recipe)
+    assert made.layer is None
+    assert made.totals.rows < made.totals.tokens / 5
+    assert logged(distil(recipe)) == logged(distil(online_of(recipe)))
+    with pytest.raises(CacheError, match=r"which rows are kept .* is 'response' there and 'response and visual' here"):
+        distil(recipe_of(pair, tmp_path / "cache", "other"))
 
 
 # --- stops ------------------------------------------------------------------------------------------------------------

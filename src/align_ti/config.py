@@ -288,7 +288,8 @@ class Data(Knobs):
     on_policy: OnPolicy | None = None
     """Let the student answer some of the batches. By default it learns from the recorded answers alone."""
     teacher_cache: str | None = Field(default=None, min_length=1)
-    """The folder that `align-ti cache` wrote: KD and IVA read of it what the teacher made of each record, and the teacher does not run."""
+    """The folder that `align-ti cache` wrote: KD and IVA read what the teacher made of each record there, and
+    the teacher does not run."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -583,8 +584,8 @@ def not_cacheable(recipe: Recipe) -> str | None:
     if more:
         weights = ", ".join(f"objective.{name}.weight: 0" for name in more)
         return (
-            f"{' and '.join(more)} ask(s) the teacher more than a cache holds (hidden states of response and visual rows, IVA's attention); "
-            f"leave it out ({weights})"
+            f"{' and '.join(more)} ask(s) the teacher more than a cache holds (hidden states of response and visual rows, IVA's "
+            f"attention); leave it out ({weights})"
         )
     if not terms:
         return "no term with weight compares with a teacher; give kd or iva a weight"

@@ -1,7 +1,7 @@
 """What a teacher made of each sample, kept on disk: hidden states of the rows that KD and IVA weigh, and IVA's attention.
 
-A folder holds `made.json` (what it was made with), `shard-PROCESS-NUMBER.safetensors` (samples, each file written whole), `teacher/` (config
-and head), and, once every sample is there, `index.json`. A sample is found by a digest of what the teacher reads of it.
+A folder holds `made.json` (what it was made with), `shard-PROCESS-NUMBER.safetensors` (samples, each file written whole), `teacher/`
+(config and head), and, once every sample is there, `index.json`. A sample is found by a digest of what the teacher reads of it.
 """
 
 from __future__ import annotations
@@ -289,8 +289,8 @@ class TeacherCache:
         made = Made.read(folder)
         if made is None:
             raise CacheError(
-                f"data.teacher_cache: {folder} holds no teacher cache; a folder that `align-ti cache` wrote is accepted; run it first, or "
-                "leave data.teacher_cache out."
+                f"data.teacher_cache: {folder} holds no teacher cache; a folder that `align-ti cache` wrote is accepted; run it first, "
+                "or leave data.teacher_cache out."
             )
         self.made = made
         try:
@@ -328,9 +328,9 @@ class TeacherCache:
         """What is kept under a key."""
         if key not in self.places:
             raise CacheError(
-                f"{place}: the teacher cache in {self.folder} holds {self.totals.samples} sample(s), but none of these tokens, roles and "
-                "pixels, so data or options that shape them (data.max_length, data.responses, ...) have changed since it was made; restore "
-                "them, or run `align-ti cache` again, which adds what is missing."
+                f"{place}: the teacher cache in {self.folder} holds {self.totals.samples} sample(s), but none of these tokens, roles "
+                "and pixels, so data or options that shape them (data.max_length, data.responses, ...) have changed since it was made; "
+                "restore them, or run `align-ti cache` again, which adds what is missing."
             )
         name, mark = self.places[key]
         path = self.folder / name
@@ -347,8 +347,8 @@ class TeacherCache:
             kept, reason = {}, str(error)
         if reason:
             raise CacheError(
-                f"{path} is damaged ({reason}), needed for {place}; whole shards are accepted; remove it and run `align-ti cache` again, "
-                "which makes its samples again."
+                f"{path} is damaged ({reason}), needed for {place}; whole shards are accepted; remove it and run `align-ti cache` "
+                "again, which makes its samples again."
             )
         return kept
 

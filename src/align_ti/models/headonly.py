@@ -81,8 +81,8 @@ def digest_of(path: str, model_config: Any = None) -> str:
         commit = getattr(config, "_commit_hash", None)
         if not commit:
             raise ModelError(
-                f"{path}: neither a folder nor a hub name whose commit is known, so a cache could not tell it from another model; give a "
-                "folder."
+                f"{path}: neither a folder nor a hub name whose commit is known, so a cache could not tell it from another model; give "
+                "a folder."
             )
         return f"commit {commit}"
     files = sorted(folder.glob("*.safetensors"))

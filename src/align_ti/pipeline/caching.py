@@ -163,7 +163,8 @@ def cache_teacher(
     except KeyboardInterrupt:
         writer.flush()
         raise InterruptedRunError(
-            f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command goes on from there."
+            f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command goes "
+            "on from there."
         ) from None
     state.wait_for_everyone()
     if state.is_main_process:
@@ -331,8 +332,8 @@ def layer_of(objective: Objective, teacher: PreTrainedModel) -> int | None:
     attention = united(term.reads_of_teacher(teacher) for term in terms).attention
     if len(attention) > 1 or any(rows.roles != (INSTRUCTION,) for rows in attention):
         raise ConfigError(
-            "the terms read the teacher's attention at several layers, or of other queries than instruction tokens; a cache holds that of "
-            "instruction tokens at one layer; give the terms one layer, or leave one out (weight: 0)."
+            "the terms read the teacher's attention at several layers, or of other queries than instruction tokens; a cache holds "
+            "that of instruction tokens at one layer; give the terms one layer, or leave one out (weight: 0)."
         )
     return next((rows.layer for rows in attention), None)
 

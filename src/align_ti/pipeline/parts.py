@@ -38,8 +38,8 @@ class Parts:
 
 
 def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
-    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other. With a teacher cache
-    the teacher is its head alone.
+    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other. With a teacher
+    cache the teacher is its head alone.
 
     Raises:
         ModelError: one cannot be loaded, or they do not fit each other.

@@ -60,8 +60,8 @@ class Term(Knobs):
     needs_visual: ClassVar[bool] = False
     """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
     cacheable: ClassVar[bool] = False
-    """Whether all that it reads of the teacher is what `align-ti cache` keeps: last hidden states of the rows that predict responses and
-    of visual tokens, and the mean attention of instruction tokens at one layer."""
+    """Whether all that it reads of the teacher is what `align-ti cache` keeps: last hidden states of the rows that predict responses
+    and of visual tokens, and the mean attention of instruction tokens at one layer."""
     unit: ClassVar[str] = ""
     """What the value is counted in, if it has a unit."""
     fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"

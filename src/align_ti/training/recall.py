@@ -55,15 +55,15 @@ def recalled(teacher: PreTrainedModel, batch: Mapping[str, Any], terms: Terms) -
     if TEACHER_HIDDEN not in read:
         if has_head_only(teacher):
             raise BatchError(
-                "the teacher's head alone is loaded, but the batch holds nothing that the teacher made of it; batches of a dataset with a "
-                "teacher cache are accepted; set its teacher_cache, or load the whole teacher."
+                "the teacher's head alone is loaded, but the batch holds nothing that the teacher made of it; batches of a dataset "
+                "with a teacher cache are accepted; set its teacher_cache, or load the whole teacher."
             )
         return None
     for name, term in terms.items():
         if term.needs_teacher and not term.cacheable:
             raise BatchError(
-                f"the batch holds what a teacher cache keeps, but objective.{name} asks the teacher more; KD and IVA are accepted; leave it "
-                f"out (objective.{name}.weight: 0), or train without a teacher cache."
+                f"the batch holds what a teacher cache keeps, but objective.{name} asks the teacher more; KD and IVA are accepted; "
+                f"leave it out (objective.{name}.weight: 0), or train without a teacher cache."
             )
     device = next(head(teacher).parameters()).device
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in read.items()}
@@ -75,8 +75,8 @@ def recalled(teacher: PreTrainedModel, batch: Mapping[str, Any], terms: Terms) -
     for wanted in united(term.reads_of_teacher(teacher) for term in terms.values()).attention:
         if not with_visual or wanted.roles != (INSTRUCTION,):
             raise BatchError(
-                "the batch holds a teacher's response rows alone, but a term reads its attention; a cache with IVA's attention is accepted; "
-                "make it with objective.iva.weight above 0, or leave the term out (objective.iva.weight: 0)."
+                "the batch holds a teacher's response rows alone, but a term reads its attention; a cache with IVA's attention is "
+                "accepted; make it with objective.iva.weight above 0, or leave the term out (objective.iva.weight: 0)."
             )
         alpha = spread(moved[TEACHER_ATTENTION], roles == VISUAL)
         # One row that is the mean already.
@@ -93,8 +93,8 @@ def spread(values: Tensor, places: Tensor) -> Tensor:
     """
     if len(values) != int(places.sum()):
         raise BatchError(
-            f"the batch holds {len(values)} kept row(s) of the teacher for {int(places.sum())} that are weighed; what `align-ti cache` kept of "
-            "these samples is accepted; do not change roles or labels behind it."
+            f"the batch holds {len(values)} kept row(s) of the teacher for {int(places.sum())} that are weighed; what `align-ti cache` "
+            "kept of these samples is accepted; do not change roles or labels behind it."
         )
     out = values.new_zeros(*places.shape, *values.shape[1:])
     out[places] = values
