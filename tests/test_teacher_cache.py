@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from align_ti.cli import app
 from align_ti.config import Iva, Kd, Objective, Recipe, Sft
+from align_ti.data import teacher_cache
 from align_ti.data.roles import TEACHER_ATTENTION, TEACHER_HIDDEN
 from align_ti.data.teacher_cache import Made, TeacherCache, passes_until_even
 from align_ti.errors import BatchError, CacheError, ConfigError, InterruptedRunError
@@ -398,6 +402,18 @@ def test_a_damaged_shard_is_told_while_it_is_read(pair, cached, tmp_path):
         assert re.search("checksum.*record 3.*remove it", message)
 
 
+def test_a_reader_keeps_few_shards_open_and_none_when_it_is_sent_away(cached, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "OPEN_SHARDS", 2)
+    cache = TeacherCache(cached.folder)
+    first = {key: cache.load(key, "here") for key in cache.places}
+    assert len(list(cached.folder.glob("shard-*"))) > len(cache.opened) == 2
+    sent = ForkingPickler.loads(ForkingPickler.dumps(cache))
+    assert not sent.opened and sent.places == cache.places
+    for key, kept in first.items():
+        for name, value in kept.items():
+            assert torch.equal(value, sent.load(key, "here")[name])
+
+
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -454,6 +470,19 @@ def test_two_processes_write_one_cache(pair, cached, tmp_path):
     next(iter(folder.glob("shard-001-*"))).unlink()
     cache_teacher(recipe)
     check_same_contents(folder, cached.folder)
+
+
+def test_the_verb_says_bytes_and_break_even_and_writes_nothing_in_a_dry_run(pair, tmp_path):
+    recipe = recipe_of(pair, tmp_path / "cache")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    for more in (["--dry-run"], []):
+        result = CliRunner().invoke(app, ["cache", str(file), *more])
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.output.replace("│", " ").split())
+        assert re.search(r"\d+ bytes a token of the teacher, \d+ a row", said)
+        assert re.search(r"break-even \d+ passes|break-even never", said)
+        assert (tmp_path / "cache").exists() == (not more)
 
 
 def test_an_estimate_writes_nothing_and_is_near_what_comes(pair, cached, tmp_path):

@@ -37,6 +37,9 @@ FORMAT = 1
 SHARD_BYTES = 2**28
 """Bytes of samples that are gathered before a shard is written; a stop loses at most as much work of each process."""
 
+OPEN_SHARDS = 64
+"""Shards that a process keeps open while it reads."""
+
 ROWS = {False: "response", True: "response and visual"}
 """Which rows are kept, by whether a term compares visual rows."""
 
@@ -286,6 +289,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.opened: dict[str, Any] = {}
         made = Made.read(folder)
         if made is None:
             raise CacheError(
@@ -313,6 +317,18 @@ class TeacherCache:
                 f"{folder}: index.json and made.json are of two caches; files of one are accepted; run `align-ti cache` again."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, which each process opens for itself."""
+        return {**vars(self), "opened": {}}
+
+    def shard(self, name: str) -> Any:
+        """A shard, opened once: its header, which names every tensor, is long where samples are small."""
+        if name not in self.opened:
+            if len(self.opened) == OPEN_SHARDS:
+                del self.opened[next(iter(self.opened))]
+            self.opened[name] = safe_open(self.folder / name, framework="pt")
+        return self.opened[name]
+
     def joined(self, sample: dict[str, Any], place: str) -> dict[str, Any]:
         """The sample with what the teacher made of it, beside what the teacher reads.
 
@@ -335,13 +351,9 @@ class TeacherCache:
         name, mark = self.places[key]
         path = self.folder / name
         try:
-            with safe_open(path, framework="pt") as file:
-                prefix = f"{key}."
-                kept = {
-                    part: file.get_tensor(prefix + part)
-                    for part in (TEACHER_HIDDEN, TEACHER_ATTENTION)
-                    if prefix + part in file.keys()  # noqa: SIM118 (no mapping)
-                }
+            file = self.shard(name)
+            parts = [TEACHER_HIDDEN, TEACHER_ATTENTION] if self.made.layer is not None else [TEACHER_HIDDEN]
+            kept = {part: file.get_tensor(f"{key}.{part}") for part in parts}
             reason = "" if checksum(kept) == mark else "its checksum does not match"
         except (SafetensorError, OSError) as error:
             kept, reason = {}, str(error)
