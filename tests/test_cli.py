@@ -22,6 +22,7 @@ VERBS = [
     "score-layers",
     "evaluate",
     "generate",
+    "cache",
     "chat",
     "report",
     "digits",

@@ -261,8 +261,8 @@ def test_a_family_is_distilled_from_folders_to_a_folder(tmp_path, name):
     assert not all(same) and any(same)
 
 
-def test_two_families_are_distilled_from_folders(tmp_path):
-    """A teacher that sees pictures at another size through a processor of its own, its rows resampled."""
+def write_two_families(folder) -> None:
+    """A teacher that sees pictures at another size through a processor of its own, beside a student, and records."""
     ours = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.LLAMA3, tower="clip")
     longer = family_processors.LLAMA3.replace("bos_token", "bos_token + 'Be brief. '")
     theirs = family_processors.llava(family_processors.llama3_tokenizer(), longer, tower="siglip")
@@ -277,9 +277,14 @@ def test_two_families_are_distilled_from_folders(tmp_path):
         "teacher": (wide.model(2, hidden=48, layers=3, ids=ids), theirs),
     }
     for part, (model, processor) in models.items():
-        model.float().save_pretrained(tmp_path / part)
-        processor.save_pretrained(tmp_path / part)
-    write_conversations(tmp_path)
+        model.float().save_pretrained(folder / part)
+        processor.save_pretrained(folder / part)
+    write_conversations(folder)
+
+
+def test_two_families_are_distilled_from_folders(tmp_path):
+    """The teacher's rows are resampled."""
+    write_two_families(tmp_path)
     recipe = folder_recipe(
         tmp_path, objective={"iva": {"resample": True}}, layer_scores={"images": 1, "instructions": 2}
     )

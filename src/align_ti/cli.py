@@ -35,6 +35,7 @@ from align_ti.registry import Kind, lookup, names
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
+    from align_ti.pipeline.caching import Cached
     from align_ti.preflight.report import Report
     from align_ti.runs import RunFolder
 
@@ -146,6 +147,42 @@ def train(
     if run.summary.exists():
         show_summary(read_json(run.summary))
         console.print(f"report: {write_report(run.root)}")
+
+
+@app.command()
+def cache(
+    recipe: RecipePath,
+    changes: Changes = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write, or to go on with; by default the recipe's data.teacher_cache."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Records that go through the teacher together; no effect but by rounding.")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say from a few records what it would take and save; write nothing.")
+    ] = False,
+    allow_extensions: AllowExtensions = False,
+) -> None:
+    """Write what KD and IVA need of the teacher, once for several epochs or students; run again to go on after a stop.
+
+    Students train from it by data.teacher_cache, without the teacher. `accelerate launch` shares the records among processes.
+    """
+    quiet()  # first, since a recipe's terms import what libraries speak of
+    checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
+    from align_ti.pipeline.caching import cache_teacher, estimate, launched
+
+    if dry_run:
+        show_cached(estimate(checked, out, batch_size=batch_size), written=False)
+        return
+    with bars() as advance:
+        made = cache_teacher(
+            checked, out, batch_size=batch_size, advance=lambda done, total: advance("cache", done, total)
+        )
+    if launched().is_main_process:
+        show_cached(made, written=True)
+        console.print(f"teacher cache: {made.folder} (in a recipe: data.teacher_cache)")
 
 
 @app.command()
@@ -681,6 +718,42 @@ def show_spent(spent: Mapping[str, float]) -> None:
     table.add_section()
     table.add_row("all", f"{whole:.1f}", "100.0")
     console.print(table)
+
+
+def show_cached(cached: Cached, written: bool) -> None:
+    """What a teacher cache holds, what it took, and from how many passes over the data it saves time."""
+    per_row = cached.totals.bytes / max(1, cached.totals.rows)
+    title = "teacher cache" if written else f"dry run: from {cached.measured} records; nothing is written"
+    table = Table("what", "value", title=title)
+    table.add_row("records", f"{cached.records}, {cached.totals.samples} different ones")
+    table.add_row(
+        "size",
+        f"{size(cached.totals.bytes)}: {cached.bytes_per_token:.0f} bytes a token of the teacher, {per_row:.0f} a row that is kept "
+        f"({cached.totals.rows / max(1, cached.totals.tokens):.0%} of the tokens, {cached.hidden} numbers each)",
+    )
+    table.add_row("IVA's layer", "none: response rows alone" if cached.layer is None else str(cached.layer))
+    cost = cached.cost
+    table.add_row(
+        "ms a record",
+        f"{1000 * cost.teacher:.2f} the teacher, {1000 * cost.writing:.2f} writing, {1000 * cost.reading:.2f} reading",
+    )
+    even = cost.even
+    table.add_row(
+        "break-even",
+        "never: reading takes as long as the teacher"
+        if even is None
+        else f"{even} passes over the data (epochs x students), where (teacher + writing) + passes x reading < passes x teacher",
+    )
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
 
 
 def show_made(made: Made) -> None:

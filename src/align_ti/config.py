@@ -289,6 +289,9 @@ class Data(Knobs):
     """Records that a stream is shuffled among; 1 keeps its order."""
     on_policy: OnPolicy | None = None
     """Let the student answer some of the batches. By default it learns from the recorded answers alone."""
+    teacher_cache: str | None = Field(default=None, min_length=1)
+    """The folder that `align-ti cache` wrote: KD and IVA read what the teacher made of each record there, and
+    the teacher does not run."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -553,6 +556,12 @@ class Recipe(Knobs):
         return self
 
     @model_validator(mode="after")
+    def _what_a_teacher_cache_holds(self) -> Recipe:
+        if self.data.teacher_cache is not None and (found := not_cacheable(self)) is not None:
+            raise ValueError(f"data.teacher_cache is given, but {found}, or leave data.teacher_cache out")
+        return self
+
+    @model_validator(mode="after")
     def _somebody_to_compare_with(self) -> Recipe:
         if self.data.on_policy is not None and not self.objective.needs_teacher:
             raise ValueError(
@@ -568,6 +577,23 @@ class Recipe(Knobs):
                 f"teacher is missing; name one, or give {listed(self.objective)} a weight of 0 to train by sft alone"
             )
         return self
+
+
+def not_cacheable(recipe: Recipe) -> str | None:
+    """Why a cache of the teacher does not serve the recipe, with the way out; None if it does."""
+    terms = {name: term for name, term in recipe.objective.terms.items() if term.needs_teacher}
+    more = [name for name, term in terms.items() if not term.cacheable]
+    if more:
+        weights = ", ".join(f"objective.{name}.weight: 0" for name in more)
+        return (
+            f"{' and '.join(more)} ask(s) the teacher more than a cache holds (hidden states of response and visual rows, IVA's "
+            f"attention); leave it out ({weights})"
+        )
+    if not terms:
+        return "no term with weight compares with a teacher; give kd or iva a weight"
+    if recipe.data.on_policy is not None:
+        return "data.on_policy lets the student answer, which no cache knows beforehand; leave data.on_policy out"
+    return None
 
 
 def listed(objective: Objective) -> str:

@@ -16,6 +16,7 @@ from align_ti.data.cache import SampleCache
 from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
 from align_ti.data.lengths import TooLong, estimated_lengths, fit, paired
 from align_ti.data.roles import NO_LABEL, OTHER, PER_TOKEN, encode
+from align_ti.data.teacher_cache import TeacherCache
 from align_ti.errors import DataError
 
 MEASURED = 64
@@ -33,6 +34,8 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         disk: keep samples on disk.
         too_long: what happens to a longer record, see `align_ti.data.lengths.fit`.
         teacher: the same records for a teacher that reads inputs of its own; each sample then holds the teacher's under `teacher`.
+
+    With `teacher_cache` set, each sample also holds what the teacher made of it.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         teacher: EncodedConversations | None = None,
     ) -> None:
         self.teacher = teacher
+        self.teacher_cache: TeacherCache | None = None
         self.conversations = conversations
         self.processor = processor
         self.max_length, self.too_long = max_length, too_long
@@ -59,7 +63,8 @@ class EncodedConversations(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = fit(self.whole(index), self.max_length, self.too_long, self.conversations[index].place)
-        return sample if self.teacher is None else paired(sample, self.teacher.whole(index))
+        both: dict[str, Any] = sample if self.teacher is None else paired(sample, self.teacher.whole(index))
+        return both if self.teacher_cache is None else self.teacher_cache.joined(both, self.conversations[index].place)
 
     def whole(self, index: int) -> dict[str, Tensor]:
         """The sample of a record, however long it is.

@@ -30,7 +30,12 @@ ROLE_OF_WORDS = {"system": OTHER, "user": INSTRUCTION, "assistant": RESPONSE}
 NO_LABEL = -100
 """The label of a token that no loss reads; transformers' own convention."""
 
-NOT_FOR_THE_MODEL = frozenset({"labels", "roles", "pictures", "student_written", "candidates", "teacher"})
+TEACHER_HIDDEN, TEACHER_ATTENTION = "teacher_hidden", "teacher_attention"
+"""What a cache of the teacher (`align_ti.data.teacher_cache`) adds to a sample: rows, and one number a visual token, in order."""
+
+NOT_FOR_THE_MODEL = frozenset(
+    {"labels", "roles", "pictures", "student_written", "candidates", "teacher", TEACHER_HIDDEN, TEACHER_ATTENTION}
+)
 
 PER_TOKEN = frozenset(
     {

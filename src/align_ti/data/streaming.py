@@ -15,6 +15,7 @@ from align_ti.data.conversation import Conversation
 from align_ti.data.lengths import fit, paired
 from align_ti.data.roles import encode
 from align_ti.data.sources import image_root, iterate
+from align_ti.data.teacher_cache import TeacherCache
 from align_ti.errors import DataError
 
 
@@ -33,6 +34,7 @@ class StreamedConversations(IterableDataset[dict[str, Any]]):
         teacher_processor: ProcessorMixin | None = None,
     ) -> None:
         self.teacher_processor = teacher_processor
+        self.teacher_cache: TeacherCache | None = None
         (self.source,) = data.sources
         self.root = image_root(self.source, data.images)
         self.data, self.processor, self.seed, self.epoch = data, processor, seed, 0
@@ -58,9 +60,10 @@ class StreamedConversations(IterableDataset[dict[str, Any]]):
     def sample(self, conversation: Conversation) -> dict[str, Any]:
         """The record as tensors, for a teacher with a processor of its own too."""
         sample = fit(encode(conversation, self.processor), self.data.max_length, self.data.too_long, conversation.place)
-        return (
+        both: dict[str, Any] = (
             sample if self.teacher_processor is None else paired(sample, encode(conversation, self.teacher_processor))
         )
+        return both if self.teacher_cache is None else self.teacher_cache.joined(both, conversation.place)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQ
 
 from align_ti.errors import ModelError
 from align_ti.models.families import backbone, head
+from align_ti.models.headonly import has_head_only
 
 
 def quantization_config(options: Mapping[str, Any]) -> Any:
@@ -72,6 +73,9 @@ def move(model: PreTrainedModel, device: torch.device | str) -> None:
 
     One that cannot be moved, since it is quantised or accelerate spread it over devices, is made to take its inputs from there instead.
     """
+    if has_head_only(model):
+        nn.Module.to(head(model), torch.device(device))
+        return
     spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     if spread or (is_quantized(model) and model.device != torch.device(device)):
         stay(model)

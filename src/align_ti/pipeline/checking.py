@@ -42,6 +42,8 @@ def check_recipe(recipe: Recipe) -> Report:
     Raises:
         AlignTIError: recipe, data or models cannot be read at all.
     """
+    # The probes run the teacher, whatever a cache holds of it.
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"teacher_cache": None})})
     parts, device = load_parts(recipe, compare=False), best_device()
     data, _ = training_data(recipe, parts.processor, teacher_processor=parts.own_processor)
     for model in (parts.student, parts.teacher):

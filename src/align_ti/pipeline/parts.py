@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Recipe, Teacher
 from align_ti.models.adapters import wrap_with_lora
+from align_ti.models.headonly import load_head
 from align_ti.models.loading import check_precision, freeze, load_model, load_processor, trained_by_part
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.models.placement import stay
@@ -36,7 +38,8 @@ class Parts:
 
 
 def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
-    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other.
+    """Models and processors of a recipe, on the CPU; with `compare` they are refused if they do not fit each other. With a teacher
+    cache the teacher is its head alone.
 
     Raises:
         ModelError: one cannot be loaded, or they do not fit each other.
@@ -46,7 +49,10 @@ def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
     teacher, teacher_processor = None, None
     if recipe.teacher is not None and recipe.objective.needs_teacher:
         teacher_processor = load_processor(recipe.teacher.path)
-        teacher = load_teacher(recipe.teacher).requires_grad_(False)
+        if recipe.data.teacher_cache is None:
+            teacher = load_teacher(recipe.teacher).requires_grad_(False)
+        else:
+            teacher = load_head(Path(recipe.data.teacher_cache) / "teacher")
         if compare:
             own = own_processor(processor, teacher_processor)
             shared_tokens(student, teacher, processor, own)

@@ -18,6 +18,7 @@ from align_ti.errors import ConfigError, InterruptedRunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.phases import part
+from align_ti.pipeline.caching import use_cache
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
 from align_ti.pipeline.parts import Parts, load_parts, load_student
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
@@ -103,6 +104,7 @@ def distil(
         # The first process checks; the others read what it found.
         with state.main_process_first():
             train, _ = training_data(recipe, parts.processor, run, checks, teacher_processor=parts.own_processor)
+    objective = recipe.objective if recipe.data.teacher_cache is None else use_cache(recipe, parts, train)
     if recipe.training.torch_compile:
         for model in filter(None, (parts.student, parts.teacher)):
             compile_tokenwise(unwrapped(model))
@@ -112,7 +114,7 @@ def distil(
         model=parts.student,
         teacher_model=parts.teacher,
         args=training_arguments(recipe),
-        objective=recipe.objective,
+        objective=objective,
         train_dataset=train,
         processing_class=parts.processor,
         teacher_processing_class=parts.teacher_processor,
@@ -126,7 +128,8 @@ def distil(
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
     checkpoint = last_checkpoint(run.root)
-    if check and recipe.check and checkpoint is None:
+    # Its probes run the teacher, which a cache leaves out.
+    if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
         check_before(run, recipe, parts, trainer, train, seen)
     with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -59,6 +59,9 @@ class Term(Knobs):
     """How visual tokens are compared where the teacher reads inputs of its own: not one by one, or equal numbers one by one."""
     needs_visual: ClassVar[bool] = False
     """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
+    cacheable: ClassVar[bool] = False
+    """Whether all that it reads of the teacher is what `align-ti cache` keeps: last hidden states of the rows that predict responses
+    and of visual tokens, and the mean attention of instruction tokens at one layer."""
     unit: ClassVar[str] = ""
     """What the value is counted in, if it has a unit."""
     fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"

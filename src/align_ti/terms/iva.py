@@ -27,6 +27,7 @@ class Iva(Compares):
     """
 
     name: ClassVar[str] = "iva"
+    cacheable: ClassVar[bool] = True
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (

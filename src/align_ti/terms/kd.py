@@ -25,6 +25,7 @@ class Kd(Compares):
     """
 
     name: ClassVar[str] = "kd"
+    cacheable: ClassVar[bool] = True
     fix: ClassVar[str] = (
         "see that the teacher differs from the student, and that something which reaches the responses is trained (parts)"
     )

@@ -29,6 +29,7 @@ from align_ti.phases import phase
 from align_ti.terms.base import WeightedRows
 from align_ti.terms.readings import Readings, view
 from align_ti.training.passes import Terms, candidate_options, places_of, run_passes
+from align_ti.training.recall import recalled
 
 Masses = dict[str, Shaped[Tensor, ""]]
 """What each term's total is divided by, such as response tokens or samples; a term's file says which."""
@@ -94,7 +95,11 @@ def distillation_loss(
     if pairing is None:
         pairing = Pairing() if compared is None else Pairing(shared_tokens(student, compared))
     ours = view(student, batch)
-    theirs = None if compared is None else view(compared, batch.get("teacher", batch))
+    # What a teacher cache keeps stands in for the teacher's pass.
+    kept = None if compared is None else recalled(compared, batch, terms)
+    theirs = kept.view if kept is not None else None
+    if compared is not None and theirs is None:
+        theirs = view(compared, batch.get("teacher", batch))
     check_batch(ours.inputs["input_ids"], batch["labels"].to(ours.roles.device), ours.roles, ours.real)
     tokens = Tokens.of(batch, ours.roles.device)
     check_known(tokens.labels, pairing, Projection(student).out_features)
@@ -105,7 +110,10 @@ def distillation_loss(
     found = None if theirs is None or "teacher" not in batch else places_of(ours, theirs, terms)
 
     with tower_once(student, compared if pairing.one_tower else None):
-        readings = run_passes(ours, theirs, terms, tokens, candidates, generator, pairing, found, in_step=in_step)
+        running = theirs if kept is None else None
+        readings = run_passes(ours, running, terms, tokens, candidates, generator, pairing, found, in_step=in_step)
+    if kept is not None:
+        readings = replace(readings, teacher=replace(kept, correspondence=found))
     masses = term_masses(terms, tokens, readings.plan)
     whole = masses if step_masses is None else step_masses(masses)
     with phase("divergence"):
