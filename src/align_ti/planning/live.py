@@ -69,9 +69,11 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        # Views, and what is written in place, are memory of before.
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._count(leaf)
         return out
 
     def _count(self, tensor: Tensor) -> None:

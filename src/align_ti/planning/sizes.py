@@ -108,10 +108,11 @@ class Sizes:
     """Bytes of a model's weights.
 
     `largest` is the largest unit that sharding gathers at a time, `root` what belongs to no unit, `tower` the vision tower's share of
-    all. `trained_numel` and `trained_tensors` count what is trained.
+    all. `numel` counts weights, `trained_numel` and `trained_tensors` those that are trained.
     """
 
     weights: int
+    numel: int
     trained: int
     largest: int
     root: int
@@ -134,9 +135,10 @@ def sizes_of(model: nn.Module) -> Sizes:
     every = {id(parameter): size_of(parameter) for parameter in model.parameters()}
     in_units = {key for unit in inside for key in unit}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    seeing = tower(inner) if hasattr(backbone(inner), "modules") else None
+    seeing = tower(inner)
     return Sizes(
         weights=sum(every.values()),
+        numel=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(size_of(parameter) for parameter in trained),
         largest=max((sum(unit.values()) for unit in inside), default=0),
         root=sum(size for key, size in every.items() if key not in in_units),
