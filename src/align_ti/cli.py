@@ -158,14 +158,20 @@ def plan(
     engine: Annotated[
         str | None, typer.Option(help="one, ddp, fsdp2, zero2 or zero3. By default one device alone, or ddp.")
     ] = None,
-    shard_teacher: Annotated[bool, typer.Option("--shard-teacher", help="The teacher sharded like the student.")] = False,
+    shard_teacher: Annotated[
+        bool, typer.Option("--shard-teacher", help="The teacher sharded like the student.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(min=3, help="Tokens of a record. By default data.max_length.")] = None,
-    visual: Annotated[int | None, typer.Option(min=0, help="Visual tokens among them. By default one picture's.")] = None,
+    visual: Annotated[
+        int | None, typer.Option(min=0, help="Visual tokens among them. By default one picture's.")
+    ] = None,
     response: Annotated[int | None, typer.Option(min=1, help="Response tokens among them.")] = None,
     row_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of TPA's candidates that need a row of their own.")
     ] = 1.0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for training on CPUs, where rows come in smaller chunks.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Plan for training on CPUs, where rows come in smaller chunks.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     changes: Changes = None,
     allow_extensions: AllowExtensions = False,
@@ -179,9 +185,9 @@ def plan(
     from align_ti.planning.memory import Layout
     from align_ti.planning.plan import make_plan
 
-    spread: Any = engine or ("one" if devices == 1 else "ddp")
+    spread = engine or ("one" if devices == 1 else "ddp")
     layout = Layout(engine=spread, devices=devices, shard_teacher=shard_teacher)
-    sizes = {"tokens": tokens, "visual": visual, "response": response, "row_share": row_share}
+    sizes: dict[str, Any] = {"tokens": tokens, "visual": visual, "response": response, "row_share": row_share}
     limit = None if memory is None else int(memory * 1e9)
     made = make_plan(checked, layout, limit=limit, accelerator=not cpu, **sizes)
     if as_json:
@@ -684,14 +690,18 @@ def show_plan(plan: Plan, limit: int | None) -> None:
     if plan.memory.total <= FILLED * limit:
         console.print(f"fits in {FILLED:.0%} of {limit / 1e9:g} GB.")
         return
-    console.print(f"does not fit in {FILLED:.0%} of {limit / 1e9:g} GB, the rest being an allocator's and the libraries'.")
+    console.print(
+        f"does not fit in {FILLED:.0%} of {limit / 1e9:g} GB, the rest being an allocator's and the libraries'."
+    )
     options = Table("option, by itself", "GB", "saves", "fits")
     for one in plan.advice:
         saved = plan.memory.total - one.total
         options.add_row(one.change, f"{one.total / 1e9:,.3f}", f"{saved / 1e9:,.3f}", "yes" if one.fits else "no")
     console.print(options)
     console.print(
-        f"change first: {plan.first}." if plan.first else "no option here makes it fit: take smaller models or larger devices."
+        f"change first: {plan.first}."
+        if plan.first
+        else "no option here makes it fit: take smaller models or larger devices."
     )
 
 

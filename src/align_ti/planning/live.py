@@ -43,7 +43,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = Place()
         self.by_phase: Counter[str] = Counter()
         self.total = 0

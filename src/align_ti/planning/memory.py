@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from align_ti.config import Recipe
 from align_ti.errors import ConfigError
@@ -14,11 +14,10 @@ from align_ti.planning.live import GRADIENTS
 from align_ti.planning.sizes import Pair, Sizes, pretend_pair, quantised_bytes, sizes_of
 from align_ti.planning.step import Batch, Counted, step
 
-Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]
-"""one: a device by itself. ddp: every device holds all. fsdp2, zero3: weights, gradients and optimizer are sharded. zero2: gradients and
-optimizer are."""
+ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
+"""one: a device by itself. ddp: every device holds all. fsdp2, zero3: weights, gradients and optimizer are sharded. zero2: gradients
+and optimizer are."""
 
-ENGINES: tuple[Engine, ...] = get_args(Engine)
 LIVE_PARAMETERS = 10**9
 """Weights that ZeRO-3 keeps gathered at most: DeepSpeed's own default of stage3_max_live_parameters."""
 
@@ -41,7 +40,7 @@ PARTS = {
 class Layout:
     """How a run is spread: the engine, the number of devices, and whether the teacher is sharded like the student."""
 
-    engine: Engine = "one"
+    engine: str = "one"
     devices: int = 1
     shard_teacher: bool = False
 
@@ -174,6 +173,8 @@ def changed(recipe: Recipe, **sections: dict[str, Any] | None) -> Recipe:
     """The recipe with some options of its sections changed."""
     return recipe.model_copy(
         update={
-            name: getattr(recipe, name).model_copy(update=options) for name, options in sections.items() if options is not None
+            name: getattr(recipe, name).model_copy(update=options)
+            for name, options in sections.items()
+            if options is not None
         }
     )

@@ -87,7 +87,9 @@ def batch_of(
     if visual is None:
         told = families.tokens_per_tile(unwrapped(pair.student))
         visual = min(VISUAL if told is None else told, tokens // 2)
-        assumed.append(f"{visual} of them are visual ({'one picture' if told else 'the config does not tell'}; --visual)")
+        assumed.append(
+            f"{visual} of them are visual ({'one picture' if told else 'the config does not tell'}; --visual)"
+        )
     if response is None:
         response = max(1, min(RESPONSE, (tokens - visual) // 2))
         assumed.append(f"{response} of them are response (--response)")
@@ -103,6 +105,7 @@ def make_plan(
     *,
     limit: int | None = None,
     accelerator: bool = True,
+    counted: Models | None = None,
     **sizes: Any,
 ) -> Plan:
     """The plan of a recipe; with a limit of bytes, what to change if it does not fit.
@@ -112,12 +115,13 @@ def make_plan(
         layout: engine and devices.
         limit: bytes of a device.
         accelerator: chunks of rows as on an accelerator; else as on a CPU.
+        counted: what was counted for other plans, to be used again.
         sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
     """
     pair = pretend_pair(recipe)
     batch, assumed = batch_of(recipe, pair, **sizes)
     case = Case(recipe=recipe, batch=batch, layout=layout)
-    counted = Models(accelerator)
+    counted = Models(accelerator) if counted is None else counted
     model = counted.of(case, pair)
     memory = memory_of(model, layout)
     traffic = traffic_of(
@@ -204,7 +208,7 @@ def quantised_teacher(case: Case) -> tuple[str, Case] | None:
     return "teacher.quantization: {load_in_4bit: true}", replace(case, recipe=recipe)
 
 
-def sharded(engine: Any, shard_teacher: bool = False) -> Change:
+def sharded(engine: str, shard_teacher: bool = False) -> Change:
     """Another engine on the same devices."""
 
     def change(case: Case) -> tuple[str, Case] | None:
@@ -252,7 +256,7 @@ ORDER: tuple[Change, ...] = (
 
 
 def advise(case: Case, counted: Models, room: float, total: int) -> tuple[tuple[Advice, ...], str | None]:
-    """Every option with its bytes by itself, and the first that makes the run fit: alone, or after those before it that save anything."""
+    """Every option with its bytes by itself, and the first that makes the run fit; where none does, those that do so together."""
     found = []
     for change in ORDER:
         made = change(case)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
@@ -98,9 +98,9 @@ def pretend_pair(recipe: Recipe) -> Pair:
     return Pair(pretended(wrapped), None if teacher is None else pretended(teacher))
 
 
-def size_of(parameter: nn.Parameter) -> int:
-    """Bytes of a parameter."""
-    return parameter.numel() * parameter.element_size()
+def size_of(tensor: Tensor) -> int:
+    """Bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,9 @@ def quantised_bytes(model: PreTrainedModel, teacher: Teacher) -> int:
         return plain
     bits = bits_of(teacher.quantization)
     linear = [layer.weight for layer in backbone(model).modules() if isinstance(layer, nn.Linear)]
-    return plain - sum(size_of(weight) for weight in linear) + sum(weight.numel() * bits * 17 // 128 for weight in linear)
+    return (
+        plain - sum(size_of(weight) for weight in linear) + sum(weight.numel() * bits * 17 // 128 for weight in linear)
+    )
 
 
 def bits_of(quantization: dict[str, Any]) -> int:

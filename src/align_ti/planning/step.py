@@ -48,7 +48,7 @@ class Batch:
         if min(self.records, self.response) < 1 or self.visual < 0 or not 0 <= self.row_share <= 1:
             raise ConfigError(
                 f"a plan of {self.records} record(s) with {self.response} response tokens and a row share of {self.row_share:g} is not "
-                "possible; accepted: 1 or more records and response tokens, a share from 0 to 1; see --batch, --response and --row-share."
+                "possible; accepted: 1 or more records and response tokens, a share from 0 to 1; see --response and --row-share."
             )
         if self.tokens < self.visual + self.response + 1:
             raise ConfigError(
@@ -92,7 +92,9 @@ def planned_objective(objective: Objective, teacher: PreTrainedModel | None) -> 
     return objective
 
 
-def pretend_batch(student: PreTrainedModel, batch: Batch, candidates: int) -> tuple[dict[str, Any], Tensor | None, tuple[str, ...]]:
+def pretend_batch(
+    student: PreTrainedModel, batch: Batch, candidates: int
+) -> tuple[dict[str, Any], Tensor | None, tuple[str, ...]]:
     """Tokens, roles and pictures of the batch, and candidates of which the given share needs a row; then what was left out.
 
     With several records the first is one token shorter, so that the masks of a padded batch are there.
@@ -105,8 +107,8 @@ def pretend_batch(student: PreTrainedModel, batch: Batch, candidates: int) -> tu
     ids = torch.full((batch.records, batch.tokens), words[0])
     roles = torch.full_like(ids, INSTRUCTION)
     roles[:, : batch.visual], roles[:, batch.tokens - batch.response :] = VISUAL, RESPONSE
-    if batch.visual and pixels:
-        ids[:, : batch.visual] = image
+    if image is not None and pixels:
+        ids[:, : batch.visual].fill_(image)
     mask = torch.ones_like(ids)
     if batch.records > 1 and batch.response > 1:
         mask[0, -1], roles[0, -1] = 0, 0
@@ -129,7 +131,9 @@ def pictures(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Tensor], t
     a_picture = families.visual_tokens(config)
     if a_picture and batch.visual % a_picture == 0:
         shown = batch.records * batch.visual // a_picture
-        return {"pixel_values": torch.zeros(shown, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)}, ()
+        return {
+            "pixel_values": torch.zeros(shown, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        }, ()
     return {}, (
         f"the vision tower's pass is not in the estimate: {batch.visual} visual tokens are no whole pictures by the config of "
         f"{config.model_type}",
@@ -163,7 +167,9 @@ def step(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair |
     live = Pretended()
     with chunks_of("accelerator" if accelerator else "cpu"), live.counting(trained):
         with autocast:
-            out = distillation_loss(student, teacher, tensors, objective, candidates, pairing=planned_pairing(student, teacher))
+            out = distillation_loss(
+                student, teacher, tensors, objective, candidates, pairing=planned_pairing(student, teacher)
+            )
         with live.place.phase("backward"):
             out.loss.backward()
     return Counted(positive(live.peak), positive(live.peak_apart), notes)
