@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from align_ti.errors import ConfigError
 from align_ti.phases import OTHER, Stopwatch
+from align_ti.planning.flops import flops_of
 
 aten = torch.ops.aten
 GRADIENTS = "gradients"
@@ -37,7 +38,8 @@ class Place(Stopwatch):
 class Live(TorchDispatchMode):
     """Counts the storages that operations inside the block make, until they are freed.
 
-    `peak` is what was alive by phase when most was; `peak_apart` when most was beside the gradients of parameters. Memory inside a
+    `peak` is what was alive by phase when most was; `peak_apart` when most was beside the gradients of parameters; `flops` is the work of
+    each phase. Memory inside a
     kernel, and what an allocator rounds up or leaves between blocks, is not seen. Tensors without memory (fake ones) count as if they
     had it.
     """
@@ -47,6 +49,7 @@ class Live(TorchDispatchMode):
         self.place = Place()
         self.by_phase: Counter[str] = Counter()
         self.total = 0
+        self.flops: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_apart: Counter[str] = Counter()
         self._most = self._most_apart = -1
@@ -69,6 +72,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flops[self.place.now] += flops_of(func, args, kwargs or {}, out)
         # Views, and what is written in place, are memory of before.
         if all(returned.alias_info is None for returned in func._schema.returns):
             for leaf in tree_leaves(out):

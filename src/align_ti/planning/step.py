@@ -59,10 +59,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Bytes alive by phase at a step's peak: all of them, and when most was alive beside the gradients."""
+    """Bytes alive by phase at a step's peak: all of them, and when most was alive beside the gradients; and the FLOPs of each phase."""
 
     peak: Mapping[str, int]
     peak_apart: Mapping[str, int]
+    flops: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
 
@@ -172,7 +173,7 @@ def step(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair |
             )
         with live.place.phase("backward"):
             out.loss.backward()
-    return Counted(positive(live.peak), positive(live.peak_apart), notes)
+    return Counted(positive(live.peak), positive(live.peak_apart), positive(live.flops), notes)
 
 
 def recompute(student: PreTrainedModel | PeftModel) -> None:
@@ -204,5 +205,5 @@ def chunks_of(kind: str) -> Iterator[None]:
 
 
 def positive(counted: Counter[str]) -> dict[str, int]:
-    """The phases that have bytes."""
+    """The phases that have any."""
     return {phase: size for phase, size in counted.items() if size > 0}
