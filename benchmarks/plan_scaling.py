@@ -15,8 +15,8 @@ from typing import Any
 from align_ti.cli import quiet
 from align_ti.config import Recipe
 from align_ti.planning.memory import Layout, Model, memory_of, model_of
-from align_ti.planning.sizes import Pair, on_meta, pretended
-from align_ti.planning.step import Batch
+from align_ti.planning.sizes import Pair, Sizes, on_meta, pretended
+from align_ti.planning.step import Batch, Counted
 from align_ti.planning.steptime import Machine, step_time
 from align_ti.planning.traffic import traffic_of
 from align_ti.runs import write_json
@@ -68,6 +68,12 @@ def counted(student: Decoder, records: int = BATCH.records) -> Model:
     return model_of(Recipe(**BASE), dataclasses.replace(BATCH, records=records), pair=pair)
 
 
+def recalled(kept: dict[str, Any]) -> Model:
+    """A counted model from the file."""
+    made = {name: Sizes(**kept[name]) for name in ("student", "teacher")}
+    return Model(**{**kept, **made, "counted": Counted(**{**kept["counted"], "notes": ()})})
+
+
 def row(
     model: Model, layout: Layout, machine: Machine, units: int, micro_batches: int = 1, records: int = 8, **more: Any
 ) -> dict[str, Any]:
@@ -96,9 +102,10 @@ def layout_of(engine: str, devices: int, shard_teacher: bool = False) -> Layout:
 
 def simulate(machine: Machine) -> dict[str, Any]:
     """Everything that the page shows."""
-    growth, remedies, work = {}, {}, {}
+    growth, remedies, work, models = {}, {}, {}, {}
     for name, student in STUDENTS.items():
         model, units = counted(student), student.layers
+        models[name] = dataclasses.asdict(model)
         work[name] = {phase: round(flops / 1e12, 3) for phase, flops in sorted(model.counted.flops.items())}
         growth[name] = {
             engine: [row(model, layout_of(engine, devices), machine, units) for devices in DEVICES]
@@ -120,6 +127,7 @@ def simulate(machine: Machine) -> dict[str, Any]:
         "batch": dataclasses.asdict(BATCH),
         "teacher": dataclasses.asdict(TEACHER),
         "students": {name: dataclasses.asdict(student) for name, student in STUDENTS.items()},
+        "models": models,
         "tflop_of_a_micro_batch": work,
         "growth": growth,
         "remedies": remedies,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from benchmarks import plan_scaling
+from benchmarks.shapes import Shape, make_config
+from benchmarks.tables import RESULTS
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen3Config, SiglipVisionConfig
 from typer.testing import CliRunner
 
@@ -15,11 +20,13 @@ from align_ti.errors import AlignTIError, ConfigError
 from align_ti.models.adapters import unwrapped, wrap_with_lora
 from align_ti.models.loading import freeze
 from align_ti.models.pairing import Pairing
+from align_ti.planning.flops import FORMULAS
 from align_ti.planning.live import GRADIENTS, Live
 from align_ti.planning.memory import Layout, memory_of, model_of
 from align_ti.planning.plan import FILLED, Models, make_plan
-from align_ti.planning.sizes import bits_of, pretend_pair, quantised_bytes, size_of, sizes_of
-from align_ti.planning.step import Batch, pretend_batch, recompute, step
+from align_ti.planning.sizes import bits_of, on_meta, pretend_pair, quantised_bytes, size_of, sizes_of
+from align_ti.planning.step import Batch, planned_objective, pretend_batch, recompute, step
+from align_ti.planning.steptime import Machine, slowest, step_time
 from align_ti.planning.traffic import traffic_of
 from align_ti.training.objective import distillation_loss
 
@@ -141,6 +148,9 @@ def test_the_peak_of_a_step_is_the_measured_one(folder, case):
     for counted, truth in ((planned.peak, live.peak), (planned.peak_apart, live.peak_apart)):
         expected, found = sum(truth.values()), sum(counted.values())
         assert expected / FACTOR < found < expected * FACTOR, (case, found / expected)
+    for phase, flops in live.flops.items():
+        if flops and phase != "candidates":  # nothing is drawn in a plan
+            assert planned.flops[phase] == pytest.approx(flops, rel=0.05), (case, phase)
     # The parts too, where they are more than a few per cent of the whole.
     for phase, size in live.peak.items():
         if size > 0.05 * sum(live.peak.values()):
@@ -304,9 +314,13 @@ def test_a_quantised_teacher_counts_its_linear_layers_in_fewer_bits(folder):
 # --- advice and the verb ----------------------------------------------------------------------------------------------
 
 
-def test_the_first_option_that_makes_it_fit_is_named(folder):
+def test_the_first_option_that_makes_it_fit_is_named(tmp_path):
+    folder = tmp_path
+    for name in CONFIGS:
+        config(128, 1).save_pretrained(folder / name)
+    plain = {"iva": {"weight": 0}, "tpa": {"weight": 0}}  # fewer passes to count
     sizes = {"tokens": 100, "visual": VISUAL, "response": 30, "counted": Models(accelerator=False)}
-    settings = recipe(folder, training={"per_device_train_batch_size": 4})
+    settings = recipe(folder, training={"per_device_train_batch_size": 4}, objective=plain)
     free = make_plan(settings, Layout(), limit=10**12, **sizes)
     assert free.first is None and not free.advice
     tight = int(0.98 * free.memory.total / FILLED)
@@ -315,7 +329,9 @@ def test_the_first_option_that_makes_it_fit_is_named(folder):
     assert plan.first == next(one.change for one in plan.advice if one.fits) == "training.gradient_checkpointing: true"
     # It says what a plan of that recipe says.
     again = make_plan(
-        recipe(folder, training={"per_device_train_batch_size": 4, "gradient_checkpointing": True}), Layout(), **sizes
+        recipe(folder, training={"per_device_train_batch_size": 4, "gradient_checkpointing": True}, objective=plain),
+        Layout(),
+        **sizes,
     )
     assert alone["training.gradient_checkpointing: true"].total == again.memory.total
     assert "student.lora: {rank: 16}" in alone and not any("--engine" in name for name in alone)
@@ -354,3 +370,74 @@ def test_the_verb_tells_the_plan(folder, tmp_path):
         assert said in shown.output
     wrong = CliRunner().invoke(app, ["plan", str(file), "--engine", "ddp"])
     assert isinstance(wrong.exception, AlignTIError)
+
+
+# --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+def test_counted_work_is_that_of_pytorchs_counter(folder):
+    """The formulas by phase add up to what FlopCounterMode finds in the same step."""
+    student, teacher = real("student"), real("teacher").requires_grad_(False)
+    freeze(student, ("vision_tower",))
+    batch, tried, _ = pretend_batch(student, BATCH, 4)
+    objective = planned_objective(recipe(folder).objective, teacher)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with counter:
+        distillation_loss(student.train(), teacher, batch, objective, tried, pairing=Pairing()).loss.backward()
+    planned = step(recipe(folder), BATCH, accelerator=False)
+    assert sum(planned.flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_a_simulated_step_adds_up(model):
+    machine = Machine(flops=1e12, utilisation=0.5, unevenness=0.0, hop_seconds=0.0, overlap=0.0, link_share=1.0)
+    flops = model.counted.flops
+    theirs = flops["teacher forward"] + flops["teacher second pass"]
+    alone = step_time(model, Layout(), machine)
+    assert alone.teacher == pytest.approx(theirs / 0.5e12)
+    assert alone.total == pytest.approx(sum(flops.values()) / 0.5e12)
+    assert alone.exchange == alone.waiting == 0
+    # Nothing hides the exchange here: bytes over the slowest link.
+    for devices, rate in ((8, machine.node_bytes), (16, machine.net_bytes)):
+        layout = Layout(engine="ddp", devices=devices)
+        sent = traffic_of(model, layout, 1, draws=True, terms=4).total
+        assert step_time(model, layout, machine).exchange == pytest.approx(sent / rate)
+    cached = step_time(model, Layout(), machine, cached_teacher=True)
+    assert cached.teacher == 0 and cached.student == alone.student
+    # Several micro-batches: all of the work as often, and a pass that draws candidates for each.
+    several = step_time(model, Layout(), machine, 3)
+    assert several.student == pytest.approx(3 * (alone.student + flops["student forward"] / 0.5e12))
+    hidden = Machine(flops=1e12, overlap=1.0, unevenness=0.0)
+    assert step_time(model, Layout(engine="ddp", devices=16), hidden).exchange == 0
+
+
+def test_the_slowest_of_many_waits_longer_and_is_as_expected():
+    assert slowest(1) == 0
+    draws = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)).max(dim=1).values.mean()
+    assert slowest(64) == pytest.approx(float(draws), rel=0.02)
+    assert slowest(1024) > slowest(64)
+
+
+def test_the_file_of_the_simulation_is_what_the_command_makes():
+    kept = json.loads((RESULTS / "plan-scaling.json").read_text(encoding="utf-8"))
+    for name, student in plan_scaling.STUDENTS.items():
+        model = plan_scaling.recalled(kept["models"][name])
+        for engine, steps in kept["growth"][name].items():
+            assert tuple(one["devices"] for one in steps) == plan_scaling.DEVICES
+            for one in steps:
+                layout = plan_scaling.layout_of(engine, one["devices"])
+                assert plan_scaling.row(model, layout, Machine(), student.layers) == one
+    # The sizes in the file are those of the models; their work is counted as in the tests above.
+    shape = Shape(
+        student=student,
+        teacher=student,
+        tower=plan_scaling.TOWER,
+        vocabulary=151_936,
+        side=27,
+        instruction=1,
+        response=1,
+        batch=1,
+    )
+    found = on_meta(make_config(student, shape))
+    found.model.vision_tower.requires_grad_(False)
+    assert asdict(sizes_of(found)) == kept["models"]["2B"]["student"]
+    assert kept["machine"] == {name: getattr(Machine(), name) for name in Machine.__slots__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def product_flops(_total: Any, left: Any, right: Any, **_options: Any) -> int:
 
 # The counter hands tensors, not shapes, to formulas that ask for it.
 attention_flops._get_raw = attention_backward_flops._get_raw = True  # type: ignore[attr-defined]
-FORMULAS = {
+FORMULAS: dict[Any, Callable[..., int]] = {
     aten.addmm_: product_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
@@ -41,9 +42,9 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of an operation; 0 of one that is no product."""
     packet = func.overloadpacket
     if packet in FORMULAS:
-        formula = FORMULAS[packet]
-        if getattr(formula, "_get_raw", False):
-            return formula(*args, **kwargs)
-        return formula(*(getattr(one, "shape", one) for one in args))
-    formula = flop_registry.get(packet)
+        ours = FORMULAS[packet]
+        return (
+            ours(*args, **kwargs) if hasattr(ours, "_get_raw") else ours(*(getattr(one, "shape", one) for one in args))
+        )
+    formula: Callable[..., Any] | None = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))

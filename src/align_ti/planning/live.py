@@ -38,8 +38,8 @@ class Place(Stopwatch):
 class Live(TorchDispatchMode):
     """Counts the storages that operations inside the block make, until they are freed.
 
-    `peak` is what was alive by phase when most was; `peak_apart` when most was beside the gradients of parameters; `flops` is the work of
-    each phase. Memory inside a
+    `peak` is what was alive by phase when most was; `peak_apart` when most was beside the gradients of parameters; `flops` is the work
+    of each phase. Memory inside a
     kernel, and what an allocator rounds up or leaves between blocks, is not seen. Tensors without memory (fake ones) count as if they
     had it.
     """

@@ -46,7 +46,7 @@ DDP_BUCKET = 25 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Seconds of an optimizer step: work of the two models, the exchange as far as no work hides it, and waiting for the slowest device."""
+    """Seconds of an optimizer step: work of the two models, what no work hides of the exchange, and waiting for the slowest device."""
 
     teacher: float
     student: float
