@@ -29,6 +29,7 @@ from align_ti.planning.step import Batch, planned_objective, pretend_batch, reco
 from align_ti.planning.steptime import Machine, slowest, step_time
 from align_ti.planning.traffic import traffic_of
 from align_ti.training.objective import distillation_loss
+from tests.family_models import FAMILIES, IDS
 
 FACTOR = 1.05
 """How far a prediction may be from the measured peak: drawn candidates fall unevenly on the records, planned ones do not."""
@@ -370,6 +371,23 @@ def test_the_verb_tells_the_plan(folder, tmp_path):
         assert said in shown.output
     wrong = CliRunner().invoke(app, ["plan", str(file), "--engine", "ddp"])
     assert isinstance(wrong.exception, AlignTIError)
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-onevision", "qwen2.5-vl", "gemma3"])
+def test_every_familys_step_is_counted(family, tmp_path):
+    for name, hidden in (("student", 32), ("teacher", 64)):
+        FAMILIES[family].build(hidden, 2, IDS).config.save_pretrained(tmp_path / name)
+    plan = make_plan(recipe(tmp_path), Layout(), tokens=60, visual=16, response=10, row_share=0.5)
+    assert {"student's weights", "teacher's weights", "activations"} <= set(plan.memory.parts)
+    whole_pictures = family.startswith("llava-clip")
+    assert any("tower's pass is not in the estimate" in told for told in plan.assumed) != whole_pictures
+
+
+def test_a_teacher_without_a_layer_for_iva_is_refused(tmp_path):
+    for name in ("student", "teacher"):
+        FAMILIES["llava-siglip-mistral"].build(32, 2, IDS).config.save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"objective\.iva\.weight: 0"):
+        make_plan(recipe(tmp_path), Layout(), tokens=60, visual=16, response=10)
 
 
 # --- the simulation ---------------------------------------------------------------------------------------------------

@@ -684,7 +684,8 @@ def show_plan(plan: Plan, limit: int | None) -> None:
         for name, size in shown_mapping(plan.traffic.parts):
             sent.add_row(name, size)
         console.print(sent)
-    console.print("assumed: " + "; ".join(plan.assumed) + ".")
+    if plan.assumed:
+        console.print("assumed: " + "; ".join(plan.assumed) + ".")
     if limit is None:
         return
     if plan.memory.total <= FILLED * limit:

@@ -84,9 +84,19 @@ class PlannedIva(Iva):
 
 
 def planned_objective(objective: Objective, teacher: PreTrainedModel | None) -> Objective:
-    """The objective with what depends on weights replaced by its size: the layer that scoring would choose, and IVA's weights."""
+    """The objective with what depends on weights replaced by its size: the layer that scoring would choose, and IVA's weights.
+
+    Raises:
+        ConfigError: a term needs a layer of full attention, and the teacher has none.
+    """
     if teacher is not None and objective.needs_layer:
         layers = families.full_attention_layers(teacher)
+        if not layers:
+            name = objective.needs_layer[0]
+            raise ConfigError(
+                f"objective.{name}.layer is 'auto', but no layer of {type(teacher).__name__} sees every earlier token, so none can be "
+                f"chosen; leave the term out (objective.{name}.weight: 0)."
+            )
         objective = objective.at_layer(layers[len(layers) // 2])
     if "iva" in objective.active:
         objective = objective.model_copy(update={"iva": PlannedIva(**objective.iva.model_dump())})
