@@ -93,9 +93,9 @@ ACCELERATOR = Shape(
 """SigLIP-so400m + Qwen3-0.6B from SigLIP-so400m + Qwen3-8B."""
 
 
-def make_model(decoder: Decoder, shape: Shape, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A LLaVA model of this size with random weights and a frozen vision tower, the same for all models of one shape."""
-    config = LlavaConfig(
+def make_config(decoder: Decoder, shape: Shape) -> LlavaConfig:
+    """The config of a LLaVA model of this size."""
+    return LlavaConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=shape.tower.hidden,
             intermediate_size=shape.tower.intermediate,
@@ -124,6 +124,11 @@ def make_model(decoder: Decoder, shape: Shape, seed: int, dtype: torch.dtype, de
         vision_feature_select_strategy="full",
         tie_word_embeddings=decoder.tied,
     )
+
+
+def make_model(decoder: Decoder, shape: Shape, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A LLaVA model of this size with random weights and a frozen vision tower, the same for all models of one shape."""
+    config = make_config(decoder, shape)
     torch.manual_seed(seed)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)

@@ -1,4 +1,5 @@
-"""The tables of docs/performance.md and of what the README says about cost, from the files under results/: none is typed by hand.
+"""The tables of docs/performance.md, docs/scaling.md and of what the README says about cost, from the files under results/: none is
+typed by hand.
 
 python -m benchmarks.tables            # writes them into the page
 python -m benchmarks.tables --check    # fails if the page says anything else
@@ -15,6 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+SCALING = ROOT / "docs" / "scaling.md"
+PAGES = (PAGE, README, SCALING)
+"""The pages that have tables."""
+
 RESULTS = ROOT / "results"
 
 WORDS = {
@@ -286,6 +291,76 @@ def demo_table() -> str:
     return table(("part of `make demo`", "seconds"), ((name, number(seconds, 1)) for name, seconds in spent.items()))
 
 
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.0f} %"
+
+
+ENGINES = ("ddp", "fsdp2")
+"""The engines whose growth is simulated."""
+
+
+def plan_growth_table() -> str:
+    """Simulated seconds of a step by devices."""
+    growth = read("plan-scaling.json")["growth"]
+    columns = [(name, engine) for name in growth for engine in ENGINES]
+    counts = [one["devices"] for one in growth["0.5B"]["ddp"]]
+    return table(
+        ("devices", *(f"{name}, {engine}" for name, engine in columns)),
+        (
+            (f"{count:,}", *(number(growth[name][engine][place]["seconds"], 3) for name, engine in columns))
+            for place, count in enumerate(counts)
+        ),
+    )
+
+
+SHOWN = (1, 8, 16, 128, 1024)
+"""Numbers of devices whose steps are told by part."""
+
+
+def plan_row(title: str, one: dict[str, Any]) -> tuple[str, ...]:
+    """A simulated step by part, with what it sends and takes."""
+    shares = one["shares"]
+    return (
+        title,
+        number(one["seconds"], 3),
+        *(percent(shares[part]) for part in ("teacher", "student", "exchange", "waiting")),
+        f"{one['records_per_second']:,.0f}",
+        number(one["sent_gb"]),
+        number(one["memory_gb"], 1),
+    )
+
+
+PLAN_HEAD = ("s", "teacher", "student", "exchange", "waiting", "records/s", "GB sent", "GB held")
+
+
+def plan_shares_table() -> str:
+    """Simulated steps by part."""
+    growth = read("plan-scaling.json")["growth"]
+    rows = [
+        plan_row(f"{name}, {engine}, {one['devices']:,}", one)
+        for name, engines in growth.items()
+        for engine, steps in engines.items()
+        for one in steps
+        if one["devices"] in SHOWN and (one["devices"] > 1 or engine == "ddp")
+    ]
+    return table(("student, engine, devices", *PLAN_HEAD), rows)
+
+
+def plan_remedies_table() -> str:
+    """Simulated steps on 1,024 devices with one thing changed."""
+    remedies = read("plan-scaling.json")["remedies"]
+    rows = [plan_row(f"{name}: {what}", one) for name, ways in remedies.items() for what, one in ways.items()]
+    return table(("1,024 devices", *PLAN_HEAD), rows)
+
+
+def plan_work_table() -> str:
+    """Counted work of a micro-batch."""
+    work = read("plan-scaling.json")["tflop_of_a_micro_batch"]
+    phases = [phase for phase in next(iter(work.values())) if phase != "capture"]
+    return table(("TFLOP", *work), ((phase, *(number(one[phase], 1) for one in work.values())) for phase in phases))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "short": short_table,
@@ -302,6 +377,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing_table,
     "demo": demo_table,
     "opened": opened_table,
+    "plan-growth": plan_growth_table,
+    "plan-shares": plan_shares_table,
+    "plan-remedies": plan_remedies_table,
+    "plan-work": plan_work_table,
 }
 
 
@@ -318,7 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args()
-    for path in (PAGE, README):
+    for path in PAGES:
         page = path.read_text(encoding="utf-8")
         wanted = filled(page)
         if not chosen.check:

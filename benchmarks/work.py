@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from align_ti.cli import quiet
+from align_ti.planning.flops import FORMULAS
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, seconds_of
 from benchmarks.step import SHAPES, sizes
@@ -44,32 +45,6 @@ UNTOUCHING = {
     aten._unsafe_view,
 }
 """Operations that touch no memory, although their schema does not say so."""
-
-
-def attention_flops(query: Any, key: Any, value: Any, *_rest: Any, out_val: Any = None, **_options: Any) -> int:
-    """FLOPs of the processor's fused attention, which PyTorch's counter has no formula for."""
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_rest: Any, out_val: Any = None, **_options: Any
-) -> int:
-    """FLOPs of its backward, which computes the scores again."""
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
-
-
-def product_flops(_total: Any, left: Any, right: Any, **_options: Any) -> int:
-    """FLOPs of a product that is added to a sum in place, from shapes; the counter knows the form that makes a new tensor alone."""
-    return int(2 * left[0] * left[1] * right[1])
-
-
-# The counter hands tensors, not shapes, to formulas that ask for it.
-attention_flops._get_raw = attention_backward_flops._get_raw = True  # type: ignore[attr-defined]
-FORMULAS = {
-    aten.addmm_: product_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ VERBS = [
     "demo",
     "train",
     "check",
+    "plan",
     "score-layers",
     "evaluate",
     "generate",

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from align_ti.losses.measures import Measure, Shared
@@ -218,6 +219,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 """Where a module keeps what is to be called around it."""
 
 
+PLAIN = (nn.Parameter, FakeTensor)
+"""Types of weights that a product may take as they are; a fake one has the shape of a plain one and no memory (planning)."""
+
+
 def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
     """Whether the layer's product is that of its weights as they are: no hook, no quantised or sharded weights, no autocast."""
     own = [linear.weight, *([] if linear.bias is None else [linear.bias])]
@@ -226,7 +231,7 @@ def is_plain(linear: nn.Linear, hidden: Tensor) -> bool:
         type(linear).forward is nn.Linear.forward
         and not any(getattr(linear, hooks) for hooks in HOOKS)
         and "forward" not in vars(linear)
-        and all(type(weight) is nn.Parameter and weight.dtype == hidden.dtype for weight in own)
+        and all(type(weight) in PLAIN and weight.dtype == hidden.dtype for weight in own)
         and not torch.is_autocast_enabled(hidden.device.type)
     )
 

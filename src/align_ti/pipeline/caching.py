@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Objective, Recipe, not_cacheable
@@ -42,7 +41,7 @@ from align_ti.models.headonly import digest_of, save_head
 from align_ti.models.loading import check_teacher_precision, load_processor
 from align_ti.models.pairing import options_of, own_processor
 from align_ti.phases import part
-from align_ti.pipeline.parts import Parts, load_teacher
+from align_ti.pipeline.parts import Parts, launched, load_teacher
 from align_ti.pipeline.records import Steps, TrainingData, training_data
 from align_ti.training.passes import united
 from align_ti.training.recall import keep
@@ -238,11 +237,6 @@ def estimate(recipe: Recipe, out: Path | str | None = None, *, batch_size: int =
     totals = Totals(**{name: round(count * share) for name, count in asdict(found.totals).items()})
     cost = Cost(**found.cost)
     return Cached(work.folder, len(work.data), totals, cost, len(samples), made.layer, hidden_size(work.teacher))
-
-
-def launched() -> PartialState:
-    """The processes of this launch, on CPUs too."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def hidden_size(model: PreTrainedModel) -> int:

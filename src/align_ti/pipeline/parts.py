@@ -96,3 +96,8 @@ def load_teacher(settings: Teacher, device: torch.device | str = "cpu") -> PreTr
     if settings.device is not None:
         stay(teacher)
     return teacher
+
+
+def launched() -> PartialState:
+    """The processes of this launch, on CPUs too."""
+    return PartialState(cpu=not torch.accelerator.is_available())

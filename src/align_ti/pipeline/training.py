@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,7 +19,7 @@ from align_ti.models.compilation import compile_tokenwise
 from align_ti.phases import part
 from align_ti.pipeline.caching import use_cache
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
-from align_ti.pipeline.parts import Parts, load_parts, load_student
+from align_ti.pipeline.parts import Parts, launched, load_parts, load_student
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
@@ -89,7 +88,7 @@ def distil(
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
         AlignTIError: whatever is wrong with recipe, data or models.
     """
-    run, state = RunFolder(Path(recipe.out)), PartialState()
+    run, state = RunFolder(Path(recipe.out)), launched()
     with state.main_process_first():
         run.claim(recipe)
     if run.student.exists():

@@ -1,0 +1,289 @@
+"""The plan of a run: memory of a device, bytes sent, and the first option to change if it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from align_ti.config import Lora, Recipe
+from align_ti.models import families
+from align_ti.models.adapters import unwrapped
+from align_ti.planning.memory import Layout, Memory, Model, changed, memory_of, model_of
+from align_ti.planning.sizes import Pair, pretend_pair
+from align_ti.planning.step import Batch
+from align_ti.planning.traffic import Traffic, traffic_of
+from align_ti.training.passes import candidate_options
+
+FILLED = 0.9
+"""Share of a device that a plan may fill: an allocator's blocks, libraries and longer records need the rest, as in `align-ti check`."""
+
+VISUAL, RESPONSE = 576, 256
+"""Visual tokens of a record where the config does not tell, and response tokens where nobody does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A run that is planned: what the options of advice change."""
+
+    recipe: Recipe
+    batch: Batch
+    layout: Layout
+
+    @property
+    def global_batch(self) -> int:
+        """Records of an optimizer step."""
+        return self.batch.records * self.recipe.training.gradient_accumulation_steps * self.layout.devices
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """An option that takes less memory: what to set, and the bytes of a device with it alone."""
+
+    change: str
+    total: int
+    fits: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will take on each device."""
+
+    case: Case
+    memory: Memory
+    traffic: Traffic
+    assumed: tuple[str, ...]
+    advice: tuple[Advice, ...] = ()
+    first: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "layout": asdict(self.case.layout),
+            "batch": asdict(self.case.batch),
+            "memory_bytes": {**self.memory.parts, "total": self.memory.total},
+            "sent_bytes_per_step": {**self.traffic.parts, "total": self.traffic.total},
+            "assumed": list(self.assumed),
+            "options": [asdict(one) for one in self.advice],
+            "first_option": self.first,
+        }
+
+
+def batch_of(
+    recipe: Recipe,
+    pair: Pair,
+    *,
+    tokens: int | None = None,
+    visual: int | None = None,
+    response: int | None = None,
+    records: int | None = None,
+    row_share: float = 1.0,
+) -> tuple[Batch, tuple[str, ...]]:
+    """The micro-batch that is planned for, and what of it was assumed."""
+    assumed = []
+    if tokens is None:
+        tokens = recipe.data.max_length
+        assumed.append(f"every record has {tokens} tokens (data.max_length; --tokens)")
+    if visual is None:
+        told = families.tokens_per_tile(unwrapped(pair.student))
+        visual = min(VISUAL if told is None else told, tokens // 2)
+        assumed.append(
+            f"{visual} of them are visual ({'one picture' if told else 'the config does not tell'}; --visual)"
+        )
+    if response is None:
+        response = max(1, min(RESPONSE, (tokens - visual) // 2))
+        assumed.append(f"{response} of them are response (--response)")
+    if row_share == 1.0 and candidate_options(recipe.objective.terms) is not None:
+        assumed.append("every candidate needs a row of its own, the most there can be (--row-share)")
+    records = recipe.training.per_device_train_batch_size if records is None else records
+    return Batch(records=records, tokens=tokens, visual=visual, response=response, row_share=row_share), tuple(assumed)
+
+
+def make_plan(
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    limit: int | None = None,
+    accelerator: bool = True,
+    counted: Models | None = None,
+    **sizes: Any,
+) -> Plan:
+    """The plan of a recipe; with a limit of bytes, what to change if it does not fit.
+
+    Args:
+        recipe: the run.
+        layout: engine and devices.
+        limit: bytes of a device.
+        accelerator: chunks of rows as on an accelerator; else as on a CPU.
+        counted: what was counted for other plans, to be used again.
+        sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
+    """
+    pair = pretend_pair(recipe)
+    batch, assumed = batch_of(recipe, pair, **sizes)
+    case = Case(recipe=recipe, batch=batch, layout=layout)
+    counted = Models(accelerator) if counted is None else counted
+    model = counted.of(case, pair)
+    memory = memory_of(model, layout)
+    traffic = traffic_of(
+        model,
+        layout,
+        recipe.training.gradient_accumulation_steps,
+        draws=candidate_options(recipe.objective.terms) is not None,
+        terms=len(recipe.objective.active),
+    )
+    plan = Plan(case, memory, traffic, (*assumed, *model.counted.notes))
+    if limit is None or memory.total <= FILLED * limit:
+        return plan
+    advice, first = advise(case, counted, FILLED * limit, memory.total)
+    return replace(plan, advice=advice, first=first)
+
+
+class Models:
+    """Counts each recipe and batch once, whatever layouts they are looked at under."""
+
+    def __init__(self, accelerator: bool) -> None:
+        self.accelerator = accelerator
+        self._made: dict[tuple[str, Batch], Model] = {}
+
+    def of(self, case: Case, pair: Pair | None = None) -> Model:
+        """The sizes and the counted step of a case."""
+        key = (case.recipe.model_dump_json(), case.batch)
+        if key not in self._made:
+            self._made[key] = model_of(case.recipe, case.batch, accelerator=self.accelerator, pair=pair)
+        return self._made[key]
+
+    def bytes_of(self, case: Case) -> int:
+        """Bytes of a device in a case."""
+        return memory_of(self.of(case), case.layout).total
+
+
+# --- what to change ---------------------------------------------------------------------------------------------------
+
+Change = Callable[[Case], tuple[str, Case] | None]
+"""Gives what to set and the changed case, or None where there is nothing to change."""
+
+
+def checkpointing(case: Case) -> tuple[str, Case] | None:
+    """Recompute the student's layers: costs time alone."""
+    if case.recipe.training.gradient_checkpointing:
+        return None
+    recipe = changed(case.recipe, training={"gradient_checkpointing": True})
+    return "training.gradient_checkpointing: true", replace(case, recipe=recipe)
+
+
+def autocast(case: Case) -> tuple[str, Case] | None:
+    """Activations in bfloat16, weights as they are."""
+    training = case.recipe.training
+    if training.bf16 or training.fp16 or case.recipe.student.dtype != "float32":
+        return None
+    return "training.bf16: true", replace(case, recipe=changed(case.recipe, training={"bf16": True}))
+
+
+def smaller_batch(case: Case) -> tuple[str, Case] | None:
+    """Micro-batches of one record, as many as make the same step."""
+    records, training = case.batch.records, case.recipe.training
+    if records == 1:
+        return None
+    accumulated = training.gradient_accumulation_steps * records
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated}
+    recipe = changed(case.recipe, training=changes)
+    told = f"training.per_device_train_batch_size: 1 with training.gradient_accumulation_steps: {accumulated}"
+    return told, replace(case, recipe=recipe, batch=replace(case.batch, records=1))
+
+
+def half_teacher(case: Case) -> tuple[str, Case] | None:
+    """The teacher's weights in bfloat16."""
+    teacher = case.recipe.teacher
+    if teacher is None or teacher.dtype == "bfloat16" or teacher.quantization is not None:
+        return None
+    return "teacher.dtype: bfloat16", replace(case, recipe=changed(case.recipe, teacher={"dtype": "bfloat16"}))
+
+
+def quantised_teacher(case: Case) -> tuple[str, Case] | None:
+    """The teacher's linear layers in four bits; its distributions change a little."""
+    teacher = case.recipe.teacher
+    if teacher is None or teacher.quantization is not None:
+        return None
+    recipe = changed(case.recipe, teacher={"quantization": {"load_in_4bit": True}})
+    return "teacher.quantization: {load_in_4bit: true}", replace(case, recipe=recipe)
+
+
+def sharded(engine: str, shard_teacher: bool = False) -> Change:
+    """Another engine on the same devices."""
+
+    def change(case: Case) -> tuple[str, Case] | None:
+        now = case.layout
+        if now.devices == 1 or (now.engine == engine and now.shard_teacher >= shard_teacher):
+            return None
+        if (engine == "zero2" and now.engine != "ddp") or (shard_teacher and case.recipe.teacher is None):
+            return None
+        told = f"--engine {engine}" + (" --shard-teacher" if shard_teacher else "")
+        return told, replace(case, layout=replace(now, engine=engine, shard_teacher=shard_teacher))
+
+    return change
+
+
+def adapters(case: Case) -> tuple[str, Case] | None:
+    """Adapters in place of the language model's weights: another student is trained."""
+    if case.recipe.student.lora is not None or "language_model" in case.recipe.student.freeze:
+        return None
+    return "student.lora: {rank: 16}", replace(case, recipe=changed(case.recipe, student={"lora": Lora(rank=16)}))
+
+
+def shorter(case: Case) -> tuple[str, Case] | None:
+    """Records of half the length, as far as pictures and responses leave room; longer ones are bad records or cut."""
+    batch = case.batch
+    tokens = max(batch.tokens // 2, batch.visual + batch.response + 1)
+    if tokens >= batch.tokens:
+        return None
+    recipe = changed(case.recipe, data={"max_length": tokens})
+    return f"data.max_length: {tokens}", replace(case, recipe=recipe, batch=replace(batch, tokens=tokens))
+
+
+ORDER: tuple[Change, ...] = (
+    checkpointing,
+    autocast,
+    smaller_batch,
+    half_teacher,
+    quantised_teacher,
+    sharded("zero2"),
+    sharded("fsdp2"),
+    sharded("fsdp2", shard_teacher=True),
+    adapters,
+    shorter,
+)
+"""What is tried, those that change least of what is learned first."""
+
+
+def advise(case: Case, counted: Models, room: float, total: int) -> tuple[tuple[Advice, ...], str | None]:
+    """Every option with its bytes by itself, and the first that makes the run fit; where none does, those that do so together."""
+    found = []
+    for change in ORDER:
+        made = change(case)
+        if made is not None:
+            size = counted.bytes_of(made[1])
+            found.append(Advice(made[0], size, size <= room))
+    first = next((one.change for one in found if one.fits), None)
+    return tuple(found), first if first is not None else together(case, counted, room, total)
+
+
+def together(case: Case, counted: Models, room: float, total: int) -> str | None:
+    """The options that fit when they are taken one after the other, as far as each saves something; None if all of them do not."""
+    taken: list[str] = []
+    for change in ORDER:
+        made = change(case)
+        if made is None:
+            continue
+        size = counted.bytes_of(made[1])
+        if size >= total:
+            continue
+        case, total = made[1], size
+        taken.append(made[0])
+        if total <= room:
+            return " and ".join(taken)
+    return None
+
+
+def shown_mapping(parts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Parts as rows of a table, in GB (10^9 bytes), largest first."""
+    return [(name, f"{size / 1e9:,.3f}") for name, size in sorted(parts.items(), key=lambda part: -part[1])]
