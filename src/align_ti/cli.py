@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align_ti.config import Composition, Evaluation, Generation, Recipe, Scores, Source, Teacher, Training, read_recipe
-from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError
+from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError, RequeueError
 from align_ti.phases import Stopwatch, phase_names
 from align_ti.processes import part_in_order
 from align_ti.registry import Kind, lookup, names
@@ -936,4 +936,4 @@ def main() -> None:
     except AlignTIError as error:
         Console(stderr=True).print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
         print(error, file=sys.stderr)
-        sys.exit(130 if isinstance(error, InterruptedRunError) else 2)
+        sys.exit(75 if isinstance(error, RequeueError) else 130 if isinstance(error, InterruptedRunError) else 2)

@@ -38,5 +38,9 @@ class InterruptedRunError(RunError):
     """A run was stopped on request; a checkpoint is saved and the same call goes on from it."""
 
 
+class RequeueError(InterruptedRunError):
+    """A scheduler's signal (SIGTERM, SIGUSR1) stopped a run; the command line ends with exit code 75, to requeue on."""
+
+
 class CheckError(AlignTIError, RuntimeError):
     """A check before training failed; the message names every failed verdict with its way out."""

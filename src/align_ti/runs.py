@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 import yaml
 
 from align_ti.config import Recipe
 from align_ti.errors import RunError
+
+WHOLE = "whole.json"
+"""The file that tells what a whole checkpoint holds: each file and its size in bytes; written last."""
+
+HANDING_OVER = 3.0
+"""Seconds that a run waits for the lock of its folder: the processes of a killed launch need a moment to go."""
 
 PACKAGES = (
     "align-ti",
@@ -144,6 +157,64 @@ class RunFolder:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def lock(self) -> Path:
+        """Locked by the run that lives in the folder; the file stays, the lock ends with its process."""
+        return self.root / ".lock"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block no other process trains in the folder. A file system without locks lets every run in.
+
+        Raises:
+            RunError: another process trains in it.
+        """
+        if fcntl is None or (self.root.exists() and not self.root.is_dir()):
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        HELD.add(handle)
+        try:
+            self.take(handle)
+            yield
+        finally:
+            HELD.discard(handle)
+            os.close(handle)
+
+    def take(self, handle: int) -> None:
+        """Locks the open lock file and writes this process's number into it."""
+        until = time.monotonic() + HANDING_OVER
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    owner = os.pread(handle, 100, 0).decode("utf-8", errors="replace").strip() or "unknown"
+                    raise RunError(
+                        f"{self.root}: another run (process {owner}) is training in this folder; one run at a time is accepted; wait "
+                        "for it or stop it, or choose another folder (out)."
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
+                    raise
+                return
+            else:
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+                return
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None; a kill may leave one half written, or half removed."""
+        found = sorted(self.root.glob("checkpoint-*/trainer_state.json"), key=lambda path: step_of(path.parent))
+        folders = [path.parent for path in reversed(found)]
+        for whole in (has_all_files, has_state):
+            for folder in folders:
+                if whole(folder):
+                    return folder
+        return None
+
     def evaluation(self, name: str) -> Path:
         """The answers and scores of one model, by name."""
         return self.root / f"evaluation-{name}.json"
@@ -181,8 +252,9 @@ class RunFolder:
                 f"{self.root} exists and is no run folder; an empty or new folder is accepted; choose another (out)."
             )
         self.root.mkdir(parents=True, exist_ok=True)
-        write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
+        # The recipe last: where it is, everything of a claimed folder is.
         write_json(self.provenance, provenance() | ({"extensions": extensions} if extensions else {}))
+        write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
         return False
 
     def trained_something(self) -> bool:
@@ -190,13 +262,20 @@ class RunFolder:
         return self.metrics.exists() or self.student.exists() or any(self.root.glob("checkpoint-*"))
 
     def foreign_files(self) -> list[Path]:
-        """What lies in the folder besides a check's own files."""
-        return [path for path in self.root.iterdir() if path not in {self.check, self.check_page}]
+        """What lies in the folder besides a check's own files, and those of a claim that a kill has cut short."""
+        ours = {self.check, self.check_page, self.lock, self.provenance}
+        drafts = {f".{path.name}" for path in (*ours, self.recipe)}
+        return [path for path in self.root.iterdir() if path not in ours and path.stem not in drafts]
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(line)) + "\n")
+        with self.metrics.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                # Half a line that a kill has left must not swallow the next.
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((json.dumps(dict(line)) + "\n").encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The metrics in order of steps; of a step logged twice the later line."""
@@ -206,6 +285,44 @@ class RunFolder:
             parsed for line in self.metrics.read_text(encoding="utf-8").splitlines() if (parsed := whole_line(line))
         ]
         return [line for _, line in sorted({line["step"]: line for line in lines if "loss" in line}.items())]
+
+
+HELD: set[int] = set()
+"""The open lock files of this process."""
+
+
+def let_go() -> None:
+    """Closes the lock files in a forked process, such as a worker of a data loader, which may outlive the run's own."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def has_all_files(checkpoint: Path) -> bool:
+    """Whether every file that a whole checkpoint had is there, with its size."""
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def has_state(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which is written after weights and optimizer, is whole (an older version's, or one just saved)."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not (checkpoint / WHOLE).exists()
 
 
 def whole_line(line: str) -> dict[str, Any] | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sized
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from align_ti.config import Recipe
 from align_ti.data.collator import EncodedConversations
-from align_ti.errors import ConfigError, InterruptedRunError
+from align_ti.errors import ConfigError, InterruptedRunError, RequeueError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.phases import part
@@ -25,7 +27,7 @@ from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
-from align_ti.training.watch import WARM_UP, RunRecorder, StepPhases
+from align_ti.training.watch import REQUEUE, WARM_UP, RunRecorder, StepPhases
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +88,27 @@ def distil(
     Raises:
         CheckError: a check failed; nothing was trained.
         InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
+        RequeueError: SIGTERM or SIGUSR1; likewise.
+        RunError: another process is training in the folder.
         AlignTIError: whatever is wrong with recipe, data or models.
     """
     run, state = RunFolder(Path(recipe.out)), launched()
+    # One process holds the folder for all of its launch.
+    with run.held() if state.is_main_process else contextlib.nullcontext():
+        return distil_into(run, recipe, state, data, steps, checks, check, seen)
+
+
+def distil_into(
+    run: RunFolder,
+    recipe: Recipe,
+    state: PartialState,
+    data: EncodedConversations | None,
+    steps: Steps | None,
+    checks: Steps | None,
+    check: bool,
+    seen: Seen,
+) -> RunFolder:
+    """`distil` in a folder that is held."""
     with state.main_process_first():
         run.claim(recipe)
     if run.student.exists():
@@ -126,14 +146,17 @@ def distil(
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
-    checkpoint = last_checkpoint(run.root)
+    checkpoint = run.last_checkpoint()
     # Its probes run the teacher, which a cache leaves out.
     if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
         check_before(run, recipe, parts, trainer, train, seen)
     with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < trainer.state.max_steps:
-        raise InterruptedRunError(
+        # The first process writes the checkpoint; the launch is over only when it has.
+        state.wait_for_everyone()
+        stopped = RequeueError if recorder.stopped == REQUEUE else InterruptedRunError
+        raise stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
             "command goes on from it."
         )
@@ -179,9 +202,3 @@ def write_phases(run: RunFolder, phases: StepPhases) -> None:
         )
     else:
         write_json(run.phases, summary)
-
-
-def last_checkpoint(root: Path) -> str | None:
-    """The newest whole checkpoint of a run; a kill while one is saved leaves it without its state, which is written last."""
-    whole = [path.parent for path in root.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import statistics
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from align_ti.models.families import tower
 from align_ti.models.standins import standing_in
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
-from align_ti.runs import RunFolder
+from align_ti.runs import WHOLE, RunFolder, write_json
+
+SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
+"""The signals by which a scheduler says that the time is over."""
+
+CTRL_C, REQUEUE = 1, 2
+"""Who asked a run to stop; of several processes the higher one counts."""
 
 WARM_UP = 5
 """First steps of a run that the time of a step leaves out: allocation and compilation happen in them."""
@@ -46,7 +53,7 @@ class RunRecorder(TrainerCallback):
     def __init__(self, run: RunFolder, advance: Callable[[int, int], None] | None = None) -> None:
         self.run, self.advance = run, advance
         self.seconds: list[float] = []
-        self.stopped = False
+        self.stopped = 0
         self.started = 0.0
 
     @property
@@ -62,16 +69,26 @@ class RunRecorder(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
         if self.advance is not None:
             self.advance(state.global_step, state.max_steps)
-        if self.anybody_stopped(args) and state.global_step < state.max_steps:
+        self.stopped = self.anybody_stopped(args)
+        if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def anybody_stopped(self, args: TrainingArguments) -> bool:
-        """Whether any process was asked to stop: all have to stop at the same step, or the others would wait for it forever."""
+    def anybody_stopped(self, args: TrainingArguments) -> int:
+        """What any process was asked by: all have to stop at the same step, or the others would wait for it forever."""
         if args.world_size == 1:
             return self.stopped
-        flag = torch.tensor(int(self.stopped), device=args.device)
+        flag = torch.tensor(self.stopped, device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+        return int(flag)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes down what a whole checkpoint holds, once every process has written its part."""
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        checkpoint = self.run.root / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE)
+            write_json(checkpoint / WHOLE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
 
     def on_log(
         self,
@@ -86,21 +103,30 @@ class RunRecorder(TrainerCallback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside the block, the first Ctrl-C finishes the step and saves a checkpoint; the second stops at once."""
+        """Inside the block, Ctrl-C, SIGTERM and SIGUSR1 finish the step and save a checkpoint; the second Ctrl-C stops at once.
+
+        A second SIGTERM or SIGUSR1 changes nothing: schedulers send them to a launcher and to its processes alike.
+        """
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
-            self.stopped = True
-            signal.signal(signal.SIGINT, before)
+            self.stopped = max(self.stopped, CTRL_C)
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread, where signals cannot be handled
+        def requeue(_signal: int, _frame: FrameType | None) -> None:
+            self.stopped = REQUEUE
+
+        if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
             yield
             return
+        before = {one: signal.getsignal(one) for one in (signal.SIGINT, *SCHEDULER)}
         try:
+            signal.signal(signal.SIGINT, stop)
+            for one in SCHEDULER:
+                signal.signal(one, requeue)
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
 
 class StepPhases(TrainerCallback):
