@@ -31,7 +31,7 @@ from rich.text import Text
 from align_ti.config import Composition, Evaluation, Generation, Recipe, Scores, Source, Teacher, Training, read_recipe
 from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, InterruptedRunError, RequeueError
 from align_ti.phases import Stopwatch, phase_names
-from align_ti.processes import part_in_order
+from align_ti.processes import launch, part_in_order
 from align_ti.registry import Kind, lookup, names
 
 if TYPE_CHECKING:
@@ -118,8 +118,14 @@ def train(
         bool, typer.Option("--check/--no-check", help="Check models and first records first, as `align-ti check` does.")
     ] = True,
     allow_extensions: AllowExtensions = False,
+    processes: Annotated[
+        int | None,
+        typer.Option("--launch", min=1, metavar="N", help="Train on N processes of this machine (DDP), one a GPU."),
+    ] = None,
 ) -> None:
     """Distil as a recipe says; run again to go on after a stop.
+
+    Ends with 0 when the student is there, 2 after an error, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1: run it again.
 
     With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
     """
@@ -128,6 +134,10 @@ def train(
     if dry_run:
         dry(checked)
         return
+    if processes is not None:
+        changed = [part for change in changes or [] for part in ("--set", change)]
+        options = ["--check" if check else "--no-check", *(["--allow-extensions"] if allow_extensions else [])]
+        raise typer.Exit(launch(processes, ["train", str(recipe), *changed, *options]))
     from accelerate import PartialState
 
     from align_ti.pipeline.measuring import train_and_measure
@@ -934,6 +944,8 @@ def main() -> None:
             part_in_order()
         raise
     except AlignTIError as error:
+        if isinstance(error, RequeueError):
+            part_in_order()  # all processes stop at the same step
         Console(stderr=True).print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
         print(error, file=sys.stderr)
         sys.exit(75 if isinstance(error, RequeueError) else 130 if isinstance(error, InterruptedRunError) else 2)

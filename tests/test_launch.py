@@ -1,0 +1,123 @@
+"""`align-ti train --launch N`: one command, N processes, one message and one exit code, whatever becomes of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from align_ti.runs import RunFolder
+from tests import small
+from tests.launching import ROOT
+
+BROKEN = """
+import os
+from align_ti import Divergence, register
+from align_ti.errors import DataError
+
+@register
+class Broken(Divergence):
+    \"\"\"Forward KL, but on the second process.\"\"\"
+
+    name = "broken"
+
+    def values(self, log_p, log_q):
+        if os.environ["RANK"] == "1":
+            raise DataError("the second process cannot read its disk; mend it.")
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("launch")
+    small.write_pair(path)
+    small.write_records(path)
+    return path
+
+
+def start(folder: Path, out: Path, *more: str, **sections: object) -> subprocess.Popen[str]:
+    """The command on two processes, with two records each in a step."""
+    recipe = small.recipe(folder, out=str(out), **sections)
+    recipe["training"] = {**recipe["training"], "per_device_train_batch_size": 2, **sections.get("training", {})}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "align_ti", "train", str(path), "--launch", "2", *more]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a launch, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found[next(int(one.partition(b"=")[2]) for one in variables if one.startswith(b"RANK="))] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for_step(run: RunFolder, step: int) -> None:
+    """Returns when the log has the step."""
+    until = time.monotonic() + 120
+    while not any(line["step"] >= step for line in run.read_metrics()):
+        assert time.monotonic() < until, "no step was made"
+        time.sleep(0.05)
+
+
+def test_a_stop_by_a_scheduler_and_the_rest_give_the_weights_of_one_go(folder, tmp_path):
+    whole = start(folder, tmp_path / "whole")
+    out, err = whole.communicate(timeout=240)
+    assert whole.returncode == 0, err
+    assert out.count("student: ") == 1
+    steps = {"training": {"max_steps": 40, "save_steps": 50}}
+    stopped = start(folder, tmp_path / "stopped", **steps)
+    wait_for_step(RunFolder(tmp_path / "stopped"), 1)
+    stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate(timeout=240)
+    assert stopped.returncode == 75, err
+    assert err.count("stopped at step") == 1
+    assert RunFolder(tmp_path / "stopped").last_checkpoint() is not None
+    again, at_once = start(folder, tmp_path / "stopped", **steps), None
+    assert again.communicate(timeout=240) and again.returncode == 0
+    at_once = start(folder, tmp_path / "at_once", **steps)
+    assert at_once.communicate(timeout=240) and at_once.returncode == 0
+    one, other = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("stopped", "at_once"))
+    assert all(bool((one[name] == other[name]).all()) for name in other)
+
+
+def test_a_process_that_is_killed_ends_the_run_with_its_name(folder, tmp_path):
+    run = start(folder, tmp_path / "run", training={"max_steps": 1000, "save_steps": 1000})
+    wait_for_step(RunFolder(tmp_path / "run"), 1)
+    processes = ranks_of(run)
+    os.kill(processes[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert run.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by SIGKILL" in err
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+def test_a_process_that_raises_alone_ends_the_run_with_its_error(folder, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    run = start(
+        folder,
+        tmp_path / "run",
+        "--allow-extensions",
+        extensions=[str(tmp_path / "broken.py")],
+        objective={"kd": {"divergence": "broken"}},
+        training={"max_steps": 1000},
+    )
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert "the second process cannot read its disk" in err
