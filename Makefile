@@ -2,6 +2,7 @@
 # demo    the main job on real data: report in runs/demo/report.html
 # test    the tests: CPU, offline
 # check   lint, format, types, architecture
+# kills   20 runs killed at random moments end with the same weights; minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check wheel clean
+.PHONY: setup demo test check kills wheel clean
 
 setup: $(READY)
 
@@ -32,6 +33,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+kills: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel
