@@ -2,9 +2,9 @@
 
     python -m benchmarks.kills            # 10 kills of one process, 10 of two; minutes
 
-A tiny pair is trained with a checkpoint every second step. Each kill is SIGKILL at a moment drawn over the whole life of the command, from
-its start to its end, writing of checkpoints and of the student included; of two processes either of them or the launch itself is killed.
-Then the same command goes on. When a run has ended, its student's weights are compared with those of a run that nobody touched.
+A tiny pair is trained with a checkpoint every second step. Each kill is SIGKILL at a moment drawn over the whole life of the command,
+from its start to its end, writing of checkpoints and of the student included; of two processes either of them or the launch itself is
+killed. Then the same command goes on. When a run has ended, its student's weights are compared with those of a run that nobody touched.
 """
 
 from __future__ import annotations
