@@ -1,4 +1,4 @@
-"""The same numbers from every engine: one process, DDP, FSDP 2, a sharded teacher; ranks whose batches differ in everything."""
+"""The same numbers from every engine: one process, DDP, FSDP 2, DeepSpeed, a sharded teacher; uneven ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Case:
     """How some samples are trained on."""
 
     engine: str = "none"
-    """none, ddp, or fsdp2."""
+    """none, ddp, fsdp2, zero2 or zero3."""
     processes: int = 1
     batch: int = 4
     accumulate: int = 1
@@ -103,6 +104,10 @@ class Uneven(FixedDraws):
 
 def run_of(folder: Path, out: Path, case: Case) -> AlignTITrainer:
     """A trainer of two steps; it tells accelerate, which offers FSDP on accelerators alone, that this machine's CPU is one."""
+    deepspeed = {"deepspeed": zero(int(case.engine[-1]))} if case.engine.startswith("zero") else {}
+    if deepspeed:
+        # accelerate knows no backend of DeepSpeed's for CPUs, and would take each process to be alone.
+        PartialState._prepare_backend = lambda *_arguments, **_options: ("gloo", DistributedType.NO)  # type: ignore[method-assign]
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=2,
@@ -115,9 +120,10 @@ def run_of(folder: Path, out: Path, case: Case) -> AlignTITrainer:
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not deepspeed,
         save_strategy="no",
         seed=3,
+        **deepspeed,
     )
     if case.engine == "fsdp2":
         assert args.device.type == "cpu"  # the processes find each other here
@@ -144,6 +150,22 @@ def run_of(folder: Path, out: Path, case: Case) -> AlignTITrainer:
         data_collator=FixedCandidates(0),
         shard_teacher=case.shard_teacher,
     )
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A config of DeepSpeed that partitions even the smallest weights."""
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def objective_of(case: Case) -> Objective:
@@ -194,6 +216,15 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+SHAPES = [
+    {"batch": 2},
+    {"batch": 1, "accumulate": 2, "uneven": True, "shard_teacher": True, "checkpointing": True},
+    {"batch": 2, "lora": True, "checkpointing": True},
+    {"batch": 1, "accumulate": 2, "untied": True, "draw": True},
+    {"batch": 2, "weights": {"sft": 0.0, "kd": 0.0, "iva": 0.0}},
+]
+"""What DeepSpeed is held to."""
+
 CASES = [
     Case("ddp", 2, 1, 2),
     Case("ddp", 2, 2, shard_teacher=True),
@@ -207,15 +238,26 @@ CASES = [
     Case("fsdp2", 2, 1, 2, untied=True, draw=True),
     # Nothing but candidates: no row of the gold pass has weight, and yet its keys carry gradient.
     Case("fsdp2", 2, 2, weights={"sft": 0.0, "kd": 0.0, "iva": 0.0}),
+    *(Case(engine, 2, **shape) for engine in ("zero2", "zero3") for shape in SHAPES),
+    Case("zero3", 4, 1, uneven=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_engine_gives_the_numbers_of_one_process(folder, tmp_path, case):
+    if case.engine.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: make engines")
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
     left_behind(folder, tmp_path / "one", case.alone())
-    on_processes(case.processes, WORKER, folder, tmp_path / "many", json.dumps(asdict(case)))
+    on_processes(
+        case.processes,
+        WORKER,
+        folder,
+        tmp_path / "many",
+        json.dumps(asdict(case)),
+        environment={"DS_ACCELERATOR": "cpu"},
+    )
     (weights, log), (found, lines) = left(tmp_path / "one"), left(tmp_path / "many")
     assert found.keys() == weights.keys()
     before = student_of(folder, case).state_dict()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import patch_environment
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from align_ti.errors import ModelError
 from align_ti.models.completeness import check_counts, check_pictures, check_tokenizer, has_file, unstated_ends
@@ -48,8 +50,7 @@ def load_model(
         options["device_map"] = "auto" if str(device) == "auto" else {"": str(device)}
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        # Under FSDP all processes but the first would get a model without weights, the teacher too, and nobody says so.
-        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+        with whole_weights():
             model, info = load(
                 path,
                 dtype=dtype,
@@ -74,6 +75,23 @@ def load_model(
         nn.Module.to(loaded, torch.device(device))
     loaded.eval()
     return loaded
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Inside the block `from_pretrained` gives every process all weights, whatever engine the process was launched for.
+
+    Under FSDP all processes but the first would get a model without weights, and under ZeRO-3 each a part of them: the teacher
+    too, which no engine puts together again.
+    """
+    kept = hf_deepspeed._hf_deepspeed_config_weak_ref  # there is no public way to ask for it
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
+    finally:
+        if kept is not None and (config := kept()) is not None:
+            hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def not_loaded(what: str, error: Exception) -> ModelError:

@@ -56,15 +56,20 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def as_one_call(model: PreTrainedModel | None, function: Callable[[], Result]) -> Result:
-    """The function's result; it reads a frozen model, and may be one that is sharded.
+def as_one_call(model: nn.Module | None, function: Callable[[], Result]) -> Result:
+    """The function's result, run as one call of a model that may be sharded, whose gradient nobody asks for in this call.
 
-    The hooks see no result, since nothing is to be gathered for a backward pass through frozen weights that read no gradient.
+    The hooks see no result, since nothing is to be gathered for a backward pass.
     """
     if model is None or not is_sharded(model):
         return function()
     results: list[Result] = []
-    called_as(model, model, lambda: results.append(function()))
+
+    def run() -> tuple[()]:
+        results.append(function())
+        return ()
+
+    called_as(model, model, run)
     return results[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -438,8 +437,7 @@ class AlignTITrainer(Trainer):
             return candidates_for(student, self.teacher_model, batch, options, self.generator(), self.pairing)
 
         whole = self.accelerator.unwrap_model(self.model)
-        inner = drawn if not is_sharded(whole) else partial(called_as, whole, whole, drawn)
-        return as_one_call(self.teacher_model, inner)
+        return as_one_call(self.teacher_model, lambda: as_one_call(whole, drawn))
 
     def over_processes(self, masses: Masses) -> Masses:
         """The masses summed over all processes."""
