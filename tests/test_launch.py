@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from align_ti.processes import ended
 from align_ti.runs import RunFolder
 from tests import small
 from tests.launching import ROOT
@@ -72,6 +73,25 @@ def wait_for_step(run: RunFolder, step: int) -> None:
     while not any(line["step"] >= step for line in run.read_metrics()):
         assert time.monotonic() < until, "no step was made"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("codes", "blamed"),
+    [
+        # Exit codes, or pairs of an exit code and the seconds until it comes.
+        ([0, 0], None),
+        ([(75, 0.5), 75], 0),  # One reason, told by the first process, whichever ends earlier.
+        ([1, (2, 0.5)], 1),  # A lost connection, and then the reason for it.
+        ([(-9, 0.5), 1], 0),  # A lost connection to a process that was killed.
+    ],
+)
+def test_the_process_to_blame(codes, blamed):
+    processes = []
+    for one in codes:
+        code, after = one if isinstance(one, tuple) else (one, 0)
+        way = f"sys.exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})"
+        processes.append(subprocess.Popen([sys.executable, "-c", f"import os, sys, time; time.sleep({after}); {way}"]))
+    assert ended(processes) == blamed
 
 
 def test_a_stop_by_a_scheduler_and_the_rest_give_the_weights_of_one_go(folder, tmp_path):

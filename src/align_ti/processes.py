@@ -108,6 +108,8 @@ def ended(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
             until = time.monotonic() + GRACE
         if not running or (until is not None and time.monotonic() > until):
             own = [rank for rank in order if processes[rank].returncode in OWN_CODES]
+            # Of several with one reason the lowest: the first process has told its reason already.
+            own = sorted(rank for rank in own if processes[rank].returncode == processes[own[0]].returncode)
             # A process that is killed loses no connection; those that wait for it do, in the same moment.
             killed = [rank for rank in order if processes[rank].returncode == -signal.SIGKILL]
             return next(iter([*own, *killed, *order]), None)
