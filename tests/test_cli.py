@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from tests import small
 
@@ -68,6 +69,9 @@ def test_recipes_are_listed_shown_and_copied_once(tmp_path):
     assert copy.read_text().strip() == shown.strip()
     again = run("recipes", "copy", "digits", copy)
     assert again.returncode == 2 and "nothing was written" in again.stderr
+    config = tmp_path / "fsdp2.yaml"
+    assert run("recipes", "copy", "fsdp2", config).returncode == 0
+    assert load_config_from_file(str(config)).fsdp_config["fsdp_version"] == 2
     missing = run("recipes", "show", "digitz")
     assert missing.returncode == 2 and "shipped: digits" in missing.stderr
 

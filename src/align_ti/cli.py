@@ -49,7 +49,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-recipes = typer.Typer(help="The recipes that are shipped: list, show, copy.", no_args_is_help=True)
+recipes = typer.Typer(
+    help="The recipes that are shipped, and configs for accelerate launch: list, show, copy.", no_args_is_help=True
+)
 app.add_typer(recipes, name="recipes")
 # Names and words of users may hold brackets, which are no markup.
 console = Console(markup=False)
@@ -585,48 +587,55 @@ def import_checkpoint(
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Name every shipped recipe with its first line."""
-    table = Table("recipe", "what it is")
-    for name, text in shipped().items():
-        table.add_row(name, text.splitlines()[0].lstrip("# "))
-    console.print(table)
+    """Name every shipped recipe, and every config for `accelerate launch`, with its first line."""
+    for title, folder in (("recipe", "recipes"), ("config of accelerate", ENGINES)):
+        table = Table(title, "what it is")
+        for name, text in shipped(folder).items():
+            table.add_row(name, text.splitlines()[0].lstrip("# "))
+        console.print(table)
 
 
 @recipes.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
-    """Print a recipe."""
+def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe or config.")]) -> None:
+    """Print a recipe or a config."""
     typer.echo(recipe_text(name))
 
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe or config.")],
     to: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
 ) -> None:
-    """Copy a recipe to a file of your own, to change it there."""
+    """Copy a recipe, or a config for `accelerate launch`, to a file of your own, to change it there."""
     text = recipe_text(name)
     if to.exists():
         raise ConfigError(f"{to} exists; nothing was written; choose another name.")
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(text, encoding="utf-8")
-    console.print(f"recipe: {to}")
+    console.print(f"written: {to}")
 
 
 # --- what the verbs share ---------------------------------------------------------------------------------------------
 
 
-def shipped() -> dict[str, str]:
-    """The shipped recipes by name."""
-    folder = files("align_ti") / "recipes"
-    found = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
+ENGINES = "recipes/engines"
+"""Where the configs for `accelerate launch` lie."""
+
+
+def shipped(folder: str = "recipes") -> dict[str, str]:
+    """The shipped recipes, or configs, by name."""
+    found = sorted(
+        (item for item in (files("align_ti") / folder).iterdir() if item.name.endswith(".yaml")),
+        key=lambda item: item.name,
+    )
     return {item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8") for item in found}
 
 
 def recipe_text(name: str) -> str:
-    """The text of a shipped recipe."""
-    known = shipped()
+    """The text of a shipped recipe or config."""
+    known = shipped() | shipped(ENGINES)
     if name not in known:
-        raise ConfigError(f"there is no recipe {name!r}; shipped: {', '.join(known)}.")
+        raise ConfigError(f"there is no recipe or config {name!r}; shipped: {', '.join(known)}.")
     return known[name]
 
 

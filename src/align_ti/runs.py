@@ -29,6 +29,9 @@ from align_ti.errors import RunError
 WHOLE = "whole.json"
 """The file that tells what a whole checkpoint holds: each file and its size in bytes; written last."""
 
+SPLIT = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""Options that only tell how the records of a step are split over processes and passes."""
+
 HANDING_OVER = 3.0
 """Seconds that a run waits for the lock of its folder: the processes of a killed launch need a moment to go."""
 
@@ -219,33 +222,43 @@ class RunFolder:
         """The answers and scores of one model, by name."""
         return self.root / f"evaluation-{name}.json"
 
-    def claim(self, recipe: Recipe) -> bool:
+    def claim(self, recipe: Recipe, processes: int = 1) -> bool:
         """Make the folder this recipe's own; True if it already was, so that the run goes on where it stopped.
 
-        A run that was only checked, and trained nothing yet, makes room for another recipe.
+        A run that was only checked, and trained nothing yet, makes room for another recipe. A run may go on with another number of
+        processes, if batch and accumulation are set so that a step has as many records as before.
+
+        Args:
+            recipe: the run.
+            processes: how many processes train.
 
         Raises:
-            RunError: the folder holds a run of another recipe, or files that are no run.
+            RunError: the folder holds a run of another recipe or of other steps, or files that are no run.
         """
         content = recipe.model_dump(mode="json")
         extensions = {file: digest(Path(file)) for file in recipe.extensions}
+        own = {"processes": processes} | ({"extensions": extensions} if extensions else {})
         if self.recipe.exists():
             before = with_new_defaults(recipe, yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
-            if before != content and self.trained_something():
-                changed = sorted(differing(before, content))
-                raise RunError(
-                    f"{self.root} holds a run with other settings ({', '.join(changed)}); a run goes on only with its own; "
-                    "choose another folder (out), or remove this one."
-                )
-            if before == content:
-                kept = read_json(self.provenance).get("extensions", {})
-                if kept != extensions and self.trained_something():
+            kept, changed = read_json(self.provenance), differing(before, content)
+            if self.trained_something():
+                changed = [name for name in changed if name not in SPLIT]
+                if changed:
+                    raise RunError(
+                        f"{self.root} holds a run with other settings ({', '.join(sorted(changed))}); a run goes on only with its own; "
+                        "choose another folder (out), or remove this one."
+                    )
+                if kept.get("extensions", {}) != extensions:
                     raise RunError(
                         f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, and it would go on "
                         "by another objective; restore them, or choose another folder (out)."
                     )
-                if kept != extensions:
-                    write_json(self.provenance, provenance() | {"extensions": extensions})
+                if not self.student.exists():
+                    self.check_step(
+                        records_of(before, kept.get("processes", processes)), records_of(content, processes)
+                    )
+                return True
+            if not changed and own.items() <= kept.items():
                 return True
         elif self.root.exists() and (not self.root.is_dir() or self.foreign_files()):
             raise RunError(
@@ -253,9 +266,22 @@ class RunFolder:
             )
         self.root.mkdir(parents=True, exist_ok=True)
         # The recipe last: where it is, everything of a claimed folder is.
-        write_json(self.provenance, provenance() | ({"extensions": extensions} if extensions else {}))
+        write_json(self.provenance, provenance() | own)
         write_text(self.recipe, yaml.safe_dump(content, sort_keys=False))
         return False
+
+    def check_step(self, before: int, now: int) -> None:
+        """Refuses to go on with steps of another number of records.
+
+        Raises:
+            RunError: the two differ.
+        """
+        if before != now:
+            raise RunError(
+                f"{self.root} holds a run of {before} records a step, and this one would take {now}; a run goes on with any number of "
+                "processes whose product with training.per_device_train_batch_size and training.gradient_accumulation_steps is "
+                f"{before}; change these, or choose another folder (out)."
+            )
 
     def trained_something(self) -> bool:
         """Whether the folder holds a log, a checkpoint or a student, which another recipe must not touch."""
@@ -340,6 +366,12 @@ def with_new_defaults(recipe: Recipe, before: Any) -> Any:
         return type(recipe).model_validate(before).model_dump(mode="json")
     except ValueError:
         return before
+
+
+def records_of(recipe: Mapping[str, Any], processes: int) -> int:
+    """Records of one optimizer step."""
+    training = recipe["training"]
+    return int(processes * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"])
 
 
 def differing(before: Any, after: Any, name: str = "") -> list[str]:

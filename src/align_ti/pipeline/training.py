@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from align_ti.config import Recipe
 from align_ti.data.collator import EncodedConversations
-from align_ti.errors import ConfigError, InterruptedRunError, RequeueError
+from align_ti.errors import ConfigError, InterruptedRunError, RequeueError, RunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
 from align_ti.phases import part
@@ -110,7 +110,7 @@ def distil_into(
 ) -> RunFolder:
     """`distil` in a folder that is held."""
     with state.main_process_first():
-        run.claim(recipe)
+        run.claim(recipe, state.num_processes)
     if run.student.exists():
         return run
     set_seed(recipe.seed)
@@ -147,6 +147,8 @@ def distil_into(
     trainer.remove_callback(PrinterCallback)
     trainer.resolve_layer()
     checkpoint = run.last_checkpoint()
+    if checkpoint is not None:
+        check_engine(checkpoint, trainer)
     # Its probes run the teacher, which a cache leaves out.
     if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
         check_before(run, recipe, parts, trainer, train, seen)
@@ -173,6 +175,27 @@ def distil_into(
         run.draft.rename(run.student)
     state.wait_for_everyone()
     return run
+
+
+def check_engine(checkpoint: Path, trainer: AlignTITrainer) -> None:
+    """Refuses a checkpoint that this engine cannot read.
+
+    Raises:
+        RunError: another engine wrote it, or DeepSpeed did with another number of processes, whose parts it cannot divide anew.
+    """
+    parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    wrote = "DeepSpeed" if parts else "FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else "DDP or one process"
+    reads = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "DDP or one process"
+    if wrote != reads:
+        raise RunError(
+            f"{checkpoint} was written by {wrote}, and this run is trained by {reads}; a run goes on by the engine that it began with; "
+            "launch it so, or choose another folder (out)."
+        )
+    if parts and parts != trainer.args.world_size:
+        raise RunError(
+            f"{checkpoint} was written by DeepSpeed with {parts} processes, and {trainer.args.world_size} are to read it, which "
+            f"DeepSpeed cannot; go on with {parts}, or train by FSDP 2, whose checkpoints any number of processes reads."
+        )
 
 
 def save_student(run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTITrainer) -> None:

@@ -162,6 +162,8 @@ class AlignTITrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
+        config = unwrapped(model).config
+        kept = {name: value for name, value in vars(config).items() if name == "use_cache"}
         self.phases = phases
         if phases is not None:
             # First, so that a step's time holds nothing of the other callbacks.
@@ -175,6 +177,9 @@ class AlignTITrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
+        # transformers switches the cache off in the config, and the student would be saved so; every pass here says it by itself.
+        vars(config).pop("use_cache", None)
+        vars(config).update(kept)
         self.check_sharding()
         if self.is_fsdp_enabled:
             name_layers(self.accelerator.state.fsdp_plugin, unwrapped(model))

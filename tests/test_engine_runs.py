@@ -1,0 +1,206 @@
+"""Whole runs by every engine: the same student folder, and checkpoints that go on with another number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from align_ti.config import Recipe
+from align_ti.errors import RunError
+from align_ti.pipeline import training
+from align_ti.runs import RunFolder
+from tests import small
+from tests.launching import launched
+
+WORKER = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from tests.test_engine_runs import trained
+from align_ti.processes import part_in_order
+trained(sys.argv[1], json.loads(sys.argv[2]))
+part_in_order()
+"""
+
+
+def told(engine: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch` tells its processes, with the shipped config of the engine."""
+    config = files("align_ti") / "recipes" / "engines" / f"{engine}.yaml"
+    options = ["--config_file", str(config), "--num_processes", str(processes), "script.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(options))
+    if engine.startswith("zero"):
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, variables = prepare_deepspeed_cmd_env(arguments)
+        variables |= {"DS_ACCELERATOR": "cpu"}
+    else:
+        variables = prepare_multi_gpu_env(arguments)
+    found = {name: value for name, value in variables.items() if os.environ.get(name) != value}
+    # torchrun says where they meet, and how many they are.
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE", "FSDP", "DS_"))}
+
+
+def trained(engine: str, recipe: dict[str, Any]) -> None:
+    """One process of a run. It tells accelerate, which offers FSDP and DeepSpeed on accelerators alone, that a CPU is one."""
+
+    def arguments(**options: Any) -> TrainingArguments:
+        args = TrainingArguments(**options | {"use_cpu": not engine.startswith("zero")})
+        if engine == "fsdp2":
+            assert args.device.type == "cpu"  # the processes find each other here
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return args
+
+    training.TrainingArguments = arguments  # type: ignore[assignment, misc]
+    if engine.startswith("zero"):
+        PartialState._prepare_backend = lambda *_arguments, **_options: ("gloo", DistributedType.NO)  # type: ignore[method-assign]
+        PartialState()
+    training.distil(Recipe.model_validate(recipe))
+    assert AcceleratorState().distributed_type == {
+        "ddp": DistributedType.MULTI_CPU,
+        "fsdp2": DistributedType.FSDP,
+    }.get(engine, DistributedType.DEEPSPEED)
+
+
+def run(engine: str, processes: int, recipe: dict[str, Any]) -> Path:
+    """The student of a run of so many processes."""
+    if engine == "none":
+        training.distil(Recipe.model_validate(recipe))
+    else:
+        done = run_as(engine, processes, recipe)
+        assert done.returncode == 0, done.stderr[-6000:]
+    return Path(recipe["out"]) / "student"
+
+
+def run_as(engine: str, processes: int, recipe: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """A run of so many processes, however it ends."""
+    return launched(processes, WORKER, engine, json.dumps(recipe), environment=told(engine, processes))
+
+
+def recipe_of(folder: Path, out: Path, batch: int, **options: Any) -> dict[str, Any]:
+    """Four steps of four records, candidates the most probable tokens: draws differ between processes."""
+    recipe = small.recipe(folder, out=str(out), objective={"tpa": {"top_k": 1, "candidates": 2}}, **options)
+    recipe["training"] = {**recipe["training"], "per_device_train_batch_size": batch}
+    return recipe
+
+
+def same(one: Path, other: Path) -> None:
+    """The two folders hold the same files, and weights that differ by rounding alone."""
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    for file in one.glob("*.json"):
+        assert file.read_text() == (other / file.name).read_text(), file.name
+    weights, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == found.keys()
+    for name, value in weights.items():
+        assert value.dtype == found[name].dtype
+        assert float((value - found[name]).norm()) < 2e-4 * (1 + float(value.norm())), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("engine-runs")
+    small.write_pair(path)
+    small.write_records(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Path:
+    """The student of one process."""
+    student = run("none", 1, recipe_of(folder, tmp_path_factory.mktemp("alone") / "run", batch=4))
+    before = load_file(folder / "student" / "model.safetensors")
+    after = load_file(student / "model.safetensors")
+    # Far more than the tolerance of `same`.
+    assert sum(float((after[name] - before[name]).norm()) for name in after if name in before) > 0.1
+    return student
+
+
+@pytest.fixture(scope="module")
+def by_two(folder, tmp_path_factory):
+    """Gives the run folder of two processes by an engine; each engine trains once."""
+    runs: dict[str, Path] = {}
+
+    def made(engine: str) -> Path:
+        if engine.startswith("zero") and find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed: make engines")
+        if engine not in runs:
+            runs[engine] = tmp_path_factory.mktemp(engine) / "run"
+            run(engine, 2, recipe_of(folder, runs[engine], batch=2))
+        return runs[engine]
+
+    return made
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_student_folder_is_the_same_from_every_engine(by_two, alone, engine):
+    same(by_two(engine) / "student", alone)
+
+
+def half(kept: Path, out: Path) -> None:
+    """A copy of a run as it was when half of its steps were made."""
+    shutil.copytree(kept, out)
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "checkpoint-4")
+    recipe = out / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(kept), str(out)))
+    assert RunFolder(out).last_checkpoint() == out / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "processes"),
+    [("ddp", "none", 1), ("ddp", "ddp", 4), ("fsdp2", "fsdp2", 1), ("fsdp2", "fsdp2", 4), ("zero3", "zero3", 2)],
+)
+def test_a_checkpoint_of_two_processes_goes_on_with_another_number(
+    folder, by_two, alone, tmp_path, before, after, processes
+):
+    kept, out = by_two(before), tmp_path / "run"
+    half(kept, out)
+    logged = (out / "metrics.jsonl").stat().st_size
+    resumed = run(after, processes, recipe_of(folder, out, batch=4 // processes))
+    added = (out / "metrics.jsonl").read_text()[logged:]
+    assert [json.loads(line)["step"] for line in added.splitlines() if '"loss"' in line] == [3, 4]
+    same(resumed, kept / "student")
+    same(resumed, alone)
+
+
+@pytest.mark.parametrize(
+    ("before", "processes", "sentence"),
+    [("fsdp2", 1, "was written by FSDP, and this run is trained by DDP or one process"), ("zero2", 1, "by DeepSpeed")],
+)
+def test_another_engines_checkpoint_is_refused(folder, by_two, tmp_path, before, processes, sentence):
+    half(by_two(before), tmp_path / "run")
+    with pytest.raises(RunError, match=sentence):
+        run("none", processes, recipe_of(folder, tmp_path / "run", batch=4))
+
+
+def test_deepspeeds_checkpoints_go_on_with_as_many_processes_as_wrote_them(folder, by_two, tmp_path):
+    half(by_two("zero2"), tmp_path / "run")
+    done = run_as("zero2", 4, recipe_of(folder, tmp_path / "run", batch=1))
+    assert done.returncode != 0 and "by DeepSpeed with 2 processes, and 4 are to read it" in done.stderr
+
+
+def test_a_run_goes_on_only_with_steps_of_as_many_records(folder, tmp_path):
+    # A run of two processes that went on with one took half of the records a step, and said nothing.
+    recipe = Recipe.model_validate(recipe_of(folder, tmp_path / "run", batch=2))
+    folder_of_run = RunFolder(tmp_path / "run")
+    folder_of_run.claim(recipe, processes=2)
+    folder_of_run.append_metrics({"step": 1, "loss": 1.0})
+    with pytest.raises(RunError, match="holds a run of 4 records a step, and this one would take 2"):
+        folder_of_run.claim(recipe, processes=1)
+    assert folder_of_run.claim(Recipe.model_validate(recipe_of(folder, tmp_path / "run", batch=1)), processes=4)
+    other = recipe_of(folder, tmp_path / "run", batch=1, seed=5)
+    with pytest.raises(RunError, match=r"other settings \(seed\)"):
+        folder_of_run.claim(Recipe.model_validate(other), processes=4)
