@@ -2,6 +2,7 @@
 # demo    the main job on real data: report in runs/demo/report.html
 # test    the tests: CPU, offline
 # check   lint, format, types, architecture
+# engines the tests of several processes, with DeepSpeed, which it installs
 # kills   20 runs killed at random moments end with the same weights; minutes
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check kills wheel clean
+.PHONY: setup demo test check engines kills wheel clean
 
 setup: $(READY)
 
@@ -33,6 +34,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+# DeepSpeed is built against the torch that is there, without its own kernels.
+engines: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements/constraints.txt -e '.[deepspeed]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_engines.py tests/test_engine_runs.py
 
 kills: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills

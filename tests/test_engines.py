@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
@@ -20,6 +21,7 @@ from align_ti.config import Iva, Objective
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.sources import read_conversations
+from align_ti.errors import ConfigError
 from align_ti.models.adapters import wrap_with_lora
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.training.trainer import AlignTITrainer
@@ -268,3 +270,22 @@ def test_every_engine_gives_the_numbers_of_one_process(folder, tmp_path, case):
     for one, other in zip(log, lines, strict=True):
         for term in one.keys() & {"loss", "grad_norm", "sft", "kd", "iva", "tpa"}:
             assert one[term] == pytest.approx(other[term], rel=1e-4), term
+
+
+def test_forms_of_sharding_that_the_loss_cannot_take_are_refused_by_name(folder, tmp_path):
+    run = run_of(folder, tmp_path, Case())
+    run.check_sharding()
+    for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
+        run.accelerator.state.parallelism_config = ParallelismConfig(**{f"{kind}_size": 2})
+        with pytest.raises(ConfigError, match=rf"{name} parallelism \({kind}_size 2\)"):
+            run.check_sharding()
+    run.accelerator.state.parallelism_config = ParallelismConfig(dp_shard_size=2)
+    run.check_sharding()
+    run.is_fsdp_enabled = True
+    for options, sentence in (
+        ({"fsdp_version": 1}, "sharded by FSDP 1"),
+        ({"fsdp_version": 2, "activation_checkpointing": True}, "own activation_checkpointing is on"),
+    ):
+        run.accelerator.state.fsdp_plugin = SimpleNamespace(**{"activation_checkpointing": False, **options})
+        with pytest.raises(ConfigError, match=sentence):
+            run.check_sharding()

@@ -214,8 +214,18 @@ class AlignTITrainer(Trainer):
         """Refuse forms of sharding in which the loss would not be the same number.
 
         Raises:
-            ConfigError: FSDP 1; on-policy batches where weights are sharded; FSDP's own checkpointing where a term has candidates.
+            ConfigError: FSDP 1; sequences or layers split over devices; on-policy batches where weights are sharded; FSDP's own
+                checkpointing where a term has candidates.
         """
+        split = getattr(self.accelerator, "parallelism_config", None)
+        for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
+            if split is not None and getattr(split, f"{kind}_size", 1) > 1:
+                raise ConfigError(
+                    f"accelerate's parallelism_config asks for {name} parallelism ({kind}_size {getattr(split, f'{kind}_size')}), but "
+                    "the loss reads whole sequences and whole layers on one device: rows by their positions, attention of one layer, "
+                    f"candidates over a kept cache; {kind}_size 1 is accepted; for long sequences see docs/training.md (gradient "
+                    "checkpointing, one record on a device, FSDP 2)."
+                )
         if self.on_policy is not None and self.shards_weights:
             raise ConfigError(
                 "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
@@ -227,8 +237,8 @@ class AlignTITrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         if getattr(plugin, "fsdp_version", 1) != 2:
             raise ConfigError(
-                "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (fsdp_version: 2 in the config of "
-                "accelerate, which `accelerate config` writes)."
+                "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (`align-ti recipes copy fsdp2 "
+                "fsdp2.yaml` writes a config for accelerate)."
             )
         if plugin.activation_checkpointing and self.draws_candidates:
             raise ConfigError(
