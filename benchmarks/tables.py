@@ -1,5 +1,5 @@
-"""The tables of docs/performance.md, docs/scaling.md and of what the README says about cost, from the files under results/: none is
-typed by hand.
+"""The tables of docs/performance.md, docs/scaling.md, docs/teacher-cache.md and of what the README says about cost, from the files
+under results/: none is typed by hand.
 
 python -m benchmarks.tables            # writes them into the page
 python -m benchmarks.tables --check    # fails if the page says anything else
@@ -17,7 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SCALING = ROOT / "docs" / "scaling.md"
-PAGES = (PAGE, README, SCALING)
+CACHE = ROOT / "docs" / "teacher-cache.md"
+PAGES = (PAGE, README, SCALING, CACHE)
 """The pages that have tables."""
 
 RESULTS = ROOT / "results"
@@ -361,6 +362,18 @@ def plan_work_table() -> str:
     return table(("TFLOP", *work), ((phase, *(number(one[phase], 1) for one in work.values())) for phase in phases))
 
 
+def topk_table() -> str:
+    """Bias and error of the gradient by k, with what is left as one token."""
+    found = read("topk.json")["students"]
+    names = {"start": "start", "kd": "after SFT + KD", "align_ti": "after Align-TI"}
+    head = ["k", *(f"{kind}, {words}" for kind in ("response", "visual") for words in names.values())]
+    rows = []
+    for count in ("1", "4", "8", "16", "32", "64"):
+        cells = [found[name][kind]["ways"]["rest"][count] for kind in ("response", "visual") for name in names]
+        rows.append((count, *(f"{one['bias_per_cent']:.2f} % / {one['gradient_error']:.4f}" for one in cells)))
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "short": short_table,
@@ -381,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-shares": plan_shares_table,
     "plan-remedies": plan_remedies_table,
     "plan-work": plan_work_table,
+    "topk": topk_table,
 }
 
 

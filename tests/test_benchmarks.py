@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from benchmarks import topk
 from benchmarks.levers import second_pass_attention
 from benchmarks.rivals import interleave, released_design, ribbon_mask, vanilla_kd
 from benchmarks.rounds import ratios, rotated, seconds_by_round, summary
@@ -242,3 +243,17 @@ def test_an_axis_is_measured_drawn_and_says_what_was_left_out():
     assert len(memory.lines) == 2
     alone = along(Axis("samples a batch", {1: points[1]}, "linear"), Setting(rounds=1, limit_gib=0.1), {})
     assert "more than the 0.1 GiB" in alone["points"]["1"]["align_ti"]["left_out"]
+
+
+def test_all_tokens_but_one_and_the_rest_are_the_exact_divergence():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 9, dtype=torch.float64) * 3
+    exact = topk.measured(teacher, student)["exact_nats"]
+    slope = student.softmax(-1) - teacher.softmax(-1)
+    values = [topk.coarse(teacher, student, count, rest=True) for count in range(1, 9)]
+    assert values[-1][0] == pytest.approx(exact, abs=1e-4)
+    assert torch.allclose(values[-1][1], slope)
+    # Coarser distributions are no further apart than finer ones.
+    assert [value for value, _ in values] == sorted(value for value, _ in values)
+    whole, its = topk.coarse(teacher, student, 9, rest=False)
+    assert whole == pytest.approx(exact, abs=1e-4) and torch.allclose(its, slope)
