@@ -32,10 +32,11 @@ class Source:
         """
         found = next((folder / name for name in self.names if (folder / name).exists()), None)
         if found is None:
-            others = " or ".join(self.names[1:])
+            others = f" (nor {' or '.join(self.names[1:])} in {folder})" if self.names[1:] else ""
+            like = sorted(one.name for one in (folder / self.names[0]).parent.glob(f"*{Path(self.names[0]).suffix}"))
+            there = f"; found {', '.join(like[:5])} there" if like else ""
             raise DataError(
-                f"{folder / self.names[0]} does not exist{f' (nor {others} in that folder)' if others else ''}; it comes from "
-                f"{self.origin}; put it there."
+                f"{folder / self.names[0]} does not exist{others}{there}; it comes from {self.origin}; put it there."
             )
         return found
 
