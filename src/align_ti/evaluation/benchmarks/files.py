@@ -56,7 +56,7 @@ def task_folder(folder: Path, name: str, first: Source) -> Path:
     for one in tried:
         if any((one / file).exists() for file in first.names):
             return one
-    there = next((one for one in tried if one.is_dir()), None)
+    there = next((one for one in (folder / name, folder / "eval" / name, folder) if one.is_dir()), None)
     if there is None:
         raise DataError(
             f"{folder} is no folder; the {name} folder of LLaVA's layout, or the folder that holds it, is accepted ({GUIDE})."

@@ -51,8 +51,8 @@ class MmBench(Benchmark):
         for row, place in rows:
             if row.get("answer") not in set(OPTIONS):
                 raise DataError(
-                    f"{place}: the answer is {row.get('answer', '')!r:.40}; a letter of {OPTIONS} is accepted (a test split has none, its "
-                    f"answers are on a server); get the dev split from {QUESTIONS.origin}."
+                    f"{place}: the answer is {row.get('answer', '')!r:.40}; a letter of {OPTIONS} is accepted (a test split has none, "
+                    f"its answers are on a server); get the dev split from {QUESTIONS.origin}."
                 )
             if not row["index"].isdecimal():
                 raise DataError(f"{place}: the index is {row['index']!r:.40}; a whole number is accepted.")
@@ -61,8 +61,8 @@ class MmBench(Benchmark):
                 image = images.get(image, "")
             if len(image) <= REFERENCE:
                 raise DataError(
-                    f"{place}: no picture in column image; base64 or the index of the row that holds it is accepted; get the file again from "
-                    f"{QUESTIONS.origin}."
+                    f"{place}: no picture in column image; base64, or the index of the row that holds it, is accepted; get the file "
+                    f"again from {QUESTIONS.origin}."
                 )
             base = int(row["index"]) % ROTATION
             items.append(

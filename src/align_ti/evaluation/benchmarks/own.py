@@ -41,7 +41,7 @@ class Own(Benchmark):
         self.scorer = scorer
 
     def items(self, folder: Path) -> list[Item]:
-        """The lines of a JSONL file, given itself or as the only one, or the one named `questions.jsonl`, in a folder.
+        """The lines of a JSONL file, given itself or as the only one, or the one named `questions.jsonl`, in a folder (or its folder `own`).
 
         Pictures are relative to the file's folder.
         """
@@ -119,6 +119,7 @@ def question_file(folder: Path) -> Path:
     """
     if folder.is_file():
         return folder
+    folder = folder / "own" if (folder / "own").is_dir() else folder
     if (folder / FILE).is_file():
         return folder / FILE
     found = sorted(folder.glob("*.jsonl"))
