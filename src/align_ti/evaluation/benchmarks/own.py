@@ -41,7 +41,7 @@ class Own(Benchmark):
         self.scorer = scorer
 
     def items(self, folder: Path) -> list[Item]:
-        """The lines of a JSONL file, given itself or as the only one, or the one named `questions.jsonl`, in a folder (or its folder `own`).
+        """The lines of a JSONL file: given itself, or the one named `questions.jsonl` or standing alone in a folder (or its `own`).
 
         Pictures are relative to the file's folder.
         """
