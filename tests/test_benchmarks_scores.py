@@ -65,6 +65,16 @@ def test_no_predictions_are_all_wrong_and_said_to_be_missing(tasks, name):
     assert f"{len(items)} of {len(items)} predictions are missing" in report.notes[0]
 
 
+@pytest.mark.parametrize("name", ["gqa", "sqa", "textvqa", "pope", "mme"])
+def test_no_predictions_stop_the_originals(tasks, name):
+    task, items, answers = tasks[name]
+    with pytest.raises(DataError, match=r"where the original|so the original"):
+        task.score(items, {}, strict_original=True)
+    if name in ("pope", "mme"):
+        with pytest.raises(DataError, match=r"no answers (to|in)|an odd number"):
+            task.score(items, {items[0].id: answers[items[0].id]}, strict_original=True)
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_one_missing_prediction_scores_as_a_wrong_one_does(tasks, name):
     task, items, answers = tasks[name]

@@ -61,8 +61,8 @@ class Pope(Benchmark):
             key = (image, object_of(text))
             if key not in by_key:
                 raise DataError(
-                    f"{place}: {path} has no label for picture {image!r} and {text.splitlines()[0]!r}; it holds {len(ordered)} labels, "
-                    f"there are {count[split]} {split} questions, so the two are of different versions; get the labels from {LABELS_ORIGIN}."
+                    f"{place}: {path} has no label for {key[1]!r} in picture {image!r}; it holds {len(ordered)} labels, there are "
+                    f"{count[split]} {split} questions, so the two differ in version; get the labels from {LABELS_ORIGIN}."
                 )
             number = asked[split]
             asked[split] += 1
@@ -107,6 +107,11 @@ class Pope(Benchmark):
                     f"{'order, as by the original' if strict_original else 'picture and object'}."
                 )
             found = in_order(of, predictions) if strict_original else by_picture(of, predictions)
+            if not found:
+                raise DataError(
+                    f"{self.title}: no answers to the {split} questions, where the original divides by zero; score without "
+                    "strict_original."
+                )
             counted += [(item.cluster, split, counts) for item, counts in found]
             right |= {item.id: float(counts[0] + counts[2]) for item, counts in found}
         for split in set(SPLITS) - set(splits):
