@@ -11,6 +11,7 @@ import pytest
 from align_ti.data.conversation import open_picture
 from align_ti.errors import ConfigError, DataError
 from align_ti.evaluation.benchmarks import BENCHMARKS, PAPER, benchmark
+from align_ti.evaluation.benchmarks.textvqa import question_of
 from tests import benchmark_folders as folders
 from tests.benchmark_folders import MAKERS
 
@@ -92,17 +93,6 @@ def test_align_ti_s_own_layout_of_gqa(tmp_path):
     items = benchmark("gqa").items(tmp_path)
     assert [item.id for item in items] == list(answers)
     assert items[0].images == (tmp_path / "gqa" / "images" / "n161313.jpg",)
-
-
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "own"])
-def test_a_line_of_llava_s_answers_file_finds_its_question(made, name):
-    task = benchmark(name)
-    for item in task.items(made[0]):
-        given = item.id.split(" ")[0] if name in ("textvqa", "mme") else item.id
-        line = {"question_id": int(given) if given.isdecimal() else given, "prompt": item.text, "text": "x"}
-        assert task.id_of(line) == item.id
-    with pytest.raises(DataError, match="no 'question_id'"):
-        task.id_of({"prompt": "x\ny"})
 
 
 def test_questions_need_no_pictures_to_be_scored(made, tmp_path):
@@ -426,12 +416,11 @@ def test_textvqa_s_files_have_to_fit(made, tmp_path):
     ],
 )
 def test_textvqa_s_question_inside_a_prompt(prompt, question):
-    task = benchmark("textvqa")
     if question is None:
-        with pytest.raises(DataError, match="none of the forms"):
-            task.id_of({"question_id": "7", "prompt": prompt})
+        with pytest.raises(DataError, match=r"line 7: the prompt .* has none of the forms"):
+            question_of(prompt, "line 7")
     else:
-        assert task.id_of({"question_id": "7", "prompt": prompt}) == f"7 {question}"
+        assert question_of(prompt, "line 7") == question
 
 
 # --- one's own --------------------------------------------------------------------------------------------------------
