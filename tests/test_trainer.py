@@ -204,6 +204,46 @@ def test_two_processes_equal_one(folder, tmp_path):
         assert float((value - two[name]).norm()) < 1e-5 * (1 + float(value.norm())), name
 
 
+EVALUATOR = """
+import json
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import tests.test_trainer as here
+from align_ti.processes import part_in_order
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+found = {}
+for records in here.RECORDS:
+    run = here.evaluator(folder, out, records, 2)
+    found[records] = run.evaluate()
+if run.is_world_process_zero():
+    (out / "metrics.json").write_text(json.dumps(found))
+part_in_order()
+"""
+
+RECORDS = (1, 5, 7)
+"""Of 2 x 2 in a step: a process that has repeated records alone, then the first or the second with part of a batch."""
+
+
+def evaluator(folder: Path, out: Path, records: int, batch: int) -> AlignTITrainer:
+    run = trainer(folder, out, 2, 1)
+    run.args.per_device_eval_batch_size = batch
+    run.eval_dataset = FixedDraws(run.train_dataset.conversations[:records], run.processing_class)
+    return run
+
+
+def test_records_repeated_to_fill_the_last_batch_count_once(folder, tmp_path):
+    # accelerate repeats the first records on processes that have fewer, and each then counted twice in an evaluation's means.
+    (tmp_path / "two").mkdir()
+    on_processes(2, EVALUATOR, folder, tmp_path / "two", timeout=60)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    for records in RECORDS:
+        one = evaluator(folder, tmp_path / "one", records, 8).evaluate()
+        for name in ("loss", "sft", "kd", "iva", "tpa"):
+            assert two[str(records)][f"eval_{name}"] == pytest.approx(one[f"eval_{name}"], rel=1e-5), (records, name)
+
+
 def test_terms_are_logged_unweighted_with_their_weight(folder, tmp_path):
     run = trainer(folder, tmp_path, 4, 1, steps=1, objective=Objective(iva=Iva(layer=0, weight=0.25)))
     run.train()
