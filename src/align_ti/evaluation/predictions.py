@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_ti.data.answers import parsed, picture_mark
-from align_ti.data.conversation import IMAGE_TAG
+from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
 from align_ti.data.sources import json_rows, parse
 from align_ti.errors import DataError, RunError
 from align_ti.evaluation.benchmarks.base import Item
@@ -91,6 +91,16 @@ def subset(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [item for item in items if item.cluster in chosen]
 
 
+def conversation_of(item: Item) -> Conversation:
+    """The question as a conversation: the pictures, and the user's words behind them.
+
+    Raises:
+        DataError: it cannot be asked, such as words with an image tag in them.
+    """
+    turn = Turn("user", IMAGE_TAG * len(item.images) + item.text)
+    return Conversation((turn,), item.images, place=item.place or f"question {item.id}", kind=item.kind)
+
+
 # --- written ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +138,8 @@ def whole_lines(path: Path, about: About) -> tuple[list[Prediction], int]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
-                if number == 1 and not about.line().encode().startswith(raw):
+                start = f'{{"{HEADER}": {{'.encode()
+                if number == 1 and not (raw.startswith(start) or start.startswith(raw)):
                     raise not_ours(f"{path}, line 1", path)
                 break
             content = parsed(raw)
@@ -150,6 +161,9 @@ def check_header(content: Any, path: Path, about: About) -> None:
     if before is None:
         raise not_ours(f"{path}, line 1", path)
     then, now = flat(before), flat(about)
+    if before.weights == about.weights:
+        # The same model by another name, such as a path from elsewhere.
+        then["model"] = now["model"]
     differ = [
         f"{name} is {then.get(name)!r} there and {now.get(name)!r} here"
         for name in dict.fromkeys([*then, *now])
@@ -157,17 +171,15 @@ def check_header(content: Any, path: Path, about: About) -> None:
     ]
     if differ:
         raise RunError(
-            f"{path}: the file has predictions made otherwise ({'; '.join(differ)}); it is gone on with by the same model, questions and "
-            "settings only; choose another folder (--out), or remove this file."
+            f"{path}: the file has predictions made otherwise ({'; '.join(differ)}); it is gone on with by the same model, questions "
+            "and settings only; choose another folder (--out), or remove this file."
         )
 
 
 def flat(about: About) -> dict[str, Any]:
     """What a header says, settings beside the rest."""
     told = asdict(about)
-    settings: dict[str, Any] = told.pop("settings")
-    # Settings that a reader has are told by their names alone.
-    return {**told, **settings}
+    return told | told.pop("settings")
 
 
 def header_in(content: Any) -> About | None:
@@ -196,8 +208,8 @@ def own_prediction(content: Any, place: str, path: Path) -> Prediction:
 def not_ours(place: str, path: Path) -> RunError:
     """The error for a file that holds something else."""
     return RunError(
-        f"{place}: no line of `align-ti evaluate --tasks`; nothing is written over; choose another folder than {path.parent} (--out), or "
-        "remove this file."
+        f"{place}: no line of `align-ti evaluate --tasks`; nothing is written over; choose another folder than {path.parent} (--out), "
+        "or remove this file."
     )
 
 
@@ -248,10 +260,10 @@ def join_parts(out: Path, about: About, items: Sequence[Item]) -> list[Predictio
     made = made_so_far(out, about)
     missing = [item for item in items if item.id not in made]
     if missing:
+        parts = ", ".join(str(path) for path in part_paths(out)) or "any part file"
         raise RunError(
-            f"{out}: {len(missing)} of {len(items)} questions have no answer in {', '.join(map(str, part_paths(out))) or 'any part file'}"
-            f" (the first: {missing[0].id!r}); all processes must write to one folder; give one (--out) that they share, and run the "
-            "command again."
+            f"{out}: {len(missing)} of {len(items)} questions have no answer in {parts} (the first: {missing[0].id!r}); all processes "
+            "must write to one folder; give one (--out) that they share, and run the command again."
         )
     answers = [made[item.id] for item in items]
     if not out.exists():
@@ -414,8 +426,8 @@ class Questions:
             text = text[0]
         if not isinstance(text, str):
             raise DataError(
-                f"{place}: the answer is {text!r}; text under one of {', '.join(TEXTS)} is accepted (empty, if the model said nothing); "
-                "add it."
+                f"{place}: the answer is {text!r}; text under one of {', '.join(TEXTS)} is accepted (empty if the model said nothing); "
+                f"add it."
             )
         prompt = raw.get("prompt")
         return self.meant(str(found), prompt if isinstance(prompt, str) else None, place), text
@@ -432,18 +444,18 @@ class Questions:
             about = [one for one in self.by_words.get(words, []) if one.id.startswith(name)]
             item = about[0] if len(about) == 1 else None
         if item is None:
-            example = next(iter(self.by_id))
+            example, asked = next(iter(self.by_id)), "" if words is None else f" with these words ({words!r:.80})"
             raise DataError(
-                f"{place}: {self.benchmark} has no question {name!r}{'' if words is None else f' with these words ({words!r:.80})'}; it has "
-                f"{len(self.by_id)}, such as {example!r}; check that predictions and task fit each other."
+                f"{place}: {self.benchmark} has no question {name!r}{asked}; it has {len(self.by_id)}, such as {example!r}; check that "
+                "predictions and task fit each other."
             )
         asked = shown(item.text)
         # Another tool may keep the words without the suffix, or inside its template.
         if words and words not in asked and asked not in words:
             raise DataError(
-                f"{place}: the answer to question {name!r} is to {words!r:.120}, but {self.benchmark} asks {asked!r:.120}; answers to the "
-                "same questions are accepted; give the file that belongs to these questions, or leave `prompt` out of the records if they "
-                "were meant to be asked otherwise."
+                f"{place}: the answer to question {name!r} is to {words!r:.120}, but {self.benchmark} asks {asked!r:.120}; answers to "
+                "the same questions are accepted; give the file that belongs to these questions, or leave `prompt` out of the records "
+                "if they were meant to be asked otherwise."
             )
         return item
 

@@ -63,10 +63,19 @@ def answer(
     answers: dict[int, tuple[str, bool]] = {}
     for indices in chunks(order, settings.batch_size):
         part = [questions[index] for index in indices]
-        samples = [encode(one.conversation, processor, train=False, ask=True) for one in part]
-        answers |= zip(indices, said(model, processor, samples, settings.max_new_tokens), strict=True)
+        asked = [one.conversation for one in part]
+        answers |= zip(indices, said_to(model, processor, asked, settings.max_new_tokens), strict=True)
         advance(len(part))
     return [answers[index] for index in range(len(questions))]
+
+
+def said_to(
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    """What the model says, greedily, to each question of one batch, and whether it was cut at the token limit."""
+    return said(
+        model, processor, [encode(one, processor, train=False, ask=True) for one in conversations], max_new_tokens
+    )
 
 
 @torch.no_grad()
