@@ -11,7 +11,13 @@ from align_ti.evaluation.benchmarks.base import Benchmark, Report
 
 BENCHMARKS: Mapping[str, str] = {
     "gqa": "align_ti.evaluation.benchmarks.gqa:Gqa",
+    "sqa": "align_ti.evaluation.benchmarks.scienceqa:ScienceQa",
+    "textvqa": "align_ti.evaluation.benchmarks.textvqa:TextVqa",
     "pope": "align_ti.evaluation.benchmarks.pope:Pope",
+    "mme": "align_ti.evaluation.benchmarks.mme:Mme",
+    "mmbench": "align_ti.evaluation.benchmarks.mmbench:MmBench",
+    "digits": "align_ti.evaluation.benchmarks.digits:Digits",
+    "own": "align_ti.evaluation.benchmarks.own:Own",
 }
 """Where each benchmark's class is: module:class."""
 

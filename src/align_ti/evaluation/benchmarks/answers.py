@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from align_ti.errors import DataError
 from align_ti.evaluation.benchmarks.base import Item
+from align_ti.evaluation.metrics import Metric, mean_of, ratio
 
 
 def tidy(text: str) -> str:
@@ -57,6 +60,11 @@ def notes_on(items: Sequence[Item], predictions: Mapping[str, str], published: i
             f"{len(items)} questions; the published benchmark has {published}, so the scores are not comparable with published ones."
         )
     return notes
+
+
+def mean_or_zero(values: Sequence[float], clusters: Sequence[str]) -> Metric:
+    """The mean of the values in per cent; 0 if there are none."""
+    return mean_of(values, clusters) if values else Metric(np.zeros((1, 2)), ratio, ("none",))
 
 
 def zero_note(name: str, of: str) -> str:

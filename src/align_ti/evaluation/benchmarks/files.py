@@ -32,10 +32,11 @@ class Source:
         """
         found = next((folder / name for name in self.names if (folder / name).exists()), None)
         if found is None:
-            others = " or ".join(self.names[1:])
+            others = f" (nor {' or '.join(self.names[1:])} in {folder})" if self.names[1:] else ""
+            like = sorted(one.name for one in (folder / self.names[0]).parent.glob(f"*{Path(self.names[0]).suffix}"))
+            there = f"; found {', '.join(like[:5])} there" if like else ""
             raise DataError(
-                f"{folder / self.names[0]} does not exist{f' (nor {others} in that folder)' if others else ''}; it comes from "
-                f"{self.origin}; put it there."
+                f"{folder / self.names[0]} does not exist{others}{there}; it comes from {self.origin}; put it there."
             )
         return found
 
@@ -55,7 +56,7 @@ def task_folder(folder: Path, name: str, first: Source) -> Path:
     for one in tried:
         if any((one / file).exists() for file in first.names):
             return one
-    there = next((one for one in tried if one.is_dir()), None)
+    there = next((one for one in (folder / name, folder / "eval" / name, folder) if one.is_dir()), None)
     if there is None:
         raise DataError(
             f"{folder} is no folder; the {name} folder of LLaVA's layout, or the folder that holds it, is accepted ({GUIDE})."

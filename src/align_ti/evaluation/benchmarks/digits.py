@@ -1,0 +1,66 @@
+"""Align-TI's own digits: the test split that `align-ti digits` writes, exact match. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from align_ti.data.conversation import IMAGE_TAG
+from align_ti.data.records import ImageRoot
+from align_ti.errors import DataError
+from align_ti.evaluation.benchmarks.answers import check, kinds, notes_on
+from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
+from align_ti.evaluation.benchmarks.files import Source, field, picture, read_json, refuse_twice, task_folder
+from align_ti.evaluation.metrics import mean_of
+from align_ti.evaluation.scoring import is_right
+
+QUESTIONS = Source(("test.json",), "align-ti digits --out FOLDER")
+
+
+class Digits(Benchmark):
+    """The digits benchmark."""
+
+    name = "digits"
+    title = "Digits"
+    max_new_tokens = 128
+
+    def items(self, folder: Path) -> list[Item]:
+        """The questions of `test.json` with the pictures beside it."""
+        folder = task_folder(folder, "digits", QUESTIONS)
+        path, root = QUESTIONS.path(folder), ImageRoot(folder)
+        records = read_json(path, QUESTIONS.origin)
+        if not isinstance(records, list) or not records:
+            raise DataError(f"{path}: no list of records; write the file by {QUESTIONS.origin}.")
+        items = []
+        for number, record in enumerate(records, start=1):
+            place = f"{path}, record {number}"
+            turns = record.get("conversations") if isinstance(record, dict) else None
+            if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
+                raise DataError(f"{place}: no question and answer; write the file by {QUESTIONS.origin}.")
+            image = field(record, "image", place)
+            items.append(
+                Item(
+                    id=field(record, "id", place),
+                    text=field(turns[0], "value", place).replace(IMAGE_TAG, "").strip(),
+                    images=picture(root, image, place),
+                    cluster=image,
+                    kind=field(record, "kind", place),
+                    reference={"answer": field(turns[1], "value", place)},
+                    place=place,
+                )
+            )
+        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        return items
+
+    def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
+        """Exact match of whole answers, over all questions and by kind. Strictly it is the same."""
+        check(items, predictions, self.title)
+        right = {
+            item.id: float(item.id in predictions and is_right(predictions[item.id], item.reference["answer"]))
+            for item in items
+        }
+        metrics = {}
+        for name in ("accuracy", *kinds(items)):
+            of = [item for item in items if name in ("accuracy", item.kind)]
+            metrics[name] = mean_of([right[item.id] for item in of], [item.cluster for item in of])
+        return Report(metrics, "accuracy", right, tuple(notes_on(items, predictions, 0)))
