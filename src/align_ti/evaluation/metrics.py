@@ -37,7 +37,8 @@ def ratio(sums: Float[np.ndarray, "*draws two"]) -> Float[np.ndarray, "*draws"]:
     """100 times the first statistic over the second; 0 where the second is 0."""
     over = np.zeros(sums.shape[:-1])
     np.divide(sums[..., 0], sums[..., 1], out=over, where=sums[..., 1] != 0)
-    return 100 * over
+    # A product of no dimensions would be a plain number.
+    return np.asarray(100 * over)
 
 
 def mean_of(values: Sequence[float], clusters: Sequence[Hashable]) -> Metric:
