@@ -401,9 +401,11 @@ class Questions:
     def __init__(self, items: Sequence[Item], benchmark: str) -> None:
         self.benchmark = benchmark
         self.by_id = {item.id: item for item in items}
-        self.by_words: dict[str, list[Item]] = {}
+        self.by_picture: dict[str, list[tuple[str, Item]]] = {}
+        """Of ids that are a picture's and a question's words: the questions, by the picture's."""
         for item in items:
-            self.by_words.setdefault(shown(item.text), []).append(item)
+            name, _, words = item.id.partition(" ")
+            self.by_picture.setdefault(name, []).append((shown(words).lower(), item))
 
     def answered(self, place: str, raw: Any) -> tuple[Item, str]:
         """The question that a record answers, and its words.
@@ -440,9 +442,11 @@ class Questions:
         """
         words = None if prompt is None else shown(prompt)
         item = self.by_id.get(name)
-        if item is None and words is not None:
-            about = [one for one in self.by_words.get(words, []) if one.id.startswith(name)]
-            item = about[0] if len(about) == 1 else None
+        if item is None and words:
+            about = [(asked, one) for asked, one in self.by_picture.get(name, []) if asked and asked in words.lower()]
+            # One question's words may stand in another's.
+            about = [(asked, one) for asked, one in about if shown(one.text) == words] or about
+            item = about[0][1] if len(about) == 1 else None
         if item is None:
             example, asked = next(iter(self.by_id)), "" if words is None else f" with these words ({words!r:.80})"
             raise DataError(

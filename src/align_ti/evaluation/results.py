@@ -136,14 +136,19 @@ def name_of(value: Value) -> list[Any]:
     name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
     if (
         named
-        or not all(isinstance(one, (int, float, str)) for one in bound)
+        or not all(is_plain(one) or (isinstance(one, tuple) and all(map(is_plain, one))) for one in bound)
         or named_function(name, len(bound)) is None
     ):
         raise ValueError(
             f"the metric's value is {name} with {bound} and {named}; a function in align_ti.evaluation (metrics, benchmarks, scoring), "
-            "the last argument `sums`, bound to numbers or words by their order, is accepted, since a file has to name it."
+            "the last argument `sums`, bound to numbers, words or tuples of them by their order, is accepted, since a file names it."
         )
     return [name, *bound]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number or a word, which a file can hold."""
+    return isinstance(value, (int, float, str))
 
 
 def named_function(name: str, bound: int) -> Any:
@@ -267,7 +272,8 @@ def metric_of(told_of: Mapping[str, Any], lists: Sequence[tuple[str, ...]]) -> M
     Raises:
         ValueError: its sums do not fit its clusters, or its function is none that a file may name.
     """
-    name, *bound = told_of["function"]
+    name, *held = told_of["function"]
+    bound = [tuple(one) if isinstance(one, list) else one for one in held]
     function = named_function(name, len(bound)) if isinstance(name, str) else None
     if function is None:
         raise ValueError(f"the function {name!r} with {len(bound)} arguments before the sums is not known")
