@@ -14,8 +14,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Teacher
-from align_ti.errors import DataError, InterruptedRunError, RunError
+from align_ti.config import Evaluation, Recipe, Teacher
+from align_ti.errors import ConfigError, DataError, InterruptedRunError, RunError
 from align_ti.evaluation.benchmarks import PAPER, benchmark
 from align_ti.evaluation.predictions import conversation_of, part_paths
 from align_ti.evaluation.results import read_scores
@@ -24,7 +24,9 @@ from align_ti.evaluation.scored import score_file
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline import asking
 from align_ti.pipeline.asking import Task, batches, model_digest, predict, read_task, score_tasks
-from tests import benchmark_folders
+from align_ti.pipeline.measuring import train_and_measure
+from align_ti.runs import RunFolder, read_json
+from tests import benchmark_folders, small
 from tests.launching import ROOT
 
 TASKS = (*PAPER, "digits")
@@ -62,7 +64,7 @@ def some(folder: Path) -> list[Task]:
     return [read_task(benchmark(name), folder / "eval") for name in ("pope", "digits")]
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
@@ -162,7 +164,7 @@ def test_two_processes_give_the_files_of_one_and_finish_what_one_has_begun(folde
     # What a single process, or one of three, has left is not asked again.
     lines = (whole / "pope.jsonl").read_bytes().splitlines(keepends=True)
     (out / "pope.part-2.jsonl").write_bytes(b"".join([lines[0], *lines[5:9], lines[9][:20]]))
-    done = run("evaluate", folder / "teacher", *tasks, "--out", out, "--launch", 2, cwd=tmp_path)
+    done = run_command("evaluate", folder / "teacher", *tasks, "--out", out, "--launch", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("predictions and scores") == 1
     for name in ("pope", "digits"):
@@ -279,3 +281,81 @@ def test_wrong_options_are_told_in_a_sentence():
     for arguments, told in WRONG:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 1 and told in str(result.exception), (arguments, result.exception)
+
+
+# --- in recipes -------------------------------------------------------------------------------------------------------
+
+
+def recipe(folder: Path, out: Path, **evaluation: object) -> dict[str, object]:
+    """Four steps on records of the benchmark, two records in a step of each of two processes, or four of one."""
+    small.write_records(folder)
+    sections = small.recipe(folder, out=str(out), evaluation={"batch_size": 4, **evaluation})
+    sections["objective"] = {"iva": {"weight": 0}, "tpa": {"weight": 0}}
+    return sections
+
+
+def logged(run: RunFolder) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [line for line in lines if "task_digits" in line]
+
+
+def test_a_recipe_measures_before_during_and_after_training(folder, tmp_path):
+    evaluation = {"tasks": "digits,gqa", "data": str(folder / "eval"), "task_max_new_tokens": 6}
+    watched = recipe(folder, tmp_path / "watched", **evaluation, every=2, sample=5)
+    run = train_and_measure(Recipe.model_validate(watched))
+    told = read_json(run.benchmarks)
+    assert list(told["benchmarks"]) == ["teacher", "before", "student"]
+    for name, model in (("teacher", folder / "teacher"), ("before", folder / "student"), ("student", run.student)):
+        scores = read_scores(run.tasks(name))
+        for task in ("digits", "gqa"):
+            assert told["benchmarks"][name][task]["value"] == scores[task].metrics[scores[task].headline].score
+        dtype = "float32"
+        alone = predict(
+            Teacher(path=str(model), dtype=dtype),
+            [read_task(benchmark("digits"), folder / "eval")],
+            tmp_path / name,
+            batch_size=4,
+            max_new_tokens=6,
+        )
+        one, other = (path.read_text().splitlines()[1:] for path in (alone["digits"], run.tasks(name) / "digits.jsonl"))
+        assert one == other
+    assert told["benchmarks"]["teacher"]["digits"]["value"] > told["benchmarks"]["before"]["digits"]["value"]
+    # Once while it was trained; the last step is left to the measurement of the finished student.
+    (line,) = logged(run)
+    assert line["step"] == 2 and line["task_digits_low"] <= line["task_digits"] <= line["task_digits_high"]
+    # The student is trained as if nobody had asked.
+    quiet = train_and_measure(Recipe.model_validate(recipe(folder, tmp_path / "quiet")))
+    assert (quiet.student / "model.safetensors").read_bytes() == (run.student / "model.safetensors").read_bytes()
+    losses = [[line["loss"] for line in of.read_metrics()] for of in (run, quiet)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    # Two processes: every question once, and the same scores.
+    path, out = tmp_path / "recipe.yaml", tmp_path / "two"
+    watched |= {"out": str(out), "training": {**watched["training"], "per_device_train_batch_size": 2}}
+    path.write_text(json.dumps(watched))
+    done = run_command("train", path, "--launch", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "student before" in done.stdout and "Digits" in done.stdout
+    assert read_json(RunFolder(out).benchmarks)["benchmarks"]["before"] == told["benchmarks"]["before"]
+    assert read_json(RunFolder(out).benchmarks)["benchmarks"]["student"]["digits"]["questions"] == 16
+    (other,) = logged(RunFolder(out))
+    assert other["task_digits"] == line["task_digits"]
+
+
+def test_tasks_of_a_recipe_are_checked_before_anything_is_trained(folder, tmp_path):
+    for evaluation, told in (
+        ({"tasks": "pope"}, "tasks is given but data is missing"),
+        ({"tasks": ["pope", "pope"], "data": "x"}, "each benchmark once"),
+        ({"every": 3}, "every is given but tasks is missing"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Evaluation(**evaluation)
+    assert Evaluation(tasks="gqa, pope", data="x").tasks == ("gqa", "pope")
+    for name, error, told in (
+        ("popr", ConfigError, "did you mean 'pope'"),
+        ("pope", DataError, "llava_pope_test.jsonl"),
+    ):
+        (tmp_path / "empty" / "pope").mkdir(parents=True, exist_ok=True)
+        sections = recipe(folder, tmp_path / "run", tasks=name, data=str(tmp_path / "empty"))
+        with pytest.raises(error, match=told):
+            train_and_measure(Recipe.model_validate(sections))
+        assert not (tmp_path / "run").exists()

@@ -36,7 +36,6 @@ from align_ti.registry import Kind, lookup, names
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
-    from align_ti.evaluation.scored import Scored
     from align_ti.pipeline.caching import Cached
     from align_ti.planning.plan import Plan
     from align_ti.preflight.report import Report
@@ -128,7 +127,8 @@ def train(
 
     Ends with 0 when the student is there, 2 after an error, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1: run it again.
 
-    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
+    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
+    evaluation.tasks they are measured on benchmarks.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
@@ -160,6 +160,9 @@ def train(
     if run.summary.exists():
         show_summary(read_json(run.summary))
         console.print(f"report: {write_report(run.root)}")
+    if run.benchmarks.exists():
+        told = read_json(run.benchmarks)
+        show_tasks({told["labels"][name]: scores for name, scores in told["benchmarks"].items()})
 
 
 @app.command()
@@ -472,7 +475,8 @@ def evaluate(
             advance=advance,
         )
     if launched().is_main_process:
-        show_tasks({model: score_tasks(read, into, strict_original=strict_original)})
+        scores = score_tasks(read, into, strict_original=strict_original)
+        show_tasks({model: {name: one.told for name, one in scores.items()}})
         console.print(f"predictions and scores: {into}")
 
 
@@ -850,6 +854,7 @@ def dry(recipe: Recipe) -> None:
     """Load and check everything that a run needs, and say what it would do."""
     from align_ti.data.mixing import read_mixture
     from align_ti.data.roles import ROLE_NAMES
+    from align_ti.pipeline.measuring import read_tasks
     from align_ti.pipeline.parts import load_parts
     from align_ti.pipeline.records import read_questions, training_data
 
@@ -857,6 +862,7 @@ def dry(recipe: Recipe) -> None:
     questions = read_questions(recipe.data)
     for conversation in questions:
         conversation.check_files()
+    tasks = read_tasks(recipe)
     parts = load_parts(recipe)
     with bars() as advance:
         data, story = training_data(
@@ -885,6 +891,8 @@ def dry(recipe: Recipe) -> None:
     table.add_row("first record", f"{len(sample['input_ids'])} tokens: {roles}")
     terms = ", ".join(f"{name} x {getattr(recipe.objective, name).weight:g}" for name in recipe.objective.active)
     table.add_row("objective", terms)
+    for task in tasks:
+        table.add_row("benchmark", f"{task.benchmark.title}: {len(task.items)} questions")
     table.add_row("run folder", recipe.out)
     console.print(table)
 
@@ -984,7 +992,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def show_tasks(models: Mapping[str, Mapping[str, Scored]]) -> None:
+def show_tasks(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """The headline of each benchmark with its 95 % interval, a column for each model; the mean of the paper's six; then the notes."""
     from align_ti.evaluation.scored import mean_of_six
 
@@ -993,9 +1001,9 @@ def show_tasks(models: Mapping[str, Mapping[str, Scored]]) -> None:
         table.add_column(name, justify="right")
         table.add_column("95 %", justify="right")
     for name, first in next(iter(models.values())).items():
-        told = [scores[name].headline for scores in models.values()]
+        told = [scores[name] for scores in models.values()]
         cells = [cell for one in told for cell in (f"{one['value']:.1f}", ends(one["low"], one["high"]))]
-        table.add_row(first.benchmark.title, first.report.headline, str(first.questions), *cells)
+        table.add_row(first["title"], first["metric"], str(first["questions"]), *cells)
     means = [mean_of_six(scores) for scores in models.values()]
     if None not in means:
         table.add_section()
@@ -1004,9 +1012,9 @@ def show_tasks(models: Mapping[str, Mapping[str, Scored]]) -> None:
     console.print(table)
     for model, scores in models.items():
         for one in scores.values():
-            for note in one.report.notes:
-                of = f"{model}, " if len(models) > 1 else ""
-                console.print(f"{of}{one.benchmark.title}: {note}", highlight=False)
+            of = f"{model}, " if len(models) > 1 else ""
+            for note in one["notes"]:
+                console.print(f"{of}{one['title']}: {note}", highlight=False)
 
 
 def ends(low: float | None, high: float | None) -> str:

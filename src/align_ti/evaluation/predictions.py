@@ -179,7 +179,8 @@ def check_header(content: Any, path: Path, about: About) -> None:
 def flat(about: About) -> dict[str, Any]:
     """What a header says, settings beside the rest."""
     told = asdict(about)
-    return told | told.pop("settings")
+    settings: dict[str, Any] = told.pop("settings")
+    return told | settings
 
 
 def header_in(content: Any) -> About | None:

@@ -8,7 +8,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from align_ti.evaluation.benchmarks import PAPER, paper_row
+from align_ti.evaluation.benchmarks import PAPER
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.predictions import questions_digest, read_predictions
 from align_ti.evaluation.results import scored
@@ -23,6 +23,13 @@ class Scored:
     content: Mapping[str, Any]
     """What a file of scores holds (`align_ti.evaluation.results.scored`)."""
     questions: int
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a table says of it: `title`, `metric`, `value`, `low`, `high` (None where unknown), `unit`, `questions`, `notes`."""
+        about = {"title": self.benchmark.title, "metric": self.report.headline, "questions": self.questions}
+        ends = {name: self.headline[name] for name in ("value", "low", "high", "unit")}
+        return {**about, **ends, "notes": list(self.report.notes)}
 
     @property
     def headline(self) -> Mapping[str, Any]:
@@ -58,16 +65,16 @@ def score_file(path: Path, benchmark: Benchmark, items: Sequence[Item], *, stric
     return Scored(benchmark, report, content, len(read.items))
 
 
-def mean_of_six(found: Mapping[str, Scored]) -> tuple[float, float, float] | None:
-    """The mean of the paper's six columns with its 95 % interval; None unless all six are there.
+def mean_of_six(found: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, float] | None:
+    """The mean of the paper's six columns with its 95 % interval, from what `Scored.told` says; None unless all six are there.
 
     The benchmarks' questions are different ones, so the distances from the scores to their intervals' ends add up in squares. An end
     that is unknown leaves the mean's unknown (NaN).
     """
     if any(name not in found for name in PAPER):
         return None
-    mean = paper_row({name: one.report for name, one in found.items()})["mean"]
-    told = [found[name].headline for name in PAPER]
+    told = [found[name] for name in PAPER]
+    mean = sum(one["value"] for one in told) / len(PAPER)
     ends = []
     for end in ("low", "high"):
         apart = [float("nan") if one[end] is None else one[end] - one["value"] for one in told]

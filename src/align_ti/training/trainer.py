@@ -567,8 +567,9 @@ class AlignTITrainer(Trainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        size: int = state.active_dataloader.total_batch_size // self.args.world_size
-        return min(size, max(0, int(state.remainder) - self.args.process_index * size))
+        size = int(state.active_dataloader.total_batch_size) // int(self.args.world_size)
+        before = int(self.args.process_index) * size
+        return min(size, max(0, int(state.remainder) - before))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
