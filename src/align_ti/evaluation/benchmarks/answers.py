@@ -24,13 +24,10 @@ def check(items: Sequence[Item], predictions: Mapping[str, str], title: str) -> 
     """Refuse predictions that are not those of these questions.
 
     Raises:
-        DataError: there are no questions, a prediction is no text, or none of the predictions belongs to a question.
+        DataError: there are no questions, or none of the predictions belongs to a question.
     """
     if not items:
         raise DataError(f"{title}: no questions to score; at least one is needed.")
-    for id, text in predictions.items():
-        if not isinstance(text, str):
-            raise DataError(f"{title}: the prediction of {id!r:.80} is {type(text).__name__}; text is accepted.")
     if predictions and not any(item.id in predictions for item in items):
         raise DataError(
             f"{title}: none of the {len(predictions)} predictions belongs to one of the {len(items)} questions (their ids are like "

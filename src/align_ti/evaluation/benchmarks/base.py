@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from align_ti.data.conversation import Picture
-from align_ti.errors import DataError
 from align_ti.evaluation.metrics import Metric
 
 
@@ -63,18 +62,6 @@ class Benchmark(ABC):
         Raises:
             DataError: a file is missing, of another version, or does not fit the others.
         """
-
-    def id_of(self, record: Mapping[str, Any]) -> str:
-        """The id of the item that a line of an answers file is about, as LLaVA's scripts write it (`question_id`, `prompt`, `text`).
-
-        Raises:
-            DataError: the line does not tell.
-        """
-        if "question_id" not in record:
-            raise DataError(
-                f"{self.title}: a line of answers has no 'question_id' (found {', '.join(record) or 'nothing'})."
-            )
-        return str(record["question_id"])
 
     @abstractmethod
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:

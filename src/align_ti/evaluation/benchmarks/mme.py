@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -113,10 +112,6 @@ class Mme(Benchmark):
                     f"{item.place}: picture {item.cluster} has {count[item.cluster]} question(s); each has {PAIR}; the file is cut off "
                     f"or of another version; get it from {QUESTIONS.origin}."
                 )
-
-    def id_of(self, record: Mapping[str, Any]) -> str:
-        """The picture's id and the question in the prompt."""
-        return f"{super().id_of(record)} {question_of(field(record, 'prompt', f'{self.title}: a line of answers'))}"
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
         """Perception (also divided by 20, as the paper's table has it), cognition, and each category, at most 200.

@@ -51,8 +51,8 @@ class Pope(Benchmark):
         folder = task_folder(folder, "pope", QUESTIONS)
         records = list(read_lines(QUESTIONS.path(folder), QUESTIONS.origin))
         root = ImageRoot(folder / "val2014")
-        splits = list(dict.fromkeys(field(record, "category", place) for record, place in records))
-        labels = {split: read_labels(folder, split) for split in splits}
+        count = Counter(field(record, "category", place) for record, place in records)
+        labels = {split: read_labels(folder, split) for split in count}
         asked: Counter[str] = Counter()
         items = []
         for record, place in records:
@@ -60,10 +60,9 @@ class Pope(Benchmark):
             ordered, by_key, path = labels[split]
             key = (image, object_of(text))
             if key not in by_key:
-                count = sum(field(one, "category", of) == split for one, of in records)
                 raise DataError(
-                    f"{place}: {path} has no label for picture {image!r} and {text.splitlines()[0]!r}; it holds {len(ordered)} labels, "
-                    f"there are {count} {split} questions, so the two are of different versions; get the labels from {LABELS_ORIGIN}."
+                    f"{place}: {path} has no label for {key[1]!r} in picture {image!r}; it holds {len(ordered)} labels, there are "
+                    f"{count[split]} {split} questions, so the two differ in version; get the labels from {LABELS_ORIGIN}."
                 )
             number = asked[split]
             asked[split] += 1
@@ -78,6 +77,7 @@ class Pope(Benchmark):
                         "label": by_key[key],
                         "label_in_order": ordered[number] if number < len(ordered) else None,
                         "labels": len(ordered),
+                        "questions": count[split],
                     },
                     place=place,
                 )
@@ -100,13 +100,18 @@ class Pope(Benchmark):
         right: dict[str, float] = {}
         for split in splits:
             of = [item for item in items if item.kind == split]
-            labels = of[0].reference["labels"]
-            if labels != len(of):
+            labels, questions = of[0].reference["labels"], of[0].reference["questions"]
+            if labels != questions:
                 notes.append(
-                    f"coco_pope_{split}.json holds {labels} labels for {len(of)} questions that were scored; they are joined by "
+                    f"coco_pope_{split}.json holds {labels} labels for {questions} questions; they are joined by "
                     f"{'order, as by the original' if strict_original else 'picture and object'}."
                 )
             found = in_order(of, predictions) if strict_original else by_picture(of, predictions)
+            if not found:
+                raise DataError(
+                    f"{self.title}: no answers to the {split} questions, where the original divides by zero; score without "
+                    "strict_original."
+                )
             counted += [(item.cluster, split, counts) for item, counts in found]
             right |= {item.id: float(counts[0] + counts[2]) for item, counts in found}
         for split in set(SPLITS) - set(splits):

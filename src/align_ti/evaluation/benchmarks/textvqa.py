@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
@@ -68,11 +67,6 @@ class TextVqa(Benchmark):
             )
         refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
         return items
-
-    def id_of(self, record: Mapping[str, Any]) -> str:
-        """The picture's id and the question in the prompt."""
-        place = f"{self.title}: a line of answers"
-        return f"{super().id_of(record)} {question_of(field(record, 'prompt', place), place)}"
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
         """Consensus accuracy. Strictly, missing predictions leave the denominator."""
