@@ -178,8 +178,8 @@ def read_scores(path: Path) -> dict[str, Scores]:
     for scores in (scores for file in files for scores in scores_in(file)):
         if scores.benchmark in found:
             raise DataError(
-                f"{path}: {found[scores.benchmark].path} and {scores.path} are both scores on {scores.benchmark!r}; one file a benchmark "
-                "is accepted in a folder; name one of the files instead."
+                f"{path}: {found[scores.benchmark].path} and {scores.path} are both scores on {scores.benchmark!r}; one file "
+                "for each is accepted in a folder; name one of the files instead."
             )
         found[scores.benchmark] = scores
     if not found:
@@ -218,13 +218,10 @@ def scores_in(path: Path) -> list[Scores]:
             f"{path}: not valid JSON ({error}); write it again by `align-ti evaluate` or `align-ti score`."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("answers"), list):
-        found = [of_answers(path, content["answers"])]
         faithful = content.get("fidelity")
-        return (
-            [*found, of_content(path, faithful["scores"])]
-            if isinstance(faithful, dict) and "scores" in faithful
-            else found
-        )
+        measured = isinstance(faithful, dict) and "scores" in faithful
+        scores = of_answers(path, content["answers"])
+        return [scores, of_content(path, faithful["scores"])] if measured else [scores]
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(
