@@ -589,6 +589,29 @@ def score(
 
 
 @app.command()
+def compare(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more results: files of scores or of answers, folders of such files, or one run folder.",
+            metavar="RESULT...",
+        ),
+    ],
+    all_metrics: Annotated[bool, typer.Option(help="Every metric, not only each benchmark's headline.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the comparison to this JSON file.")] = None,
+) -> None:
+    """Compare models on the same questions: scores, and differences to the first, with 95 % intervals and corrected p values."""
+    from align_ti.evaluation.comparison import compare as compare_models
+    from align_ti.evaluation.comparison import read_models
+    from align_ti.runs import write_json
+
+    found = compare_models(read_models(results), all_metrics)
+    show_comparison(found)
+    if out is not None:
+        write_json(out, found)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
     data: Annotated[str, typer.Argument(help="A file, folder or hub dataset of training records.")],
@@ -1025,6 +1048,49 @@ def ends(low: float | None, high: float | None) -> str:
 def with_unit(value: float, unit: str) -> str:
     """A score with its unit."""
     return f"{value:.2f} {unit}".strip()
+
+
+def show_comparison(found: dict[str, Any]) -> None:
+    """Scores and differences as a table: a row for each model on each metric."""
+    first, many = found["models"][0], found["comparisons"] > 1
+    table = Table("benchmark", "score", "model", caption=f"Differences are to {first}.")
+    for title in ("value", "95 %", "difference", "95 %", *(("p (Holm)",) if many else ("p",))):
+        table.add_column(title, justify="right")
+    for row in found["rows"]:
+        differences = {one["of"]: one for one in row["differences"]}
+        for name, score in row["scores"].items():
+            cells = ["", "", ""]
+            if (one := differences.get(name)) is not None:
+                cells = [signed(one["value"], row["unit"]), bounds(one, row["unit"]), f"{one['corrected_p']:.2g}"]
+            start = name == next(iter(row["scores"]))
+            head = [row["benchmark"], f"{row['metric']} ({row['unit']})"] if start else ["", ""]
+            table.add_row(*head, name, figure(score["value"], row["unit"]), bounds(score, row["unit"]), *cells)
+        table.add_section()
+    console.print(table)
+    if many:
+        console.print(
+            f"p values are corrected for {found['comparisons']} comparisons (Holm); each interval holds by itself, those that hold "
+            "together are in the JSON (--out)."
+        )
+    for note in found["notes"]:
+        console.print(note)
+
+
+def figure(value: float, unit: str) -> str:
+    """A score: per cent to a tenth, others to four decimals."""
+    return f"{value:.1f}" if unit == "%" else f"{value:.4f}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign."""
+    return f"{'+' if value > 0 else ''}{figure(value, unit)}"
+
+
+def bounds(of: Mapping[str, Any], unit: str) -> str:
+    """The ends of an interval; a single cluster has none."""
+    if of["low"] is None:
+        return "unknown"
+    return f"{figure(of['low'], unit)} to {figure(of['high'], unit)}"
 
 
 def show_phases(runs: Mapping[str, RunFolder]) -> None:

@@ -180,12 +180,11 @@ def read_scores(path: Path) -> dict[str, Scores]:
     """
     files = [path] if not path.is_dir() else score_files(path)
     found: dict[str, Scores] = {}
-    for file in files:
-        scores = scores_in(file)
+    for scores in (scores for file in files for scores in scores_in(file)):
         if scores.benchmark in found:
             raise DataError(
-                f"{path}: {found[scores.benchmark].path} and {file} are both scores on {scores.benchmark!r}; one file a benchmark is "
-                "accepted in a folder; name one of the files instead."
+                f"{path}: {found[scores.benchmark].path} and {scores.path} are both scores on {scores.benchmark!r}; one file "
+                "for each is accepted in a folder; name one of the files instead."
             )
         found[scores.benchmark] = scores
     if not found:
@@ -209,8 +208,8 @@ def evaluations(folder: Path) -> list[Path]:
     return sorted(folder.glob("evaluation-*.json"))
 
 
-def scores_in(path: Path) -> Scores:
-    """The scores in a file, of either kind.
+def scores_in(path: Path) -> list[Scores]:
+    """The scores in a file: of one benchmark; or of answers, with the fidelity to a teacher if it was measured.
 
     Raises:
         DataError: it cannot be read, or is neither.
@@ -224,14 +223,17 @@ def scores_in(path: Path) -> Scores:
             f"{path}: not valid JSON ({error}); write it again by `align-ti evaluate` or `align-ti score`."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("answers"), list):
-        return of_answers(path, content["answers"])
+        faithful = content.get("fidelity")
+        measured = isinstance(faithful, dict) and "scores" in faithful
+        scores = of_answers(path, content["answers"])
+        return [scores, of_content(path, faithful["scores"])] if measured else [scores]
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(
             f"{path}: found {found!r} where a file of scores says {FORMAT!r}; files that `align-ti evaluate --out` and "
             "`align-ti score` write are accepted; score the predictions again by this version."
         )
-    return of_content(path, content)
+    return [of_content(path, content)]
 
 
 def of_content(path: Path, content: Mapping[str, Any]) -> Scores:

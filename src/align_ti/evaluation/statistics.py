@@ -286,11 +286,12 @@ def random_signs(
 def hierarchical(of: Sequence[Metric], to: Sequence[Metric], *, level: float = LEVEL) -> Difference:
     """The mean difference of two ways of making a model, each run with several seeds, all runs on the same clusters.
 
-    It holds for other seeds and other questions: its variance is that of two crossed samples, runs and clusters (Owen 2007; Cameron,
-    Gelbach and Miller 2011), and its interval and test are Student's, with degrees of freedom by Satterthwaite (1946). The
-    hierarchical bootstrap, which draws seeds and then clusters, estimates the same variance but knows nothing of how little a few seeds
-    tell: with 5 seeds its 95 % intervals miss the true difference two to three times as often as they should (tests/test_statistics.py
-    measures it). A score that is no mean enters by its jackknife values over clusters.
+    It holds for other seeds and other questions: its variance is that of two crossed samples, runs and clusters, and its interval and
+    test are Student's, with degrees of freedom by Satterthwaite (1946). The hierarchical bootstrap, which draws seeds and then
+    clusters, does not hold its level: it knows nothing of how little a few seeds tell, so with 5 seeds that differ its 95 % intervals
+    miss the true difference more than twice as often as they should; and what belongs to a run on a cluster it counts twice, so where
+    that is most of the noise they are too wide (tests/test_statistics.py measures both). A score that is no mean enters by its
+    jackknife values over clusters.
 
     Args:
         of: the scores of the one, a metric for each seed.
@@ -315,11 +316,11 @@ def hierarchical(of: Sequence[Metric], to: Sequence[Metric], *, level: float = L
     pseudo = np.stack([pseudo_values(one) - pseudo_values(other) for one, other in pairs])
     by_run, by_cluster = pseudo.mean(1, keepdims=True), pseudo.mean(0, keepdims=True)
     rest = pseudo - by_run - by_cluster + pseudo.mean()
+    # How far runs differ holds what belongs to a run on a cluster, so from the clusters' own part it is taken out.
     from_seeds = float(effects.var(ddof=1)) / seeds
-    from_clusters = float(by_cluster.var(ddof=1)) / clusters
-    # What belongs to a run on a cluster is in both.
-    twice = float((rest**2).sum()) / ((seeds - 1) * (clusters - 1)) / (seeds * clusters)
-    variance = max(from_seeds + from_clusters - twice, from_seeds, from_clusters)
+    together = float((rest**2).sum()) / ((seeds - 1) * (clusters - 1)) / seeds
+    from_clusters = max(0.0, float(by_cluster.var(ddof=1)) - together) / clusters
+    variance = from_seeds + from_clusters
     mean = float(effects.mean())
     if variance <= (1e-9 * max(1.0, abs(mean))) ** 2:
         return Difference(value=mean, low=mean, high=mean, p=float(mean == 0), clusters=clusters, seeds=seeds)
