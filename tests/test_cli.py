@@ -22,6 +22,7 @@ VERBS = [
     "plan",
     "score-layers",
     "evaluate",
+    "score",
     "generate",
     "cache",
     "chat",
