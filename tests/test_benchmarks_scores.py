@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align_ti.errors import DataError
@@ -133,6 +133,7 @@ ANSWERS = st.sampled_from(
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_order_does_not_matter_and_shares_stay_in_bounds(tasks, name, data):
     task, items, answers = tasks[name]
@@ -545,6 +546,7 @@ def strictly(task, items, predictions):
         return None, str(error)
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_strict_scores_are_the_scorers_over_the_answers_as_they_are(tasks, data):
     """Complete predictions: what the originals count, from the pure scorers alone."""
@@ -570,6 +572,7 @@ def test_strict_scores_are_the_scorers_over_the_answers_as_they_are(tasks, data)
         }
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_strict_mme_is_the_scorer_over_the_answers_as_they_are(two_pictures, data):
     task, items, answers = two_pictures
