@@ -74,6 +74,7 @@ ALLOWED = {
         "preflight",
         "report",
         "runs",
+        "terms",
         "training",
         "errors",
     },

@@ -223,14 +223,15 @@ def scores_in(path: Path) -> list[Scores]:
             f"{path}: not valid JSON ({error}); write it again by `align-ti evaluate` or `align-ti score`."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("answers"), list):
+        found = [of_answers(path, content["answers"])]
         faithful = content.get("fidelity")
-        measured = isinstance(faithful, dict) and "scores" in faithful
-        scores = of_answers(path, content["answers"])
-        return [scores, of_content(path, faithful["scores"])] if measured else [scores]
+        if isinstance(faithful, dict) and "scores" in faithful:
+            found.append(of_content(path, faithful["scores"]))
+        return found
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        called = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(
-            f"{path}: found {found!r} where a file of scores says {FORMAT!r}; files that `align-ti evaluate --out` and "
+            f"{path}: found {called!r} where a file of scores says {FORMAT!r}; files that `align-ti evaluate --out` and "
             "`align-ti score` write are accepted; score the predictions again by this version."
         )
     return [of_content(path, content)]

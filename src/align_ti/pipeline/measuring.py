@@ -19,13 +19,14 @@ from align_ti.data.roles import encode
 from align_ti.errors import DataError
 from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.chat import Chat
-from align_ti.evaluation.runner import divergence, evaluate, ignore
+from align_ti.evaluation.runner import evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.loading import best_device, load_model, load_processor
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.phases import part
 from align_ti.pipeline.asking import Task, predict, read_task, score_tasks
 from align_ti.pipeline.checking import Seen, log_warnings
+from align_ti.pipeline.fidelity import fidelity
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
 from align_ti.pipeline.training import distil
@@ -53,11 +54,14 @@ def evaluate_model(
     teacher: str | Teacher | None = None,
     dtype: str = "float32",
     teacher_dtype: str = "float32",
+    layer: int | None = None,
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, Any]:
-    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named.
+    """Accuracy of the model in a folder on the records, and its fidelity to a teacher if one is named (`divergence` in nats, and all
+    of `align_ti.pipeline.fidelity.fidelity`).
 
     A model given as `Teacher` is loaded as its settings say (precision, quantization, device), one given by name in the dtype given.
+    `layer` is the teacher's layer that weighs visual tokens; by default it is chosen by IRS on the records.
 
     Raises:
         ModelError: a model cannot be loaded, or the two cannot be compared.
@@ -76,7 +80,18 @@ def evaluate_model(
         result = evaluate(model, processor, conversations, settings, advance)
     if other is not None:
         with part("measure: divergence"):
-            result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
+            result["fidelity"] = fidelity(
+                model,
+                other,
+                processor,
+                conversations,
+                [(one["answer"], one["cut"]) for one in result["answers"]],
+                settings,
+                teacher_processor=own,
+                layer=layer,
+                called=(Path(first.path).name, Path(second.path).name),
+            )
+            result["divergence"] = result["fidelity"]["response_kl"]["value"]
     return result
 
 
@@ -131,6 +146,14 @@ def summarise(
         },
         "cut_answers": {name: result["cut"] for name, result in results.items()},
         "divergence_nats": {name: result["divergence"] for name, result in results.items() if "divergence" in result},
+        "fidelity": {
+            name: {
+                measure: {key: told[key] for key in ("value", "low", "high", "unit")}
+                for measure, told in result["fidelity"]["scores"]["metrics"].items()
+            }
+            for name, result in results.items()
+            if "fidelity" in result
+        },
         "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
         "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
         "memory": next((cost["memory"] for cost in costs.values()), ""),
