@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,15 +66,14 @@ def some(folder: Path) -> list[Task]:
     return [read_task(benchmark(name), folder / "eval") for name in ("pope", "digits")]
 
 
+def environment() -> dict[str, str]:
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+    return {**os.environ, **own}
+
+
 def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "250",
-    }
     command = [sys.executable, "-m", "align_ti", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment())
 
 
 def test_the_answers_are_what_the_model_says_to_each_question_alone(folder, whole):
@@ -127,6 +128,21 @@ def test_a_stop_and_the_rest_give_the_files_of_one_go(folder, whole, tmp_path, m
     # Nothing is left to ask, so no model is loaded.
     monkeypatch.setattr(asking, "load_teacher", lambda *_: pytest.fail("a model was loaded"))
     predict(teacher, some(folder), out, batch_size=4, max_new_tokens=4)
+
+
+def test_a_kill_and_the_rest_give_the_files_of_one_go(folder, whole, tmp_path):
+    arguments = ["evaluate", folder / "teacher", "--tasks", "pope,digits", "--data", folder / "eval", "--out", tmp_path]
+    arguments += ["--max-new-tokens", 4, "--batch-size", 4]
+    process = subprocess.Popen([sys.executable, "-m", "align_ti", *map(str, arguments)], env=environment())
+    part, until = tmp_path / "pope.part-0.jsonl", time.monotonic() + 120
+    while not part.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "digits.jsonl").exists()
+    predict(str(folder / "teacher"), some(folder), tmp_path, batch_size=4, max_new_tokens=4)
+    for name in ("pope", "digits"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (whole / f"{name}.jsonl").read_bytes()
 
 
 def test_predictions_of_another_model_or_by_other_settings_are_refused(folder, whole):
@@ -270,6 +286,7 @@ WRONG = [
     (["evaluate", "m", "--tasks", "pope", "--teacher", "t"], "belong to a file of records"),
     (["evaluate", "m", "--tasks", "pop", "--data", "."], "no benchmark is named 'pop'"),
     (["evaluate", "m", "--tasks", "pope,pope", "--data", "."], "each once"),
+    (["evaluate", "m", "--tasks", "own:anls,own", "--data", "."], "each once"),
     (["evaluate", "m", "--tasks", "pope"], "--data is missing"),
     (["evaluate", "m", "--tasks", "own"], "the file of questions by --questions"),
     (["score", "p.jsonl", "--task", "own", "--scorer", "exat", "--questions", "q"], "no scorer is named 'exat'"),
@@ -332,6 +349,7 @@ def test_a_recipe_measures_before_during_and_after_training(folder, tmp_path):
     path, out = tmp_path / "recipe.yaml", tmp_path / "two"
     watched |= {"out": str(out), "training": {**watched["training"], "per_device_train_batch_size": 2}}
     path.write_text(json.dumps(watched))
+    assert "Digits: 16 questions" in called("train", path, "--dry-run").stdout
     done = run_command("train", path, "--launch", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "student before" in done.stdout and "Digits" in done.stdout
@@ -345,6 +363,7 @@ def test_tasks_of_a_recipe_are_checked_before_anything_is_trained(folder, tmp_pa
     for evaluation, told in (
         ({"tasks": "pope"}, "tasks is given but data is missing"),
         ({"tasks": ["pope", "pope"], "data": "x"}, "each benchmark once"),
+        ({"tasks": "own:anls,own:exact", "data": "x"}, "each benchmark once"),
         ({"every": 3}, "every is given but tasks is missing"),
     ):
         with pytest.raises(ConfigError, match=told):

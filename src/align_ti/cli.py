@@ -527,7 +527,7 @@ def task_names(tasks: str) -> list[str]:
         ConfigError: there is none, or one stands there twice.
     """
     found = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not found or len(set(found)) < len(found):
+    if not found or len({name.partition(":")[0] for name in found}) < len(found):
         raise ConfigError(f"--tasks is {tasks!r}; accepted: names with commas between them, each once.")
     return found
 

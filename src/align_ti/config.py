@@ -484,7 +484,7 @@ class Evaluation(Knobs):
 
     @model_validator(mode="after")
     def _tasks_with_their_files(self) -> Evaluation:
-        if len(set(self.tasks)) < len(self.tasks):
+        if len({name.partition(":")[0] for name in self.tasks}) < len(self.tasks):
             raise ValueError(f"tasks is {', '.join(self.tasks)}; each benchmark once is accepted; take the others out")
         if self.tasks and self.data is None:
             raise ValueError("tasks is given but data is missing; name the folder that holds the benchmarks' files")
