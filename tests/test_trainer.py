@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -265,6 +266,14 @@ def test_several_processes_share_the_questions_of_a_measurement(two_processes, f
     (answers,) = two_processes["answers"]
     assert [answers] == asked(folder, evaluator(folder, tmp_path, 1, 2))
     assert set(answers) == {str(number) for number in range(1, 7)}
+
+
+def test_a_student_in_parts_is_not_asked_during_training(folder):
+    (folder / "own.jsonl").write_text(json.dumps({"id": 1, "question": "Why?", "answer": "so"}) + "\n")
+    settings = Evaluation(tasks=("own",), data=str(folder / "own.jsonl"), every=1)
+    watch = TaskWatch(settings, load_processor(str(folder / "student")))
+    with pytest.raises(ConfigError, match=r"evaluation\.every is given, but the student's weights are sharded"):
+        watch.attach(Mock(spec=AlignTITrainer, shards_weights=True))
 
 
 def test_records_repeated_to_fill_the_last_batch_count_once(two_processes, folder, tmp_path):
