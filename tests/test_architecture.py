@@ -27,7 +27,7 @@ ALLOWED = {
     "checkpoints": {"config", "data", "models", "runs", "errors"},
     "interactions": {"data", "models", "options", "errors"},
     "terms": {"data", "interactions", "losses", "models", "options", "errors"},
-    "evaluation": {"config", "data", "losses", "models", "errors"},
+    "evaluation": {"config", "data", "losses", "models", "runs", "errors"},
     "training": {
         "allocator",
         "config",
@@ -74,6 +74,7 @@ ALLOWED = {
         "preflight",
         "report",
         "runs",
+        "terms",
         "training",
         "errors",
     },

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from benchmarks import topk
+from benchmarks.evaluation import as_text, one_by_one, ours
 from benchmarks.levers import second_pass_attention
 from benchmarks.rivals import interleave, released_design, ribbon_mask, vanilla_kd
 from benchmarks.rounds import ratios, rotated, seconds_by_round, summary
@@ -18,6 +19,9 @@ from benchmarks.step import TARGETS, compared, losses_of, measured, targets_of
 from benchmarks.variants import VARIANTS, align_ti, make_bench, make_variants, scripted
 
 from align_ti.config import Iva, Objective, Tpa
+from align_ti.digits.files import Sizes, write_benchmark
+from align_ti.evaluation.benchmarks import benchmark as read_benchmark
+from align_ti.models.loading import load_model, load_processor
 from align_ti.training import passes
 from align_ti.training.objective import distillation_loss
 
@@ -36,6 +40,26 @@ KD = Objective(iva=Iva(weight=0.0, layer=LAYER), tpa=Tpa(weight=0.0))
 ALIGN_TI = Objective(iva=Iva(layer=LAYER))
 # transformers computes norms, eager softmax and its own loss in float32 whatever the model is in.
 ROUNDING = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def test_both_ways_of_asking_ask_the_same(tmp_path):
+    write_benchmark(tmp_path / "data", sizes=Sizes(train=1, validation=1, test=1))
+    folder = str(tmp_path / "data" / "teacher")
+    model, processor = load_model(folder, "float32"), load_processor(folder)
+    items = read_benchmark("digits").items(tmp_path / "data")
+    plain = one_by_one(model, processor, items)
+    assert plain == ours(model, processor, items, 3) and len(set(plain)) > 3
+    # What lmms-eval makes of a question, by the template that it is given.
+    content = [{"type": "image"}, {"type": "text", "text": items[0].text}]
+    told = [{"role": "user", "content": f"<image>\n{items[0].text}"}]
+    one, other = (
+        processor.apply_chat_template(message, chat_template=template, add_generation_prompt=True)
+        for message, template in (
+            ([{"role": "user", "content": content}], processor.chat_template),
+            (told, as_text(processor.chat_template)),
+        )
+    )
+    assert one == other
 
 
 @pytest.fixture(scope="module")

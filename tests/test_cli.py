@@ -23,6 +23,7 @@ VERBS = [
     "plan",
     "score-layers",
     "evaluate",
+    "score",
     "generate",
     "cache",
     "chat",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from align_ti.config import Evaluation
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import DataError
-from align_ti.evaluation.runner import answer, divergence, evaluate
+from align_ti.evaluation.fidelity import divergence
+from align_ti.evaluation.runner import answer, evaluate
 from align_ti.evaluation.scoring import accuracy, by_kind, is_right
 from align_ti.evaluation.tasks import question
 from align_ti.models.loading import load_model, load_processor

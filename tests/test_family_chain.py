@@ -21,7 +21,8 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import RESPONSE, encode, image_id, model_inputs
 from align_ti.data.sources import read_conversations
 from align_ti.errors import CheckError, ConfigError, DataError, ModelError
-from align_ti.evaluation.runner import answer, divergence
+from align_ti.evaluation.fidelity import divergence
+from align_ti.evaluation.runner import answer
 from align_ti.evaluation.tasks import question
 from align_ti.interactions.visual import visual_weights
 from align_ti.models.families import end_tokens, full_attention_layers, image_token

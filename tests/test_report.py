@@ -69,6 +69,15 @@ def test_what_comes_from_data_is_escaped(tmp_path):
     assert not re.search(r"Align-TI <b>", page)
 
 
+def test_benchmarks_stand_on_the_page_with_their_intervals(tmp_path):
+    one = {"title": "POPE", "metric": "f1", "value": 81.26, "low": 79.0, "high": 83.5, "questions": 24}
+    told = {"pope": {**one, "notes": ["<b>2</b> missing"]}, "own": {**one, "low": None, "high": None, "notes": []}}
+    page = write_report(run_folder(tmp_path, benchmarks={"align_ti": told})).read_text()
+    assert page.count("81.3") == 2 and page.count("79.0\N{EN DASH}83.5") == 1
+    assert "f1, 24 questions" in page and "&lt;b&gt;2&lt;/b&gt; missing" in page
+    assert "By their own protocols" not in write_report(run_folder(tmp_path)).read_text()
+
+
 def test_the_page_needs_nothing_from_outside(tmp_path):
     page = write_report(run_folder(tmp_path)).read_text()
     outside = [url for url in re.findall(r'(?:src|href)="([^"]*)"', page) if not url.startswith(("data:", "#"))]

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from align_ti.config import Iva, Objective, Recipe, Tpa
+from align_ti.config import Evaluation, Iva, Objective, Recipe, Tpa
 from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
 from align_ti.interactions.transitions import Candidates
@@ -26,6 +28,7 @@ from align_ti.models.sharding import called_as
 from align_ti.pipeline.measuring import train_and_measure
 from align_ti.pipeline.parts import load_parts
 from align_ti.pipeline.training import distil
+from align_ti.pipeline.watching import TaskWatch
 from align_ti.runs import RunFolder
 from align_ti.training.trainer import AlignTITrainer
 from tests import small
@@ -202,6 +205,86 @@ def test_two_processes_equal_one(folder, tmp_path):
     one.train()
     for name, value in saved(one, tmp_path / "one").items():
         assert float((value - two[name]).norm()) < 1e-5 * (1 + float(value.norm())), name
+
+
+EVALUATOR = """
+import json
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import tests.test_trainer as here
+from align_ti.processes import part_in_order
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+found = {}
+for records in here.RECORDS:
+    run = here.evaluator(folder, out, records, 2)
+    found[records] = run.evaluate()
+found["answers"] = here.asked(folder, run)
+if run.is_world_process_zero():
+    (out / "metrics.json").write_text(json.dumps(found))
+part_in_order()
+"""
+
+RECORDS = (1, 5, 7)
+"""Of 2 x 2 in a step: a process that has repeated records alone, then the first or the second with part of a batch."""
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder, tmp_path_factory) -> dict[str, Any]:
+    """What two processes found by `EVALUATOR`."""
+    out = tmp_path_factory.mktemp("two")
+    on_processes(2, EVALUATOR, folder, out)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def evaluator(folder: Path, out: Path, records: int, batch: int) -> AlignTITrainer:
+    run = trainer(folder, out, 2, 1)
+    run.args.per_device_eval_batch_size = batch
+    run.eval_dataset = FixedDraws(run.train_dataset.conversations[:records], run.processing_class)
+    return run
+
+
+def asked(folder: Path, run: AlignTITrainer) -> list[dict[str, str]]:
+    """The student's answers to six questions of one's own, and whether all of its modules are in the mode that they were in."""
+    own = folder / "own.jsonl"
+    if run.is_world_process_zero():
+        records = [{"id": n, "question": f"{'Which digit? ' * n}", "answer": "one"} for n in range(1, 7)]
+        own.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run.accelerator.wait_for_everyone()
+    settings = Evaluation(tasks=("own",), data=str(own), every=1, batch_size=2, task_max_new_tokens=4)
+    watch = TaskWatch(settings, run.processing_class)
+    run.model.train()
+    answers = [watch.answers(run.model, task, run) for task in watch.tasks]
+    run.model.train()
+    watch.measure(run.model, run)
+    assert all(module.training for module in run.model.modules())
+    return answers
+
+
+def test_several_processes_share_the_questions_of_a_measurement(two_processes, folder, tmp_path):
+    (answers,) = two_processes["answers"]
+    assert [answers] == asked(folder, evaluator(folder, tmp_path, 1, 2))
+    assert set(answers) == {str(number) for number in range(1, 7)}
+
+
+def test_a_student_in_parts_is_not_asked_during_training(folder):
+    (folder / "own.jsonl").write_text(json.dumps({"id": 1, "question": "Why?", "answer": "so"}) + "\n")
+    settings = Evaluation(tasks=("own",), data=str(folder / "own.jsonl"), every=1)
+    watch = TaskWatch(settings, load_processor(str(folder / "student")))
+    with pytest.raises(ConfigError, match=r"evaluation\.every is given, but the student's weights are sharded"):
+        watch.attach(Mock(spec=AlignTITrainer, shards_weights=True))
+
+
+def test_records_repeated_to_fill_the_last_batch_count_once(two_processes, folder, tmp_path):
+    # accelerate repeats the first records on processes that have fewer, and each then counted twice in an evaluation's means.
+    for records in RECORDS:
+        one = evaluator(folder, tmp_path / "one", records, 8).evaluate()
+        for name in ("loss", "sft", "kd", "iva", "tpa"):
+            assert two_processes[str(records)][f"eval_{name}"] == pytest.approx(one[f"eval_{name}"], rel=1e-5), (
+                records,
+                name,
+            )
 
 
 def test_terms_are_logged_unweighted_with_their_weight(folder, tmp_path):

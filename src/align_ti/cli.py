@@ -129,7 +129,8 @@ def train(
 
     Ends with 0 when the student is there, 2 after an error, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1: run it again.
 
-    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written.
+    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
+    evaluation.tasks they are measured on benchmarks.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
@@ -161,6 +162,9 @@ def train(
     if run.summary.exists():
         show_summary(read_json(run.summary))
         console.print(f"report: {write_report(run.root)}")
+    if run.benchmarks.exists():
+        told = read_json(run.benchmarks)
+        show_tasks({told["labels"][name]: scores for name, scores in told["benchmarks"].items()})
 
 
 @app.command()
@@ -339,17 +343,156 @@ def score_layers(
         write_json(out, {"layer": best, "scores": {str(layer): score for layer, score in scores.items()}})
 
 
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="The folder of the benchmarks' files, laid out as LLaVA's evaluation guide says (its eval folder, or the one above).",
+    ),
+]
+OwnQuestions = Annotated[Path | None, typer.Option(help="The .jsonl file of the task `own`.", metavar="FILE")]
+OwnScorer = Annotated[
+    str | None, typer.Option(help="How the task `own` scores questions that name no scorer of their own.")
+]
+StrictOriginal = Annotated[
+    bool, typer.Option("--strict-original", help="Score as the original scripts do, their defects included.")
+]
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
-    data: Annotated[Path, typer.Argument(help="A LLaVA-format file with the expected answers.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="A LLaVA-format file with the expected answers, in place of --tasks.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Benchmarks, such as gqa,sqa,textvqa,pope,mme,mmbench,digits,own.", metavar="NAME[,NAME]"),
+    ] = None,
+    folder: TaskFolder = None,
+    questions: OwnQuestions = None,
+    scorer: OwnScorer = None,
     images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Also measure the divergence from this model.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="Also write scores and answers to this JSON file.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of one answer at most; by default 128, or as each benchmark's protocol says."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask about so many questions of each benchmark, whole groups of them.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (as saved, the default of --tasks), float32, bfloat16 or float16.")
+    ] = None,
+    strict_original: StrictOriginal = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--launch", min=1, metavar="N", help="Share --tasks among N processes of this machine, one a GPU."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the benchmarks' files and say what would be asked; load no model.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write scores and answers to this JSON file; of --tasks the folder of predictions and scores, by default one "
+            "named after the model, below evaluations."
+        ),
+    ] = None,
 ) -> None:
-    """Ask a model every question of a file and score its answers by exact match, overall and by kind."""
+    """Ask a model the questions of benchmarks, or of a file of one's own records, and score its answers.
+
+    With --tasks, predictions are written first (NAME.jsonl), and scored then, each score with a 95 % interval; run again to go on
+    after a stop. With DATA, answers are scored by exact match, overall and by kind.
+    """
+    if (data is None) == (tasks is None):
+        raise ConfigError(
+            "evaluate takes a file of records (DATA) or benchmarks (--tasks), one of the two; "
+            + ("give one." if data is None else "leave the other out.")
+        )
+    precision: Any = dtype
+    if data is not None:
+        for_tasks = {
+            "--data": folder,
+            "--questions": questions,
+            "--scorer": scorer,
+            "--limit": limit,
+            "--launch": processes,
+            "--strict-original": strict_original or None,
+            "--dry-run": dry_run or None,
+        }
+        if wrong := [name for name, value in for_tasks.items() if value is not None]:
+            raise ConfigError(
+                f"{', '.join(wrong)} belong(s) to --tasks, but a file of records was given ({data}); leave one of the two out."
+            )
+        Teacher(path=model, dtype=precision or "float32")
+        evaluate_records(model, data, images, teacher, batch_size, max_new_tokens or 128, precision or "float32", out)
+        return
+    if images is not None or teacher is not None:
+        raise ConfigError("--images and --teacher belong to a file of records (DATA); leave them out with --tasks.")
+    settings = Teacher(path=model, dtype=precision or "auto")
+    asked = {name: scorer_of(name, scorer) for name in task_names(tasks or "")}
+    quiet()
+    if processes is not None and not dry_run:
+        options: dict[str, Any] = {
+            "--tasks": tasks,
+            "--data": folder,
+            "--questions": questions,
+            "--scorer": scorer,
+            "--batch-size": batch_size,
+            "--max-new-tokens": max_new_tokens,
+            "--limit": limit,
+            "--dtype": dtype,
+            "--out": out,
+        }
+        given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
+        strict = ["--strict-original"] if strict_original else []
+        raise typer.Exit(launch(processes, ["evaluate", model, *given, *strict]))
+    from align_ti.evaluation.benchmarks import benchmark
+    from align_ti.pipeline.asking import predict, read_task, score_tasks, where_to
+    from align_ti.pipeline.parts import launched
+
+    read = [read_task(benchmark(full), task_place(name, folder, questions), limit) for name, full in asked.items()]
+    if dry_run:
+        table = Table("benchmark", "questions", "pictures", "tokens of an answer", title="dry run: nothing is asked")
+        for task in read:
+            pictures = len({str(image) for item in task.items for image in item.images})
+            tokens = task.tokens(max_new_tokens)
+            table.add_row(task.benchmark.title, str(len(task.items)), str(pictures), f"at most {tokens}")
+        console.print(table)
+        return
+    into, digest = where_to(model, out)
+    with bars() as advance:
+        predict(
+            settings,
+            read,
+            into,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            digest=digest,
+            advance=advance,
+        )
+    if launched().is_main_process:
+        scores = score_tasks(read, into, strict_original=strict_original)
+        show_tasks({model: {name: one.told for name, one in scores.items()}})
+        console.print(f"predictions and scores: {into}")
+
+
+def evaluate_records(
+    model: str,
+    data: Path,
+    images: Path | None,
+    teacher: str | None,
+    batch_size: int,
+    max_new_tokens: int,
+    dtype: str,
+    out: Path | None,
+) -> None:
+    """Ask a model every question of a file and show its scores by exact match."""
     quiet()
     from align_ti.data.sources import read_conversations
     from align_ti.pipeline.measuring import evaluate_model
@@ -364,7 +507,7 @@ def evaluate(
             advance("answer", done[0], len(conversations))
 
         settings = Evaluation(batch_size=batch_size, max_new_tokens=max_new_tokens)
-        result = evaluate_model(model, conversations, settings, teacher=teacher, advance=answered)
+        result = evaluate_model(model, conversations, settings, teacher=teacher, dtype=dtype, advance=answered)
     table = Table("kind", "accuracy %", "95 %", "questions")
     for kind, score in result["accuracy"].items():
         table.add_row(
@@ -377,6 +520,97 @@ def evaluate(
         console.print(f"KL from the teacher: {result['divergence']:.4f} nats a token")
     if out is not None:
         write_json(out, result)
+
+
+def task_names(tasks: str) -> list[str]:
+    """The names in a list with commas.
+
+    Raises:
+        ConfigError: there is none, or one stands there twice.
+    """
+    found = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not found or len({name.partition(":")[0] for name in found}) < len(found):
+        raise ConfigError(f"--tasks is {tasks!r}; accepted: names with commas between them, each once.")
+    return found
+
+
+def scorer_of(name: str, scorer: str | None) -> str:
+    """The benchmark's name, with the scorer that `own` is to use."""
+    return f"{name}:{scorer}" if name == "own" and scorer is not None else name
+
+
+def task_place(name: str, folder: Path | None, questions: Path | None) -> Path:
+    """Where a benchmark's files are.
+
+    Raises:
+        ConfigError: it was not said.
+    """
+    place = questions if name.partition(":")[0] == "own" and questions is not None else folder
+    if place is None:
+        own = ", or the file of questions by --questions" if name.partition(":")[0] == "own" else ""
+        raise ConfigError(f"--data is missing; name the folder that holds the files of {name} by it{own}.")
+    return place
+
+
+@app.command()
+def score(
+    predictions: Annotated[
+        Path, typer.Argument(help="A .jsonl or .json file of predictions, by `align-ti evaluate` or another tool.")
+    ],
+    task: Annotated[str, typer.Option(help="The benchmark: gqa, sqa, textvqa, pope, mme, mmbench, digits or own.")],
+    folder: TaskFolder = None,
+    questions: OwnQuestions = None,
+    scorer: OwnScorer = None,
+    strict_original: StrictOriginal = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the scores to this file, whose name ends in scores.json.")
+    ] = None,
+) -> None:
+    """Score predictions on a benchmark, whoever made them, each score with a 95 % interval. Loads no model and no torch.
+
+    A record needs the question's id (id, question_id) and the answer (text, prediction, response, answer). Missing ones are wrong.
+    """
+    from align_ti.evaluation.benchmarks import benchmark
+    from align_ti.evaluation.results import is_named_scores, write_scores
+    from align_ti.evaluation.scored import score_file
+
+    if out is not None and not is_named_scores(out):
+        raise ConfigError(f"--out is {str(out)!r}; accepted: scores.json, or a name that ends in .scores.json.")
+    chosen = benchmark(scorer_of(task, scorer))
+    items = chosen.items(task_place(task, folder, questions))
+    found = score_file(predictions, chosen, items, strict_original=strict_original)
+    table = Table("score", "value", "95 %", title=f"{chosen.title}, {found.questions} questions")
+    for name, told in found.content["metrics"].items():
+        table.add_row(name, with_unit(told["value"], told["unit"]), ends(told["low"], told["high"]))
+    console.print(table)
+    for note in found.report.notes:
+        console.print(note, highlight=False)
+    if out is not None:
+        write_scores(out, found.content)
+        console.print(f"scores: {out}")
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more results: files of scores or of answers, folders of such files, or one run folder.",
+            metavar="RESULT...",
+        ),
+    ],
+    all_metrics: Annotated[bool, typer.Option(help="Every metric, not only each benchmark's headline.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the comparison to this JSON file.")] = None,
+) -> None:
+    """Compare models on the same questions: scores, and differences to the first, with 95 % intervals and corrected p values."""
+    from align_ti.evaluation.comparison import compare as compare_models
+    from align_ti.evaluation.comparison import read_models
+    from align_ti.runs import write_json
+
+    found = compare_models(read_models(results), all_metrics)
+    show_comparison(found)
+    if out is not None:
+        write_json(out, found)
 
 
 @app.command()
@@ -652,6 +886,7 @@ def dry(recipe: Recipe) -> None:
     """Load and check everything that a run needs, and say what it would do."""
     from align_ti.data.mixing import read_mixture
     from align_ti.data.roles import ROLE_NAMES
+    from align_ti.pipeline.measuring import read_tasks
     from align_ti.pipeline.parts import load_parts
     from align_ti.pipeline.records import read_questions, training_data
 
@@ -659,6 +894,7 @@ def dry(recipe: Recipe) -> None:
     questions = read_questions(recipe.data)
     for conversation in questions:
         conversation.check_files()
+    tasks = read_tasks(recipe)
     parts = load_parts(recipe)
     with bars() as advance:
         data, story = training_data(
@@ -687,6 +923,8 @@ def dry(recipe: Recipe) -> None:
     table.add_row("first record", f"{len(sample['input_ids'])} tokens: {roles}")
     terms = ", ".join(f"{name} x {getattr(recipe.objective, name).weight:g}" for name in recipe.objective.active)
     table.add_row("objective", terms)
+    for task in tasks:
+        table.add_row("benchmark", f"{task.benchmark.title}: {len(task.items)} questions")
     table.add_row("run folder", recipe.out)
     console.print(table)
 
@@ -784,6 +1022,84 @@ def show_summary(summary: dict[str, Any]) -> None:
     ):
         table.add_row(title, *(shown(summary[key].get(name), form) for name in names))
     console.print(table)
+
+
+def show_tasks(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """The headline of each benchmark with its 95 % interval, a column for each model; the mean of the paper's six; then the notes."""
+    from align_ti.evaluation.scored import mean_of_six
+
+    table = Table("benchmark", "score", "questions")
+    for name in models:
+        table.add_column(name, justify="right")
+        table.add_column("95 %", justify="right")
+    for name, first in next(iter(models.values())).items():
+        told = [scores[name] for scores in models.values()]
+        cells = [cell for one in told for cell in (f"{one['value']:.1f}", ends(one["low"], one["high"]))]
+        table.add_row(first["title"], first["metric"], str(first["questions"]), *cells)
+    means = [mean_of_six(scores) for scores in models.values()]
+    if None not in means:
+        table.add_section()
+        cells = [cell for value, low, high in filter(None, means) for cell in (f"{value:.1f}", ends(low, high))]
+        table.add_row("mean of the six", "as in the paper", "", *cells)
+    console.print(table)
+    for model, scores in models.items():
+        for one in scores.values():
+            of = f"{model}, " if len(models) > 1 else ""
+            for note in one["notes"]:
+                console.print(f"{of}{one['title']}: {note}", highlight=False)
+
+
+def ends(low: float | None, high: float | None) -> str:
+    """An interval, or a dash where it is unknown."""
+    return "-" if low is None or high is None or low != low or high != high else f"{low:.1f}-{high:.1f}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A score with its unit."""
+    return f"{value:.2f} {unit}".strip()
+
+
+def show_comparison(found: dict[str, Any]) -> None:
+    """Scores and differences as a table: a row for each model on each metric."""
+    first, many = found["models"][0], found["comparisons"] > 1
+    table = Table("benchmark", "score", "model", caption=f"Differences are to {first}.")
+    for title in ("value", "95 %", "difference", "95 %", *(("p (Holm)",) if many else ("p",))):
+        table.add_column(title, justify="right")
+    for row in found["rows"]:
+        differences = {one["of"]: one for one in row["differences"]}
+        for name, score in row["scores"].items():
+            cells = ["", "", ""]
+            if (one := differences.get(name)) is not None:
+                cells = [signed(one["value"], row["unit"]), bounds(one, row["unit"]), f"{one['corrected_p']:.2g}"]
+            start = name == next(iter(row["scores"]))
+            head = [row["benchmark"], f"{row['metric']} ({row['unit']})"] if start else ["", ""]
+            table.add_row(*head, name, figure(score["value"], row["unit"]), bounds(score, row["unit"]), *cells)
+        table.add_section()
+    console.print(table)
+    if many:
+        console.print(
+            f"p values are corrected for {found['comparisons']} comparisons (Holm); each interval holds by itself, those that hold "
+            "together are in the JSON (--out)."
+        )
+    for note in found["notes"]:
+        console.print(note)
+
+
+def figure(value: float, unit: str) -> str:
+    """A score: per cent to a tenth, others to four decimals."""
+    return f"{value:.1f}" if unit == "%" else f"{value:.4f}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign."""
+    return f"{'+' if value > 0 else ''}{figure(value, unit)}"
+
+
+def bounds(of: Mapping[str, Any], unit: str) -> str:
+    """The ends of an interval; a single cluster has none."""
+    if of["low"] is None:
+        return "unknown"
+    return f"{figure(of['low'], unit)} to {figure(of['high'], unit)}"
 
 
 def show_phases(runs: Mapping[str, RunFolder]) -> None:

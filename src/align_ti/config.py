@@ -460,7 +460,38 @@ class Evaluation(Knobs):
     batch_size: int = Field(default=16, ge=1)
     """Questions answered at a time."""
     max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of one answer at most; an answer that reaches it is counted as cut."""
+    """Tokens of one answer to a question of data.eval at most; an answer that reaches it is counted as cut."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Benchmarks (gqa, sqa, textvqa, pope, mme, mmbench, digits, own:SCORER) that teacher, untouched student and student are measured
+    on; a list, or names with commas."""
+    data: str | None = Field(default=None, min_length=1)
+    """The folder of the benchmarks' files, laid out as LLaVA's evaluation guide says. Needed by tasks."""
+    task_max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one answer to a benchmark's question at most; by default as each benchmark's protocol says."""
+    limit: int | None = Field(default=None, ge=1)
+    """Ask about so many questions of each benchmark, whole groups of them; by default all."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two measurements of the student on the benchmarks while it is trained; by default there are none."""
+    sample: int = Field(default=64, ge=1)
+    """About so many questions of each benchmark are asked in such a measurement, whole groups of them, always the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_with_commas(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and isinstance(options.get("tasks"), str):
+            return {**options, "tasks": tuple(name.strip() for name in options["tasks"].split(",") if name.strip())}
+        return options
+
+    @model_validator(mode="after")
+    def _tasks_with_their_files(self) -> Evaluation:
+        if len({name.partition(":")[0] for name in self.tasks}) < len(self.tasks):
+            raise ValueError(f"tasks is {', '.join(self.tasks)}; each benchmark once is accepted; take the others out")
+        if self.tasks and self.data is None:
+            raise ValueError("tasks is given but data is missing; name the folder that holds the benchmarks' files")
+        for name in ("data", "task_max_new_tokens", "limit", "every"):
+            if not self.tasks and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given but tasks is missing; name the benchmarks, or leave {name} out")
+        return self
 
 
 class Generation(Knobs):

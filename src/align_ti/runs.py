@@ -218,6 +218,15 @@ class RunFolder:
                     return folder
         return None
 
+    def tasks(self, name: str) -> Path:
+        """The folder of one model's predictions on benchmarks, and their scores, by the model's name."""
+        return self.root / "tasks" / name
+
+    @property
+    def benchmarks(self) -> Path:
+        """The benchmarks' headlines of all models, if evaluation.tasks asked for some."""
+        return self.root / "benchmarks.json"
+
     def evaluation(self, name: str) -> Path:
         """The answers and scores of one model, by name."""
         return self.root / f"evaluation-{name}.json"

@@ -33,12 +33,17 @@ class Metric:
         return float(self.value(self.sums.sum(0)))
 
 
-def ratio(sums: Float[np.ndarray, "*draws two"]) -> Float[np.ndarray, "*draws"]:
-    """100 times the first statistic over the second; 0 where the second is 0."""
+def quotient(sums: Float[np.ndarray, "*draws two"]) -> Float[np.ndarray, "*draws"]:
+    """The first statistic over the second; 0 where the second is 0."""
     over = np.zeros(sums.shape[:-1])
     np.divide(sums[..., 0], sums[..., 1], out=over, where=sums[..., 1] != 0)
-    # An array even where the sums are those of one draw.
-    return np.asarray(100 * over)
+    return over
+
+
+def ratio(sums: Float[np.ndarray, "*draws two"]) -> Float[np.ndarray, "*draws"]:
+    """100 times the first statistic over the second; 0 where the second is 0."""
+    # A product of no dimensions would be a plain number.
+    return np.asarray(100 * quotient(sums))
 
 
 def mean_of(values: Sequence[float], clusters: Sequence[Hashable]) -> Metric:

@@ -1,4 +1,4 @@
-"""Asks a model and measures it: greedy answers, accuracy by kind, and divergence from a teacher on held-out answers."""
+"""Asks a model and measures it: greedy answers, and accuracy by kind."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Evaluation
 from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation
-from align_ti.data.roles import NO_LABEL, encode, model_inputs
-from align_ti.errors import DataError
+from align_ti.data.roles import encode, model_inputs
 from align_ti.evaluation.scoring import by_kind, is_right
 from align_ti.evaluation.tasks import Question, question
-from align_ti.losses.divergence import forward_kl
-from align_ti.models.continuation import read
 from align_ti.models.families import end_tokens
-from align_ti.models.pairing import shared_tokens
-from align_ti.models.standins import Projection
-
-ROWS = 64
-"""Rows projected to the vocabulary at a time."""
 
 Advance = Callable[[int], None]
 """Called with the number of records done, for a progress bar."""
@@ -63,10 +54,19 @@ def answer(
     answers: dict[int, tuple[str, bool]] = {}
     for indices in chunks(order, settings.batch_size):
         part = [questions[index] for index in indices]
-        samples = [encode(one.conversation, processor, train=False, ask=True) for one in part]
-        answers |= zip(indices, said(model, processor, samples, settings.max_new_tokens), strict=True)
+        asked = [one.conversation for one in part]
+        answers |= zip(indices, said_to(model, processor, asked, settings.max_new_tokens), strict=True)
         advance(len(part))
     return [answers[index] for index in range(len(questions))]
+
+
+def said_to(
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    """What the model says, greedily, to each question of one batch, and whether it was cut at the token limit."""
+    return said(
+        model, processor, [encode(one, processor, train=False, ask=True) for one in conversations], max_new_tokens
+    )
 
 
 @torch.no_grad()
@@ -127,57 +127,8 @@ def evaluate(
                 "expected": one.expected,
                 "answer": text,
                 "right": hit,
+                "cut": cut,
             }
-            for one, (text, _), hit in zip(questions, given, right, strict=True)
+            for one, (text, cut), hit in zip(questions, given, right, strict=True)
         ],
     }
-
-
-@torch.no_grad()
-def divergence(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    processor: ProcessorMixin,
-    conversations: Sequence[Conversation],
-    settings: Evaluation,
-    advance: Advance = ignore,
-    teacher_processor: ProcessorMixin | None = None,
-) -> float:
-    """Mean KL(teacher || student) in nats over every response token of held-out records, along the right answers.
-
-    Over the tokens that both know. A teacher with a processor of its own reads each record by it.
-
-    Raises:
-        DataError: the two read different response tokens.
-    """
-    student.eval(), teacher.eval()
-    shared = shared_tokens(student, teacher, processor, teacher_processor)
-    total, count = 0.0, 0
-    for part in chunks(conversations, settings.batch_size):
-        (rows, words), (other_rows, other_words) = (
-            response_rows(model, of, part)
-            for model, of in ((student, processor), (teacher, teacher_processor or processor))
-        )
-        if words != other_words:
-            raise DataError(
-                f"{part[0].place} or one of the {len(part) - 1} records behind it: student and teacher read different response tokens, "
-                "so their distributions cannot be compared; choose models of one tokenizer and end of turn."
-            )
-        for ours, theirs in zip(rows.split(ROWS), other_rows.split(ROWS), strict=True):
-            logits = Projection(student)(ours)[:, shared], Projection(teacher)(theirs).to(ours.device)[:, shared]
-            total, count = total + float(forward_kl(*logits).sum()), count + len(ours)
-        advance(len(part))
-    return total / count
-
-
-def response_rows(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation]
-) -> tuple[Float[Tensor, "rows hidden"], list[int]]:
-    """The hidden states that predict the response tokens of the records, and these tokens."""
-    collate = Collator(processor.tokenizer.pad_token_id)
-    batch = collate([encode(conversation, processor) for conversation in conversations])
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    labels = batch["labels"][:, 1:]
-    predicts = labels != NO_LABEL
-    hidden: Tensor = read(model, model_inputs(batch), keep_cache=False).hidden[:, :-1][predicts]
-    return hidden, labels[predicts].tolist()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from align_ti.config import Evaluation, Recipe, Scores, Teacher
@@ -15,13 +17,16 @@ from align_ti.data.conversation import Conversation, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import encode
 from align_ti.errors import DataError
+from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.chat import Chat
-from align_ti.evaluation.runner import divergence, evaluate, ignore
+from align_ti.evaluation.runner import evaluate, ignore
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.models.loading import best_device, load_model, load_processor
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.phases import part
+from align_ti.pipeline.asking import Task, predict, read_task, score_tasks
 from align_ti.pipeline.checking import Seen, log_warnings
+from align_ti.pipeline.fidelity import fidelity
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
 from align_ti.pipeline.training import distil
@@ -49,11 +54,14 @@ def evaluate_model(
     teacher: str | Teacher | None = None,
     dtype: str = "float32",
     teacher_dtype: str = "float32",
+    layer: int | None = None,
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, Any]:
-    """Accuracy of the model in a folder on the records, and its divergence from a teacher if one is named.
+    """Accuracy of the model in a folder on the records, and its fidelity to a teacher if one is named (`divergence` in nats, and all
+    of `align_ti.pipeline.fidelity.fidelity`).
 
     A model given as `Teacher` is loaded as its settings say (precision, quantization, device), one given by name in the dtype given.
+    `layer` is the teacher's layer that weighs visual tokens; by default it is chosen by IRS on the records.
 
     Raises:
         ModelError: a model cannot be loaded, or the two cannot be compared.
@@ -72,7 +80,18 @@ def evaluate_model(
         result = evaluate(model, processor, conversations, settings, advance)
     if other is not None:
         with part("measure: divergence"):
-            result["divergence"] = divergence(model, other, processor, conversations, settings, teacher_processor=own)
+            result["fidelity"] = fidelity(
+                model,
+                other,
+                processor,
+                conversations,
+                [(one["answer"], one["cut"]) for one in result["answers"]],
+                settings,
+                teacher_processor=own,
+                layer=layer,
+                called=(Path(first.path).name, Path(second.path).name),
+            )
+            result["divergence"] = result["fidelity"]["response_kl"]["value"]
     return result
 
 
@@ -127,10 +146,83 @@ def summarise(
         },
         "cut_answers": {name: result["cut"] for name, result in results.items()},
         "divergence_nats": {name: result["divergence"] for name, result in results.items() if "divergence" in result},
+        "fidelity": {
+            name: {
+                measure: {key: told[key] for key in ("value", "low", "high", "unit")}
+                for measure, told in result["fidelity"]["scores"]["metrics"].items()
+            }
+            for name, result in results.items()
+            if "fidelity" in result
+        },
         "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
         "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
         "memory": next((cost["memory"] for cost in costs.values()), ""),
     }
+
+
+LABELS = {"teacher": "teacher", "before": "student before", "student": "student"}
+"""The models of a run by name, and what they are called in tables."""
+
+
+def read_tasks(recipe: Recipe) -> list[Task]:
+    """The benchmarks that a recipe measures on, with their questions; none if it names none.
+
+    Raises:
+        ConfigError: there is no benchmark of a name.
+        DataError: a file of a benchmark is missing or of another version.
+    """
+    settings = recipe.evaluation
+    return [read_task(benchmark(name), Path(settings.data or ""), settings.limit) for name in settings.tasks]
+
+
+def measure_tasks(
+    run: RunFolder,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    names: Sequence[str],
+    advance: Callable[[str, int, int], None],
+) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The scores of the run's models on benchmarks, by model and benchmark; predictions and scores are in `tasks/MODEL`.
+
+    All processes call it; what an earlier call has left is not asked again. The first process scores, the others get nothing.
+
+    Args:
+        run: the run.
+        recipe: its recipe.
+        tasks: the benchmarks.
+        names: the models, of `LABELS`; a teacher that the recipe does not name is left out.
+        advance: called with what is asked of whom, the questions that are done, and those of this process.
+    """
+    dtype = recipe.student.dtype
+    models = {
+        "teacher": recipe.teacher,
+        "before": Teacher(path=recipe.student.path, dtype=dtype),
+        "student": Teacher(path=str(run.student), dtype=dtype),
+    }
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name in names:
+        model = models[name]
+        if model is None:
+            continue
+
+        def asked(task: str, done: int, total: int, name: str = name) -> None:
+            advance(f"{LABELS[name]}, {task}", done, total)
+
+        with part("measure: benchmarks"):
+            predict(
+                model,
+                tasks,
+                run.tasks(name),
+                batch_size=recipe.evaluation.batch_size,
+                max_new_tokens=recipe.evaluation.task_max_new_tokens,
+                advance=asked,
+            )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the training, which comes next
+        if PartialState().is_main_process:
+            found[name] = {task: one.told for task, one in score_tasks(tasks, run.tasks(name)).items()}
+    return found
 
 
 def train_and_measure(
@@ -140,13 +232,28 @@ def train_and_measure(
     check: bool = True,
     seen: Seen = log_warnings,
 ) -> RunFolder:
-    """`distil`, then, if the recipe names evaluation data, the student before and after and the teacher on them."""
+    """`distil`; if the recipe names evaluation data, then the student before and after and the teacher on them.
+
+    On the recipe's benchmarks (evaluation.tasks) teacher and untouched student are measured before training, the student after it,
+    by all processes together.
+    """
     checks = partial(advance, "check the records")
-    run = distil(recipe, steps=steps, checks=checks, check=check, seen=seen)
-    if recipe.data.eval is None or not PartialState().is_main_process:
+    tasks = read_tasks(recipe)
+
+    def before(run: RunFolder) -> None:
+        if tasks:
+            measure_tasks(run, recipe, tasks, ("teacher", "before"), advance)
+
+    run = distil(recipe, steps=steps, checks=checks, check=check, seen=seen, before=before)
+    benchmarks = measure_tasks(run, recipe, tasks, tuple(LABELS), advance) if tasks else {}
+    if not PartialState().is_main_process:
+        return run
+    if benchmarks:
+        write_json(run.benchmarks, {"labels": LABELS, "benchmarks": benchmarks})
+    if recipe.data.eval is None:
         return run
     conversations = read_questions(recipe.data)
-    labels = {"teacher": "teacher", "before": "student before", "student": "student"}
+    labels = LABELS
     models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
     results = {}
     for name, model in models.items():
@@ -168,8 +275,7 @@ def train_and_measure(
             write_json(run.evaluation(name), result)
             results[name] = result
     title = f"Distillation of {Path(recipe.student.path).name}"
-    write_json(
-        run.summary, summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
-    )
+    summary = summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
+    write_json(run.summary, {**summary, "benchmarks": benchmarks} if benchmarks else summary)
     write_card(run, run.student)
     return run

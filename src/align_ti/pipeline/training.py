@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from align_ti.pipeline.caching import use_cache
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
 from align_ti.pipeline.parts import Parts, launched, load_parts, load_student
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
+from align_ti.pipeline.watching import TaskWatch
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
@@ -74,6 +75,7 @@ def distil(
     checks: Steps | None = None,
     check: bool = True,
     seen: Seen = log_warnings,
+    before: Callable[[RunFolder], None] = lambda run: None,
 ) -> RunFolder:
     """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
 
@@ -84,6 +86,7 @@ def distil(
         checks: called after every record of the pass over the data, if the recipe asks for one.
         check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
         seen: called with what that check found; by default its warnings are logged.
+        before: called by all processes when the folder is the run's and nothing is loaded yet, unless the student is there already.
 
     Raises:
         CheckError: a check failed; nothing was trained.
@@ -95,7 +98,7 @@ def distil(
     run, state = RunFolder(Path(recipe.out)), launched()
     # One process holds the folder for all of its launch.
     with run.held() if state.is_main_process else contextlib.nullcontext():
-        return distil_into(run, recipe, state, data, steps, checks, check, seen)
+        return distil_into(run, recipe, state, data, steps, checks, check, seen, before)
 
 
 def distil_into(
@@ -107,12 +110,14 @@ def distil_into(
     checks: Steps | None,
     check: bool,
     seen: Seen,
+    before: Callable[[RunFolder], None],
 ) -> RunFolder:
     """`distil` in a folder that is held."""
     with state.main_process_first():
         run.claim(recipe, state.num_processes)
     if run.student.exists():
         return run
+    before(run)
     set_seed(recipe.seed)
     with part("load models"):
         parts = load_parts(recipe)
@@ -129,6 +134,7 @@ def distil_into(
             compile_tokenwise(unwrapped(model))
     parameters = parts.trained()
     recorder, phases = RunRecorder(run, steps), StepPhases() if recipe.training.phases else None
+    watch = TaskWatch(recipe.evaluation, parts.processor) if recipe.evaluation.every is not None else None
     trainer = AlignTITrainer(
         model=parts.student,
         teacher_model=parts.teacher,
@@ -139,12 +145,14 @@ def distil_into(
         teacher_processing_class=parts.teacher_processor,
         scores=recipe.layer_scores,
         on_policy=recipe.data.on_policy,
-        callbacks=[recorder],
+        callbacks=[recorder, *filter(None, [watch])],
         phases=phases,
         shard_teacher=recipe.teacher is not None and recipe.teacher.sharded,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
+    if watch is not None:
+        watch.attach(trainer)
     trainer.resolve_layer()
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:

@@ -90,6 +90,43 @@ def distillation_loss(
     Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
     """
     terms: Terms = objective.terms
+    readings = read_batch(student, teacher, batch, objective, candidates, generator, pairing, in_step=in_step)
+    tokens = readings.tokens
+    masses = term_masses(terms, tokens, readings.plan)
+    whole = masses if step_masses is None else step_masses(masses)
+    with phase("divergence"):
+        loss, totals = added_up(terms, readings, whole, objective.chunk_rows)
+        if in_step:
+            loss = loss + nothing_of(readings.student.hidden, readings.student.branches)
+    plan = readings.plan
+    return DistillationOutput(
+        loss=loss,
+        terms={name: total / masses[name].to(total).clamp(min=1) for name, total in totals.items()},
+        totals=totals,
+        masses=masses,
+        branch_share=None if plan is None else (plan.branch_weights != 0).sum() / plan.kept.clamp(min=1),
+    )
+
+
+def read_batch(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: Mapping[str, Any],
+    objective: Objective,
+    candidates: Candidates | Int[Tensor, "batch seq candidates"] | None = None,
+    generator: torch.Generator | None = None,
+    pairing: Pairing | None = None,
+    *,
+    in_step: bool = False,
+) -> Readings:
+    """What both models make of a batch, as far as the objective's terms need it; the arguments are those of `distillation_loss`.
+
+    Raises:
+        BatchError: the batch contradicts itself.
+        ConfigError: `iva.layer` is "auto".
+        ModelError: the models do not fit each other, or a term does not fit them.
+    """
+    terms: Terms = objective.terms
     check_models(student, teacher, objective, shared_inputs="teacher" not in batch)
     compared = teacher if objective.needs_teacher else None
     if pairing is None:
@@ -112,22 +149,7 @@ def distillation_loss(
     with tower_once(student, compared if pairing.one_tower else None):
         running = theirs if kept is None else None
         readings = run_passes(ours, running, terms, tokens, candidates, generator, pairing, found, in_step=in_step)
-    if kept is not None:
-        readings = replace(readings, teacher=replace(kept, correspondence=found))
-    masses = term_masses(terms, tokens, readings.plan)
-    whole = masses if step_masses is None else step_masses(masses)
-    with phase("divergence"):
-        loss, totals = added_up(terms, readings, whole, objective.chunk_rows)
-        if in_step:
-            loss = loss + nothing_of(readings.student.hidden, readings.student.branches)
-    plan = readings.plan
-    return DistillationOutput(
-        loss=loss,
-        terms={name: total / masses[name].to(total).clamp(min=1) for name, total in totals.items()},
-        totals=totals,
-        masses=masses,
-        branch_share=None if plan is None else (plan.branch_weights != 0).sum() / plan.kept.clamp(min=1),
-    )
+    return readings if kept is None else replace(readings, teacher=replace(kept, correspondence=found))
 
 
 def term_masses(terms: Terms, tokens: Tokens, plan: Transitions | None) -> Masses:
@@ -150,7 +172,7 @@ def added_up(
     losses = [coefficients[name] * total.to(readings.device, dtype) for name, total in scalars.items()]
     totals = {name: total.detach().to(readings.device, dtype) for name, total in scalars.items()}
     if rows:
-        gathered, weights = gather_rows(rows, readings)
+        gathered, weights, _ = gather_rows(rows, readings)
         weighted = {
             name: RowWeights(weights=weights[name], coefficient=coefficients[name], measure=part.measure)
             for name, part in rows.items()
@@ -168,8 +190,8 @@ def added_up(
 
 def gather_rows(
     terms: Mapping[str, WeightedRows], readings: Readings
-) -> tuple[Rows, dict[str, Float[Tensor, " rows"]]]:
-    """The rows that have weight in any term, with each term's weights.
+) -> tuple[Rows, dict[str, Float[Tensor, " rows"]], Int[Tensor, " rows"]]:
+    """The rows that have weight in any term, with each term's weights, and the sample that each row belongs to.
 
     Gold rows come first, each beside the teacher's row of the same token; then candidates; then, for each term that names rows of the
     teacher itself, its own.
@@ -177,7 +199,7 @@ def gather_rows(
     student, teacher, plan = readings.student, readings.teacher, readings.plan
     labels = next_labels(readings.tokens.labels)
     paired = {name: part.weights for name, part in terms.items() if part.teacher_rows is None}
-    blocks: list[tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]] = []
+    blocks: list[tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor], Tensor]] = []
 
     def rows_of(of: Tensor, chosen: Tensor) -> Tensor:
         return of[chosen.to(of.device)]
@@ -186,18 +208,20 @@ def gather_rows(
         chosen = torch.stack([weight != 0 for weight in paired.values()]).any(0)
         theirs = None if teacher is None else rows_of(teacher.aligned(teacher.hidden), chosen)
         weights = {name: weight[chosen] for name, weight in paired.items()}
-        blocks.append((student.hidden[chosen], theirs, labels[chosen].clamp(min=0), weights))
+        blocks.append((student.hidden[chosen], theirs, labels[chosen].clamp(min=0), weights, chosen.nonzero()[:, 0]))
     branching = {name: part.branch_weights for name, part in terms.items() if part.branch_weights is not None}
     if branching and plan is not None and student.branches is not None:
         theirs = None if teacher is None else teacher.branches
-        blocks.append((student.branches, theirs, labels.new_zeros(len(student.branches)), branching))
+        of_none = labels.new_zeros(len(student.branches))
+        blocks.append((student.branches, theirs, of_none, branching, plan.branches.samples))
     for name, part in terms.items():
         if part.teacher_rows is not None and teacher is not None:
             chosen = part.weights != 0
             sample, _ = chosen.nonzero(as_tuple=True)
             device = teacher.hidden.device
             theirs = teacher.hidden[sample.to(device), part.teacher_rows[chosen].to(device)]
-            blocks.append((student.hidden[chosen], theirs, labels[chosen].clamp(min=0), {name: part.weights[chosen]}))
+            own = {name: part.weights[chosen]}
+            blocks.append((student.hidden[chosen], theirs, labels[chosen].clamp(min=0), own, sample))
 
     def spread(name: str) -> Float[Tensor, " rows"]:
         dtype = terms[name].weights.dtype
@@ -213,7 +237,7 @@ def gather_rows(
         labels=joined([block[2] for block in blocks]),
         shared=readings.pairing.shared,
     )
-    return rows, {name: spread(name) for name in terms}
+    return rows, {name: spread(name) for name in terms}, joined([block[4] for block in blocks])
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

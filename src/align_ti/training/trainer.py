@@ -22,7 +22,8 @@ from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
-from align_ti.data.roles import encode
+from align_ti.data.roles import NO_LABEL, encode
+from align_ti.data.roles import OTHER as OTHER_ROLE
 from align_ti.errors import AlignTIError, ConfigError, ModelError
 from align_ti.interactions.candidates import CandidateOptions, plan_candidates
 from align_ti.interactions.layer_scores import score_layers
@@ -556,10 +557,34 @@ class AlignTITrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
-        """The loss of one evaluation batch; logits in full are never made."""
+        """The loss of one evaluation batch; logits in full are never made. Records that fill the last batch up weigh nothing."""
+        sums, own = self.eval_sums, self.records_of_its_own()
+        if own == 0:
+            # Read all the same, since other processes may wait in the models' passes.
+            self.eval_sums = Sums()
+        elif own is not None:
+            inputs = weightless_from(inputs, own)
         with torch.no_grad():
             value = self.compute_loss(model, self._prepare_inputs(inputs))
+        if own == 0:
+            # Means are taken over the processes term by term, so each has to know the terms.
+            for name, mass in self.eval_sums.masses.items():
+                sums.count(name, torch.zeros_like(mass), torch.zeros_like(mass))
+        self.eval_sums = sums
         return value.detach(), None, None
+
+    def records_of_its_own(self) -> int | None:
+        """How many records at the head of this evaluation batch no other batch has; None: all of them.
+
+        Where records do not fill the last batches of all processes, accelerate repeats the first ones, behind the others. A dataset of
+        unknown length does not tell how many those are.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        size = int(state.active_dataloader.total_batch_size) // int(self.args.world_size)
+        before = int(self.args.process_index) * size
+        return min(size, max(0, int(state.remainder) - before))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -604,7 +629,7 @@ class AlignTITrainer(Trainer):
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """As in transformers, with each term's mean over the whole evaluation set among the metrics.
 
-        Several processes fill the last batch up with records that they repeat, as accelerate does; those count twice.
+        Records that several processes repeat to fill the last batches up count once, except of a dataset of unknown length.
         """
         self.eval_sums, self.eval_draws = Sums(), 0
         output = super().evaluation_loop(*arguments, **options)
@@ -623,6 +648,19 @@ class AlignTITrainer(Trainer):
             logs |= self.train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
             logs |= {f"{name}_weight": term.weight for name, term in self.objective.terms.items()}
         super().log(logs, start_time)
+
+
+def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The batch with records that weigh nothing in any term from this one on: none of their tokens has a role or a label."""
+    nothing = {"labels": NO_LABEL, "roles": OTHER_ROLE, "pictures": 0}
+    changed = dict(batch)
+    for name, value in nothing.items():
+        if name in batch:
+            changed[name] = batch[name].clone()
+            changed[name][count:] = value
+    if "teacher" in batch:
+        changed["teacher"] = weightless_from(batch["teacher"], count)
+    return changed
 
 
 def name_layers(plugin: Any, model: PreTrainedModel) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-RESAMPLES = 2000
-"""Bootstrap resamples of an interval."""
+from align_ti.evaluation.metrics import mean_of
+from align_ti.evaluation.statistics import interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def accuracy(right: Sequence[bool], pictures: Sequence[Hashable]) -> Accuracy:
-    """The share of right answers, with a percentile bootstrap over pictures.
+    """The share of right answers, with a bootstrap over pictures (`statistics.interval`).
 
     Questions about one picture fail together, so whole pictures are resampled, not questions.
 
@@ -43,15 +41,8 @@ def accuracy(right: Sequence[bool], pictures: Sequence[Hashable]) -> Accuracy:
         raise ValueError(
             f"{len(right)} results and {len(pictures)} pictures; equal numbers of at least 1 are accepted."
         )
-    number = {picture: index for index, picture in enumerate(dict.fromkeys(pictures))}
-    cluster = np.array([number[picture] for picture in pictures])
-    hits = np.bincount(cluster, weights=np.array(right, dtype=float), minlength=len(number))
-    sizes = np.bincount(cluster, minlength=len(number))
-    # A fixed seed: the interval of given results is a fact about them, not about the run's seed.
-    drawn = np.random.default_rng(0).integers(len(number), size=(RESAMPLES, len(number)))
-    shares = hits[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return Accuracy(per_cent=100 * float(np.mean(right)), low=100 * low, high=100 * high, questions=len(right))
+    found = interval(mean_of([float(hit) for hit in right], pictures))
+    return Accuracy(per_cent=found.value, low=found.low, high=found.high, questions=len(right))
 
 
 def by_kind(right: Sequence[bool], pictures: Sequence[Hashable], kinds: Sequence[str]) -> dict[str, Accuracy]:
