@@ -1,11 +1,12 @@
-"""Which architectures vLLM, SGLang and llama.cpp's converter list, read from their published packages without installing them; as JSON.
+"""Which families vLLM, SGLang, llama.cpp's converter and optimum list, read from their published packages without installing; as JSON.
 
-    .venv/bin/python -m pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23
+    .venv/bin/python -m pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 optimum-intel==2.2.0 optimum-onnx==0.1.0
     .venv/bin/python -m pip download --no-deps --no-binary llama-cpp-python --dest build/wheels llama-cpp-python==0.3.36
     .venv/bin/python -m benchmarks.registries --packages build/wheels --out results/registries.json
 
-A listed architecture was not run: both servers need a GPU. What is read is source, parsed and never imported: vLLM's dictionaries of
-names, SGLang's `EntryClass`, llama.cpp's `ModelBase.register`.
+What is listed was not run by this command; both servers need a GPU. What is read is source, parsed and never imported: vLLM's
+dictionaries of names, SGLang's `EntryClass`, llama.cpp's `ModelBase.register`, and what optimum's exporters register for the task
+image-text-to-text.
 """
 
 from __future__ import annotations
@@ -140,6 +141,17 @@ def llama_cpp_names(files: Files) -> dict[str, set[str]]:
     return kinds
 
 
+def optimum_names(files: Files) -> dict[str, set[str]]:
+    """The model types that one of optimum's exporters takes with pictures."""
+    types: set[str] = set()
+    for _, text in files(r"^optimum/exporters/\w+/model_configs\.py$"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and re.match(r"register_(in_)?tasks_manager", ast.unparse(node.func)):
+                words = [part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
+                types |= {str(words[0])} if "image-text-to-text" in words else set()
+    return {"image-text-to-text": types}
+
+
 def listed(names: dict[str, set[str]], architecture: str) -> list[str]:
     """The kinds under which an architecture is listed."""
     return sorted(kind for kind, found in names.items() if architecture in found)
@@ -151,7 +163,9 @@ def needs(files: Files) -> list[str]:
     return sorted(re.findall(r"^Requires-Dist: ((?:torch|transformers)(?![\w-])[^;\n]*)$", text, re.MULTILINE))
 
 
-READERS = {"vllm": vllm_names, "sglang": sglang_names, "llama_cpp_python": llama_cpp_names}
+BY_CLASS = {"vllm": vllm_names, "sglang": sglang_names, "llama_cpp_python": llama_cpp_names}
+BY_TYPE = {"optimum_intel": optimum_names, "optimum_onnx": optimum_names}
+"""How each package is read, by whether it lists classes or model types."""
 
 
 def main() -> None:
@@ -163,7 +177,7 @@ def main() -> None:
     classes = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     asked = {name: classes[name] for name in FAMILIES}
     result: dict[str, Any] = {"packages": {}, "families": {}, "parts": {}}
-    for name, reader in READERS.items():
+    for name, reader in {**BY_CLASS, **BY_TYPE}.items():
         found = sorted(options.packages.glob(f"{name}-*"))
         if len(found) != 1:
             raise SystemExit(
@@ -177,8 +191,8 @@ def main() -> None:
         }
         for family, architecture in asked.items():
             entry = result["families"].setdefault(family, {"architecture": architecture})
-            entry[name] = listed(names, architecture)
-        for part in PARTS:
+            entry[name] = listed(names, architecture if name in BY_CLASS else family)
+        for part in PARTS if name in BY_CLASS else ():
             result["parts"].setdefault(part, {})[name] = listed(names, part)
         if name == "vllm":
             result["packages"][name]["towers of llava"] = vllm_towers(files)

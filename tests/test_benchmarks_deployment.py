@@ -43,6 +43,25 @@ class Between(MmprojModel):
     pass
 """
 
+OPTIMUM = {
+    "openvino": """
+@register_in_tasks_manager("llava", *["image-text-to-text"], library_name="transformers")
+class One: pass
+
+@register_in_tasks_manager(
+    "qwen2_vl",
+    *[
+        "text-generation",
+    ],
+)
+class Two: pass
+
+@other("paligemma", "image-text-to-text")
+class Three: pass
+""",
+    "onnx": "@register_tasks_manager_onnx('gemma3', *TASKS, 'text-classification')\nclass One: pass",
+}
+
 
 def write_packages(folder: Path) -> None:
     """Packages of the three, as small as they can be."""
@@ -62,6 +81,11 @@ def write_packages(folder: Path) -> None:
             "sglang-0.1.dist-info/METADATA": metadata,
         },
     }
+    for name, exporter in (("intel", "openvino"), ("onnx", "onnx")):
+        wheels[f"optimum_{name}-2-py3-none-any.whl"] = {
+            f"optimum/exporters/{exporter}/model_configs.py": OPTIMUM[exporter],
+            f"optimum_{name}-2.dist-info/METADATA": metadata,
+        }
     for name, files in wheels.items():
         with zipfile.ZipFile(folder / name, "w") as archive:
             for path, text in files.items():
@@ -89,10 +113,13 @@ def test_registries_are_read_from_packages_that_are_not_run(tmp_path, monkeypatc
         "vllm": ["multimodal"],
         "sglang": ["registered"],
         "llama_cpp_python": ["language model", "tower and projector"],
+        "optimum_intel": ["image-text-to-text"],
+        "optimum_onnx": [],
     }
-    none = {"vllm": [], "sglang": [], "llama_cpp_python": []}
+    none = {"vllm": [], "sglang": [], "llama_cpp_python": [], "optimum_intel": [], "optimum_onnx": []}
     assert found["families"]["paligemma"] == {"architecture": "PaliGemmaForConditionalGeneration", **none}
     assert found["families"]["smolvlm"] == {"architecture": "SmolVLMForConditionalGeneration", **none}
+    assert found["families"]["qwen2_vl"]["optimum_intel"] == found["families"]["gemma3"]["optimum_onnx"] == []
     assert found["parts"]["Qwen3ForCausalLM"] == {
         "vllm": ["text generation"],
         "sglang": ["registered"],
