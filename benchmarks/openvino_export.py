@@ -59,15 +59,22 @@ def compared(name: str, data: Path, python: Path, folder: Path, questions: int) 
     asked.write_text(
         json.dumps([{"question": one["question"].removeprefix("<image>"), "image": one["image"]} for one in given])
     )
+    out = folder / f"{name}-answers.json"
+    try:
+        # The shipped folders have the names of weights that transformers 5.23 writes.
+        inside(python, str(ANSWERS), "transformers", str(data / name), str(asked), str(out))
+        refused = ""
+    except SystemExit as error:
+        refused = str(error).strip().splitlines()[-1].replace(str(data), "digits")
     said = inside(python, *EXPORT, "--weight-format", "fp32", "--model", str(saved), str(exported))
     result: dict[str, Any] = {
         "questions": len(given),
+        "without portable names": refused,
         "right here": sum(one["right"] for one in given),
         "export warns": sorted({line for line in said.splitlines() if "potential accuracy issues" in line}),
         "bytes": sum(path.stat().st_size for path in exported.glob("openvino_*")),
     }
     for kind, place in (("transformers", saved), ("openvino", exported)):
-        out = folder / f"{name}-{kind}-answers.json"
         inside(python, str(ANSWERS), kind, str(place), str(asked), str(out))
         found = json.loads(out.read_text(encoding="utf-8"))
         result["versions"] = found["versions"]

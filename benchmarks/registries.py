@@ -2,7 +2,7 @@
 
     .venv/bin/python -m pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 optimum-intel==2.2.0 optimum-onnx==0.1.0
     .venv/bin/python -m pip download --no-deps --no-binary llama-cpp-python --dest build/wheels llama-cpp-python==0.3.36
-    .venv/bin/python -m benchmarks.registries --packages build/wheels --out results/registries.json
+    .venv/bin/python -m benchmarks.registries --packages build/wheels --out results/registries.json --page docs/deployment.md
 
 What is listed was not run by this command; both servers need a GPU. What is read is source, parsed and never imported: vLLM's
 dictionaries of names, SGLang's `EntryClass`, llama.cpp's `ModelBase.register`, and what optimum's exporters register for the task
@@ -51,6 +51,17 @@ PARTS = (
     "Gemma2ForCausalLM",
 )
 """What LLaVA students are made of."""
+
+START, STOP = "<!-- registries: start -->", "<!-- registries: stop -->"
+"""Around the table in docs/deployment.md."""
+
+TITLES = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llama_cpp_python": "llama.cpp's converter",
+    "optimum_intel": "optimum-intel (OpenVINO)",
+    "optimum_onnx": "optimum-onnx",
+}
 
 Files = Callable[[str], Iterator[tuple[str, str]]]
 """The files of a package whose path matches an expression, with their text."""
@@ -163,6 +174,23 @@ def needs(files: Files) -> list[str]:
     return sorted(re.findall(r"^Requires-Dist: ((?:torch|transformers)(?![\w-])[^;\n]*)$", text, re.MULTILINE))
 
 
+def table(result: dict[str, Any]) -> str:
+    """The families and where they are listed, as Markdown."""
+    packages = result["packages"]
+    heads = [f"{TITLES[name]} {packages[name]['version']}" for name in packages]
+    lines = [f"| family | class | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    for family, entry in result["families"].items():
+        cells = [", ".join(entry[name]) or "no" for name in packages]
+        lines.append(f"| {family} | `{entry['architecture']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(text: str, result: dict[str, Any]) -> str:
+    """The page with the table in its place."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n\n{table(result)}\n\n{STOP}{rest.split(STOP)[1]}"
+
+
 BY_CLASS = {"vllm": vllm_names, "sglang": sglang_names, "llama_cpp_python": llama_cpp_names}
 BY_TYPE = {"optimum_intel": optimum_names, "optimum_onnx": optimum_names}
 """How each package is read, by whether it lists classes or model types."""
@@ -173,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="the folder with the downloaded packages")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="also write the table into this page")
     options = parser.parse_args()
     classes = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     asked = {name: classes[name] for name in FAMILIES}
@@ -197,6 +226,8 @@ def main() -> None:
         if name == "vllm":
             result["packages"][name]["towers of llava"] = vllm_towers(files)
     write_json(options.out, {**result, "provenance": provenance()})
+    if options.page is not None:
+        options.page.write_text(page(options.page.read_text(encoding="utf-8"), result), encoding="utf-8")
 
 
 if __name__ == "__main__":

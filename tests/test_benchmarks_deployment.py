@@ -127,6 +127,14 @@ def test_registries_are_read_from_packages_that_are_not_run(tmp_path, monkeypatc
     }
 
 
+def test_the_page_has_the_table_of_the_results():
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "deployment.md").read_text(encoding="utf-8")
+    result = json.loads((root / "results" / "registries.json").read_text(encoding="utf-8"))
+    assert registries.page(text, result) == text
+    assert "| llava | `LlavaForConditionalGeneration` | multimodal | registered |" in text
+
+
 def test_a_package_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["registries", "--packages", str(tmp_path), "--out", str(tmp_path / "out.json")])
     with pytest.raises(SystemExit, match="holds 0 packages of vllm; 1 is accepted"):
