@@ -4,14 +4,16 @@
 # check   lint, format, types, architecture
 # engines the tests of several processes, with DeepSpeed, which it installs
 # kills   20 runs killed at random moments end with the same weights; minutes
+# lmms-eval  an environment with lmms-eval in build/lmms, and the plug-in's test in it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LMMS := build/lmms
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check engines kills wheel clean
+.PHONY: setup demo test check engines kills lmms-eval wheel clean
 
 setup: $(READY)
 
@@ -42,6 +44,17 @@ engines: $(READY)
 
 kills: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+
+# lmms-eval pulls torchvision, whose build on the index is for CUDA: beside torch for CPUs it cannot be imported, and transformers tries to.
+$(LMMS)/.ready: requirements/lmms.txt requirements/constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements/constraints.txt)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -r requirements/lmms.txt -e .
+	$(LMMS)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+lmms-eval: $(LMMS)/.ready
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/test_lmms_eval.py
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from align_ti.config import Recipe
 from align_ti.errors import RunError
@@ -124,13 +125,61 @@ def test_a_hub_s_base_model_is_named_and_nothing_leaves_its_place_in_the_card(tm
     assert front["base_model"] == "some-lab/small: model" and front["align_ti"]["teacher"] == "teacher`s"
     assert "/secret" not in text and str(tmp_path) not in text
     assert "`` teacher`s ``" in text and "| `a\\|b` | 1 | 2 |" in text
-    assert "Nothing: the recipe names no data" in text
+    assert "Nothing: the recipe names no data" in text and "model-index" not in front
     shown = run.recipe.read_text()
     run.recipe.write_text(shown.replace("eval: null", "eval: /secret/held-out.json"))
     assert "Nothing yet: evaluation on `held-out.json`" in write_card(run, tmp_path).read_text()
     # The fence around the recipe is longer than any in it, and the name of the file stays on its line.
     assert "````yaml\n" in text and "\n# heading" not in text
     assert text.split("````yaml\n")[1].count("````") == 1
+
+
+def test_a_hub_reads_the_measurements_from_the_card(finished):
+    run, _, _ = finished
+    read = ModelCard(card(run)).data
+    summary = json.loads(run.summary.read_text())
+    assert read.model_name == "student, distilled"
+    assert {result.dataset_name for result in read.eval_results} == {"held-out.json"}
+    assert {result.dataset_type for result in read.eval_results} == {"held-out-json"}
+    assert {result.task_type for result in read.eval_results} == {"image-text-to-text"}
+    assert [result.metric_value for result in read.eval_results] == list(summary["accuracy"]["student"].values())
+    for result, (kind, ends) in zip(read.eval_results, summary["interval_95"]["student"].items(), strict=True):
+        low, high = ends
+        assert result.metric_type == "exact_match"
+        assert result.metric_name == f"exact match ({kind}), 95 % interval {low:.1f} to {high:.1f}"
+        assert result.metric_args == {"interval_95": ends, "questions": summary["questions_by_kind"][kind]}
+
+
+def test_benchmarks_stand_in_the_card_and_its_metadata(finished, tmp_path):
+    run, _, _ = finished
+    summary = json.loads(run.summary.read_text())
+
+    def scores(value: float) -> dict[str, object]:
+        return {
+            "pope": {"title": "POPE: a | b", "metric": "f1", "value": value, "low": value - 1, "high": value + 1},
+            "mme": {"title": "MME", "metric": "perception", "value": 1302.8, "low": 1250.0, "high": 1350.0},
+        }
+
+    benchmarks = {"teacher": {"pope": scores(86.0)["pope"]}, "student": scores(81.25)}
+    try:
+        write_json(run.summary, {**summary, "benchmarks": benchmarks})
+        text = write_card(run, tmp_path).read_text()
+    finally:
+        write_json(run.summary, summary)
+    results = ModelCard(text).data.eval_results
+    own = len(summary["questions_by_kind"])
+    pope, mme = results[own:]
+    assert (pope.dataset_type, pope.dataset_name, pope.metric_type, pope.metric_value) == (
+        "pope",
+        "POPE: a | b",
+        "f1",
+        81.25,
+    )
+    assert mme.metric_name == "perception, 95 % interval 1250.0 to 1350.0"
+    assert mme.metric_args == {"interval_95": [1250.0, 1350.0]}
+    assert "| | teacher | student |\n|---|---|---|\n" in text
+    assert "| `POPE: a \\| b`, `f1` | 86.0 (85.0 to 87.0) | 81.2 (80.2 to 82.2) |" in text
+    assert "| `MME`, `perception` |  | 1302.8 (1250.0 to 1350.0) |" in text
 
 
 def test_names_are_told_from_paths():

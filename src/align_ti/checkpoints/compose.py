@@ -30,6 +30,7 @@ from align_ti.models.completeness import unstated_ends
 from align_ti.models.families import backbone, check_layout, class_tokens, head
 from align_ti.models.llava import Strategy, build_config, build_processor
 from align_ti.models.loading import check_loaded
+from align_ti.models.saving import save_model
 from align_ti.models.standins import Projection
 from align_ti.runs import new_folder
 
@@ -63,7 +64,7 @@ def compose(options: Composition) -> Made:
         dtype = rows_of(language).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         nn.Module.to(model, dtype)
         set_precision(config, dtype)
-        model.save_pretrained(draft)
+        save_model(model, draft)
         processor.save_pretrained(draft)
     return Made(
         folder=Path(options.out),

@@ -18,6 +18,7 @@ from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, InterruptedRunError, RequeueError, RunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
+from align_ti.models.saving import save_model
 from align_ti.phases import part
 from align_ti.pipeline.caching import use_cache
 from align_ti.pipeline.checking import Seen, check_before, log_warnings
@@ -216,7 +217,7 @@ def save_student(run: RunFolder, recipe: Recipe, parts: Parts, trainer: AlignTIT
             student = load_student(recipe)
             student.load_state_dict(weights)
     if trainer.is_world_process_zero():
-        merged(student).save_pretrained(run.draft)
+        save_model(merged(student), run.draft)
         parts.processor.save_pretrained(run.draft)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -24,17 +25,21 @@ def write_card(run: RunFolder, folder: Path) -> Path:
     student, teacher = recipe["student"]["path"], (recipe.get("teacher") or {}).get("path")
     provenance = read_json(run.provenance)
     metrics = run.read_metrics()
+    summary = read_json(run.summary) if run.summary.exists() else None
+    measured = leaves(recipe["data"].get("eval"))
+    scores = own_scores(summary, measured) | benchmark_scores(summary)
     environment = Environment(
         loader=PackageLoader("align_ti.report", ""), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
     environment.filters |= {"code": code, "block": block}
     text = environment.get_template("card.md.j2").render(
-        front=front_matter(student, teacher, provenance["versions"]["align-ti"]),
+        front=front_matter(student, teacher, provenance["versions"]["align-ti"], scores),
         title=f"{one_line(name_only(student))}, distilled",
         student=name_only(student),
         teacher=name_only(teacher),
-        summary=read_json(run.summary) if run.summary.exists() else None,
-        measured=leaves(recipe["data"].get("eval")),
+        summary=summary,
+        measured=measured,
+        benchmarks=(summary or {}).get("benchmarks", {}),
         data=leaves(recipe["data"]["train"]),
         training=read_json(run.training),
         terms=weights_of(recipe["objective"]),
@@ -53,16 +58,85 @@ def weights_of(objective: dict[str, Any]) -> dict[str, float]:
     return {name: options["weight"] for name, options in sections.items() if options.get("weight")}
 
 
-def front_matter(student: str, teacher: str | None, version: str) -> str:
+def front_matter(student: str, teacher: str | None, version: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
     """The metadata as YAML. A base model is named to hubs only where it is a hub's: a folder's name would point at somebody else's."""
+    index = model_index(f"{name_only(student)}, distilled", scores)
     content: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         **({} if is_local(student) else {"base_model": student}),
         "tags": ["knowledge-distillation", "vision-language-model", "align-ti"],
         "align_ti": {"version": version, "student": name_only(student), "teacher": name_only(teacher)},
+        **({"model-index": index} if index else {}),
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def own_scores(summary: Mapping[str, Any] | None, measured: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The student's exact match on the recipe's own questions, overall and by kind, in the form of `model_index`."""
+    if summary is None or "student" not in summary["accuracy"]:
+        return {}
+    accuracy, interval = summary["accuracy"]["student"], summary["interval_95"]["student"]
+    title = ", ".join(measured) or "held-out questions"
+    return {
+        f"{slug(title)}/{kind}": {
+            "dataset": slug(title),
+            "title": title,
+            "metric": "exact_match",
+            "of": kind,
+            "value": accuracy[kind],
+            "low": interval[kind][0],
+            "high": interval[kind][1],
+            "questions": questions,
+        }
+        for kind, questions in summary["questions_by_kind"].items()
+    }
+
+
+def benchmark_scores(summary: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The student's scores on benchmarks (`benchmarks` of the summary: model, benchmark, score), in the form of `model_index`."""
+    found: dict[str, dict[str, Any]] = (summary or {}).get("benchmarks", {}).get("student", {})
+    return found
+
+
+def model_index(name: str, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The scores in the form that model hubs read from a card's metadata (`model-index`); nothing without scores.
+
+    Args:
+        name: the model's.
+        scores: by a name: `title`, `metric`, `value`, `low` and `high` (the ends of the 95 % interval). Also taken: `dataset`, by
+            which scores are grouped (by default the score's own name), `of` (the part that was scored) and `questions`.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for key, score in scores.items():
+        dataset = score.get("dataset", key)
+        result = results.setdefault(
+            dataset,
+            {
+                "task": {"type": "image-text-to-text", "name": "Questions about pictures"},
+                "dataset": {"type": dataset, "name": score["title"]},
+                "metrics": [],
+            },
+        )
+        what = " ".join([score["metric"].replace("_", " "), *([f"({score['of']})"] if "of" in score else [])])
+        result["metrics"].append(
+            {
+                "type": score["metric"],
+                "value": score["value"],
+                # Hubs show name and value alone.
+                "name": f"{what}, 95 % interval {score['low']:.1f} to {score['high']:.1f}",
+                "args": {
+                    "interval_95": [score["low"], score["high"]],
+                    **({"questions": score["questions"]} if "questions" in score else {}),
+                },
+            }
+        )
+    return [{"name": name, "results": list(results.values())}] if results else []
+
+
+def slug(text: str) -> str:
+    """The text in lower case with a hyphen for all that is neither letter nor digit, as hubs name datasets."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "questions"
 
 
 def is_local(name: str) -> bool:
