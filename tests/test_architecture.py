@@ -72,6 +72,7 @@ ALLOWED = {
         "models",
         "phases",
         "preflight",
+        "processes",
         "report",
         "runs",
         "terms",

@@ -38,20 +38,26 @@ part_in_order()
 """
 
 
-def told(engine: str, processes: int) -> dict[str, str]:
-    """What `accelerate launch` tells its processes, with the shipped config of the engine."""
+def launch_of(engine: str, *options: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the variables by which `accelerate launch` starts processes, with the shipped config of the engine."""
     config = files("align_ti") / "recipes" / "engines" / f"{engine}.yaml"
-    options = ["--config_file", str(config), "--num_processes", str(processes), "script.py"]
-    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(options))
-    if engine.startswith("zero"):
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        _, variables = prepare_deepspeed_cmd_env(arguments)
-        variables |= {"DS_ACCELERATOR": "cpu"}
-    else:
-        variables = prepare_multi_gpu_env(arguments)
+    parser = launch_command_parser()
+    arguments, defaults, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(config), *options, "script.py"])
+    )
+    if not engine.startswith("zero"):
+        return [], prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)
+
+
+def told(engine: str, processes: int) -> dict[str, str]:
+    """The variables, but for those by which torchrun says where processes meet and how many they are."""
+    _, variables = launch_of(engine, "--num_processes", str(processes))
     found = {name: value for name, value in variables.items() if os.environ.get(name) != value}
-    # torchrun says where they meet, and how many they are.
-    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE", "FSDP", "DS_"))}
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE", "FSDP"))} | {
+        "DS_ACCELERATOR": "cpu"
+    }
 
 
 def trained(engine: str, recipe: dict[str, Any]) -> None:
@@ -190,6 +196,28 @@ def test_deepspeeds_checkpoints_go_on_with_as_many_processes_as_wrote_them(folde
     half(by_two("zero2"), tmp_path / "run")
     done = run_as("zero2", 4, recipe_of(folder, tmp_path / "run", batch=1))
     assert done.returncode != 0 and "by DeepSpeed with 2 processes, and 4 are to read it" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_what_is_trained_beside_adapters_goes_on_too(folder, tmp_path, engine):
+    # Under FSDP 2 checkpoints held the adapters alone, and the projector started anew without a word.
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: make engines")
+    student = {"path": str(folder / "student"), "lora": {"rank": 2, "alpha": 4}, "freeze": ["vision_tower"]}
+    kept = run(engine, 2, recipe_of(folder, tmp_path / "whole", batch=2, student=student)).parent
+    half(kept, tmp_path / "run")
+    resumed = run(engine, 2, recipe_of(folder, tmp_path / "run", batch=2, student=student))
+    same(resumed, kept / "student")
+
+
+def test_deepspeeds_configs_start_on_several_machines_by_torchrun():
+    # By default accelerate starts other machines through pdsh, from a file of hosts that nobody was asked for.
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make engines")
+    options = ("--num_processes", "4", "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "one")
+    for engine in ("zero2", "zero3"):
+        command, variables = launch_of(engine, *options)
+        assert command[0] != "deepspeed" and "pdsh" not in command
+        assert variables["ACCELERATE_USE_DEEPSPEED"] == "true"
 
 
 def test_a_run_goes_on_only_with_steps_of_as_many_records(folder, tmp_path):

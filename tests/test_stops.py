@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from align_ti.config import Recipe
 from align_ti.errors import RequeueError, RunError
 from align_ti.pipeline.training import distil
 from align_ti.runs import WHOLE, RunFolder, write_json
+from align_ti.training.watch import REQUEUE, RunRecorder
 from tests import small
 from tests.launching import ROOT, launched
 
@@ -143,3 +146,22 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(done.stdout.splitlines())[-2:] == [f"stopped {rank} stopped at step 1 of 4" for rank in (0, 1)]
     assert RunFolder(tmp_path / "run").last_checkpoint() == tmp_path / "run" / "checkpoint-1"
+
+
+def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost(tmp_path, monkeypatch):
+    # The result of the exchange was written over what the signal had just asked for.
+    recorder, state, control = RunRecorder(RunFolder(tmp_path)), TrainerState(), TrainerControl()
+    state.global_step, state.max_steps = 1, 9
+    args = SimpleNamespace(world_size=2, device="cpu")
+
+    def exchange(flag: torch.Tensor, _how: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchange)
+    with recorder.interruptible():
+        recorder.on_step_end(args, state, control)
+        assert not control.should_training_stop
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda _flag, _how: None)
+        recorder.on_step_end(args, state, control)
+    assert control.should_training_stop and control.should_save
+    assert recorder.stopped == REQUEUE

@@ -57,7 +57,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                             stdout=output,
                             stderr=output,
                             start_new_session=True,
-                            preexec_fn=die_with_parent,
+                            preexec_fn=die_with_parent if sys.platform == "linux" else None,
                         )
                     )
             failed = ended(processes)
@@ -117,9 +117,8 @@ def ended(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when the launch dies, so that none is left behind; nothing elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Asks Linux to kill this process when the launch dies, so that none is left behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def part_in_order() -> None:

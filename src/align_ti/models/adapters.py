@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from align_ti.errors import ModelError
@@ -148,10 +149,19 @@ def merged(model: nn.Module) -> PreTrainedModel:
     return unwrapped(model.get_base_model())
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Writes every trained weight into the folder, by the names that the model has in memory."""
-    weights = {name: value.detach().contiguous() for name, value in trained(model).items()}
-    save_file(weights, folder / TRAINED, {"format": "pt"})
+def save_trained(model: nn.Module, folder: Path, write: bool = True) -> None:
+    """Writes every trained weight into the folder, by the names that the model has in memory.
+
+    Where FSDP 2 has the weights in parts all processes gather them, and those that do not `write` drop them.
+    """
+    weights = {name: whole(value.detach()) for name, value in trained(model).items()}
+    if write:
+        save_file(weights, folder / TRAINED, {"format": "pt"})
+
+
+def whole(value: Tensor) -> Tensor:
+    """The weight in full, gathered from all processes where it lies in parts."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -176,7 +186,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         )
     with torch.no_grad():
         for name, value in saved.items():
-            own[name].copy_(value)
+            target: Tensor = own[name]
+            if isinstance(target, DTensor):
+                target.copy_(distribute_tensor(value.to(target.device), target.device_mesh, target.placements))
+            else:
+                target.copy_(value)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -51,8 +51,13 @@ def load_head(folder: Path) -> PreTrainedModel:
     Raises:
         CacheError: the folder holds none.
     """
+    if not folder.is_dir():
+        raise CacheError(
+            f"{folder.parent} holds no teacher cache ({folder.name} is missing); a folder that `align-ti cache` wrote is accepted; run "
+            "it first, or leave data.teacher_cache out."
+        )
     try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         weights = load_file(folder / "head.safetensors")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CacheError(

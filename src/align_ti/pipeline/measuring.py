@@ -30,6 +30,7 @@ from align_ti.pipeline.fidelity import fidelity
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
 from align_ti.pipeline.training import distil
+from align_ti.processes import part_in_order
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, read_json, write_json
 
@@ -246,7 +247,10 @@ def train_and_measure(
 
     run = distil(recipe, steps=steps, checks=checks, check=check, seen=seen, before=before)
     benchmarks = measure_tasks(run, recipe, tasks, tuple(LABELS), advance) if tasks else {}
-    if not PartialState().is_main_process:
+    first = PartialState().is_main_process
+    # The rest is the first process's alone and takes long; others that waited for it in the group would give up and fail.
+    part_in_order()
+    if not first:
         return run
     if benchmarks:
         write_json(run.benchmarks, {"labels": LABELS, "benchmarks": benchmarks})

@@ -30,6 +30,7 @@ from align_ti.interactions.layer_scores import score_layers
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import head, widest_float
+from align_ti.models.headonly import has_head_only
 from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
@@ -197,7 +198,13 @@ class AlignTITrainer(Trainer):
         self.teacher_digest: str | None = None
         if teacher_model is not None and self.args.world_size > 1:
             self.teacher_digest = self.digest_of_teacher()
-        if shard_teacher and teacher_model is not None and self.args.world_size > 1:
+        # Of a cached teacher only the head is there, which nothing is gathered for.
+        if (
+            shard_teacher
+            and self.args.world_size > 1
+            and teacher_model is not None
+            and not has_head_only(teacher_model)
+        ):
             shard(teacher_model, self.args.device)
         self.in_step = self.args.world_size > 1
         if self.in_step and isinstance(self.data_collator, Collator) and isinstance(processing_class, ProcessorMixin):
@@ -594,6 +601,12 @@ class AlignTITrainer(Trainer):
         if isinstance(self.model, PeftModel) and self.args.should_save and not self.shards_weights:
             save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in transformers; under FSDP also what is trained beside adapters: transformers has accelerate save these alone."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+            save_trained(self.model, Path(output_dir), write=self.is_world_process_zero())
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in transformers, and then truly: see `reload`."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -613,7 +626,7 @@ class AlignTITrainer(Trainer):
         (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error. With adapters
         peft loads its own; weights that are trained beside them are loaded here.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not isinstance(model, PeftModel)):
             # Their own files are by the names that the model has in memory.
             return
         if isinstance(model, PeftModel):

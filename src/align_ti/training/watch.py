@@ -20,8 +20,8 @@ from align_ti.models.standins import standing_in
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import WHOLE, RunFolder, write_json
 
-SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
-"""The signals by which a scheduler says that the time is over."""
+SCHEDULER = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""The signals by which a scheduler says that the time is over; Windows has no SIGUSR1."""
 
 CTRL_C, REQUEUE = 1, 2
 """Who asked a run to stop; of several processes the higher one counts."""
@@ -53,7 +53,10 @@ class RunRecorder(TrainerCallback):
     def __init__(self, run: RunFolder, advance: Callable[[int, int], None] | None = None) -> None:
         self.run, self.advance = run, advance
         self.seconds: list[float] = []
+        self.asked = 0
+        """What this process was asked by. Only signals change it: one that comes during the exchange is seen after the next step."""
         self.stopped = 0
+        """What any of the processes was asked by, at the end of the last step."""
         self.started = 0.0
 
     @property
@@ -76,8 +79,8 @@ class RunRecorder(TrainerCallback):
     def anybody_stopped(self, args: TrainingArguments) -> int:
         """What any process was asked by: all have to stop at the same step, or the others would wait for it forever."""
         if args.world_size == 1:
-            return self.stopped
-        flag = torch.tensor(self.stopped, device=args.device)
+            return self.asked
+        flag = torch.tensor(self.asked, device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
@@ -109,11 +112,11 @@ class RunRecorder(TrainerCallback):
         """
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
-            self.stopped = max(self.stopped, CTRL_C)
+            self.asked = max(self.asked, CTRL_C)
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         def requeue(_signal: int, _frame: FrameType | None) -> None:
-            self.stopped = REQUEUE
+            self.asked = REQUEUE
 
         if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
             yield
