@@ -23,7 +23,7 @@ from align_ti.models.pairing import Pairing
 from align_ti.planning.flops import FORMULAS
 from align_ti.planning.live import GRADIENTS, Live
 from align_ti.planning.memory import Layout, memory_of, model_of
-from align_ti.planning.plan import FILLED, Models, make_plan
+from align_ti.planning.plan import FILLED, Case, Models, make_plan, together
 from align_ti.planning.sizes import bits_of, on_meta, pretend_pair, quantised_bytes, size_of, sizes_of
 from align_ti.planning.step import Batch, planned_objective, pretend_batch, recompute, step
 from align_ti.planning.steptime import Machine, slowest, step_time
@@ -286,7 +286,7 @@ def test_what_is_sent_is_what_a_ring_sends(model):
         ({"engine": "horovod", "devices": 2}, "one, ddp, fsdp2, zero2, zero3"),
         ({"engine": "ddp", "devices": 1}, "one for 1 device"),
         ({"engine": "one", "devices": 2}, "one for 1 device"),
-        ({"engine": "ddp", "devices": 2, "shard_teacher": True}, "choose fsdp2 or zero3"),
+        ({"engine": "one", "devices": 1, "shard_teacher": True}, "--devices 2 or more"),
     ],
 )
 def test_layouts_that_are_none_are_refused(layout, said):
@@ -310,6 +310,41 @@ def test_a_quantised_teacher_counts_its_linear_layers_in_fewer_bits(folder):
         assert saved == pytest.approx(linear * (4 - bits / 8 * 17 / 16), rel=1e-3)
     assert bits_of({"quant_method": "quanto", "weights": "int4"}) == 4
     assert bits_of({"quant_method": "quanto", "weights": "int8"}) == 8
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_teacher_is_sharded_whatever_trains_the_student(model, engine):
+    whole, parts = (
+        memory_of(model, Layout(engine=engine, devices=4, shard_teacher=sharded)).parts for sharded in (False, True)
+    )
+    teacher = model.teacher
+    assert parts.pop("teacher's weights") == teacher.weights // 4
+    assert parts.pop("gathered") == min(2 * teacher.largest + teacher.root, teacher.weights)
+    assert whole.pop("teacher's weights") == teacher.weights
+    assert parts == whole
+    sent = traffic_of(model, Layout(engine=engine, devices=2, shard_teacher=True), 1, draws=True, terms=4).parts
+    assert sent["teacher's weights"] == model.teacher_bytes
+
+
+CACHEABLE = {"tpa": {"weight": 0}}
+
+
+@pytest.mark.parametrize("objective", [CACHEABLE, {**CACHEABLE, "iva": {"weight": 0}}])
+def test_with_a_teacher_cache_the_head_alone_is_there_and_no_pass(folder, objective):
+    online = model_of(recipe(folder, objective=objective), BATCH, accelerator=False)
+    settings = recipe(folder, objective=objective)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"teacher_cache": "kept"})})
+    cached = model_of(settings, BATCH, accelerator=False)
+    head = real("teacher").lm_head
+    assert cached.teacher_bytes == sum(map(size_of, head.parameters())) < online.teacher_bytes
+    assert online.counted.flops["teacher forward"] > 0
+    assert not any(cached.counted.flops.get(phase) for phase in ("teacher forward", "teacher second pass"))
+    # The student's work, and the comparison of as many rows, stay.
+    for phase in ("student forward", "divergence"):
+        assert cached.counted.flops[phase] == online.counted.flops[phase]
+    for layout in (Layout(), Layout(engine="ddp", devices=2), Layout(engine="ddp", devices=2, shard_teacher=True)):
+        assert memory_of(cached, layout).parts["teacher's weights"] == cached.teacher_bytes
+        assert "teacher's weights" not in traffic_of(cached, layout, 1, draws=False, terms=2).parts
 
 
 # --- advice and the verb ----------------------------------------------------------------------------------------------
@@ -342,6 +377,97 @@ def test_the_first_option_that_makes_it_fit_is_named(tmp_path):
     assert several.first is not None and " and " in several.first
     none = make_plan(settings, Layout(), limit=10**6, **sizes)
     assert none.first is None and none.advice
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    made = tmp_path_factory.mktemp("little")
+    for name in CONFIGS:
+        config(128, 1).save_pretrained(made / name)
+    return made
+
+
+LITTLE = {"tokens": 100, "visual": VISUAL, "response": 30}
+
+
+def test_a_teacher_cache_is_advised_where_the_objective_allows_it(little):
+    kd = {"iva": {"weight": 0}, "tpa": {"weight": 0}}
+    for objective, offered in ((kd, True), ({"iva": {"weight": 0}}, False)):
+        plan = make_plan(recipe(little, objective=objective), Layout(), limit=10**6, **LITTLE)
+        found = [one for one in plan.advice if "data.teacher_cache" in one.change]
+        assert bool(found) == offered
+        assert all("align-ti cache RECIPE" in one.change and one.total < plan.memory.total for one in found)
+
+
+@pytest.mark.parametrize("form", ["whole", "sharded"])
+def test_advice_names_one_engine_and_one_form_of_the_teacher(little, form):
+    """Over 1,024 devices sharding takes less than four bits do, and fsdp2 less than zero2."""
+    settings = recipe(little, objective={"iva": {"weight": 0}})
+    counted = Models(accelerator=True)
+    layout = Layout(engine="ddp", devices=1024, shard_teacher=form == "sharded")
+    sizes = {**LITTLE, "counted": counted}
+    free = make_plan(settings, layout, **sizes).memory.total
+    seen = set()
+    for share in (0.9, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        plan = make_plan(settings, layout, limit=int(share * free / FILLED), **sizes)
+        seen.add(plan.first)
+        if plan.first is None:
+            continue
+        assert plan.first.count("--engine") <= 1
+        assert plan.first.count("teacher.quantization") + plan.first.count("teacher.sharded: true") <= 1
+    assert any(first and " and " in first for first in seen)
+    options = [one.change for one in plan.advice]
+    engine = next(one for one in options if "fsdp2" in one)
+    assert "accelerate launch --config_file fsdp2.yaml" in engine
+    assert "align-ti recipes copy fsdp2 fsdp2.yaml" in engine
+    assert ("teacher.sharded: true (--shard-teacher)" in options) == (form == "whole")
+    quantised = next(one for one in options if "quantization" in one)
+    assert ("teacher.sharded: false" in quantised) == (form == "sharded")
+
+
+def test_a_later_choice_takes_the_place_of_an_earlier_one(little):
+    case = Case(
+        recipe=recipe(little, objective={"iva": {"weight": 0}}),
+        batch=Batch(records=1, tokens=100, visual=VISUAL, response=30),
+        layout=Layout(engine="ddp", devices=4),
+    )
+
+    class Sizes:
+        """Every change takes less than the one before it."""
+
+        def bytes_of(self, case):
+            layout, teacher = case.layout, case.recipe.teacher
+            engine = {"ddp": 0, "zero2": 1, "fsdp2": 2}[layout.engine]
+            return 100 - engine - (3 if layout.shard_teacher else 2 if teacher.quantization else 0)
+
+    told = together(case, Sizes(), 95, 100)
+    assert told is not None
+    assert "--engine fsdp2" in told and "teacher.sharded: true" in told
+    assert "zero2" not in told and "quantization" not in told
+
+
+def test_a_quantised_teacher_is_not_planned_as_sharded(little):
+    settings = recipe(little, objective={"iva": {"weight": 0}})
+    quantised = settings.teacher.model_copy(update={"quantization": {"load_in_4bit": True}})
+    with pytest.raises(ConfigError, match="leave out one of the two"):
+        make_plan(
+            settings.model_copy(update={"teacher": quantised}),
+            Layout(engine="ddp", devices=2, shard_teacher=True),
+            **LITTLE,
+        )
+
+
+def test_the_verb_plans_a_sharded_teacher_of_the_recipe(little, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"out: {tmp_path}/run\nstudent: {{path: {little}/student}}\n"
+        f"teacher: {{path: {little}/teacher, dtype: float32, sharded: true}}\n"
+        "data: {train: records.json, max_length: 100}\nobjective: {tpa: {weight: 0}, iva: {weight: 0}}\n"
+    )
+    for devices, sharded in ((1, False), (2, True)):
+        result = CliRunner().invoke(app, ["plan", str(file), "--devices", str(devices), "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["layout"]["shard_teacher"] == sharded
 
 
 def test_the_verb_tells_the_plan(folder, tmp_path):

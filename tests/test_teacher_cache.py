@@ -385,6 +385,29 @@ def test_a_stopped_cache_is_gone_on_with_and_is_the_same(pair, cached, tmp_path,
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
 
 
+def test_what_writing_took_is_kept_when_nothing_is_left_to_write(pair, tmp_path):
+    recipe = recipe_of(pair, tmp_path / "cache", objective={"iva": {"weight": 0.0}})
+
+    def stop(done, total):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError):
+        cache_teacher(recipe, advance=stop)
+    assert teacher_cache.add_writing(tmp_path / "cache", 0.0, 0) > 0
+    first = cache_teacher(recipe).cost.writing
+    assert first > 0
+    assert json.loads((tmp_path / "cache" / "writing.json").read_text())["samples"] == 12
+    assert cache_teacher(recipe).cost.writing == first
+
+
+def test_writing_is_a_mean_over_all_calls(tmp_path):
+    assert teacher_cache.add_writing(tmp_path, 0.0, 0) == 0
+    assert teacher_cache.add_writing(tmp_path, 6.0, 2) == 3
+    assert teacher_cache.add_writing(tmp_path, 2.0, 2) == 2
+    assert teacher_cache.add_writing(tmp_path, 0.5, 0) == 2
+
+
 def test_a_damaged_shard_is_told_while_it_is_read(pair, cached, tmp_path):
     shutil.copytree(cached.folder, tmp_path / "cache")
     for shard in (tmp_path / "cache").glob("shard-*"):

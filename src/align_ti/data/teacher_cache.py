@@ -1,7 +1,8 @@
 """What a teacher made of each sample, kept on disk: hidden states of the rows that KD and IVA weigh, and IVA's attention.
 
 A folder holds `made.json` (what it was made with), `shard-PROCESS-NUMBER.safetensors` (samples, each file written whole), `teacher/`
-(config and head), and, once every sample is there, `index.json`. A sample is found by a digest of what the teacher reads of it.
+(config and head), `writing.json` (what writing took), and, once every sample is there, `index.json`. A sample is found by a digest of
+what the teacher reads of it.
 """
 
 from __future__ import annotations
@@ -272,6 +273,21 @@ def merge(folder: Path, made: Made, cost: Mapping[str, float]) -> Totals:
         folder / "index.json", {"made": made.digest, "totals": asdict(totals), "cost": dict(cost), "shards": shards}
     )
     return totals
+
+
+def add_writing(folder: Path, seconds: float, samples: int) -> float:
+    """Mean seconds of writing a sample over all calls that wrote to the folder, this one's added; 0 where none did."""
+    path = folder / "writing.json"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        before = float(told["seconds"]), int(told["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        before = 0.0, 0  # a measure of time is no reason to refuse a cache
+    if not samples:
+        return before[0] / before[1] if before[1] else 0.0
+    every, count = before[0] + seconds, before[1] + samples
+    write_whole(path, {"seconds": every, "samples": count})
+    return every / count
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

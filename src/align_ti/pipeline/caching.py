@@ -26,6 +26,7 @@ from align_ti.data.teacher_cache import (
     ShardWriter,
     TeacherCache,
     Totals,
+    add_writing,
     check_made,
     make_folder,
     merge,
@@ -160,7 +161,11 @@ def cache_teacher(
         writer.flush()
         seconds += time.perf_counter() - started
     except KeyboardInterrupt:
+        # Held are samples that the writer was given, so `wrote` counts them.
+        started = time.perf_counter()
         writer.flush()
+        if state.is_main_process:
+            add_writing(work.folder, seconds + time.perf_counter() - started, wrote)
         raise InterruptedRunError(
             f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command goes "
             "on from there."
@@ -168,7 +173,7 @@ def cache_teacher(
     state.wait_for_everyone()
     if state.is_main_process:
         few = [work.data[index] for index in range(min(MEASURED, len(work.data)))]
-        finish(work.folder, made, seconds / wrote if wrote else 0.0, few)
+        finish(work.folder, made, add_writing(work.folder, seconds, wrote), few)
     state.wait_for_everyone()
     found = TeacherCache(work.folder)
     return Cached(

@@ -38,7 +38,7 @@ PARTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a run is spread: the engine, the number of devices, and whether the teacher is sharded like the student."""
+    """How a run is spread: the engine, the number of devices, and whether the teacher is sharded, whatever trains the student."""
 
     engine: str = "one"
     devices: int = 1
@@ -52,9 +52,10 @@ class Layout:
                 f"--engine is {self.engine} with --devices {self.devices}; accepted: one for 1 device, any other for 2 or more; "
                 "change one of the two."
             )
-        if self.shard_teacher and self.engine not in {"fsdp2", "zero3"}:
+        if self.shard_teacher and self.devices == 1:
             raise ConfigError(
-                f"--shard-teacher is given, but --engine {self.engine} keeps weights whole; choose fsdp2 or zero3, or leave it out."
+                "--shard-teacher is given with 1 device, which has nobody to share the teacher with; accepted: --devices 2 or more; "
+                "give more devices, or leave it out."
             )
 
 
@@ -70,21 +71,28 @@ class Model:
     accumulated: bool
     own_device: bool
     counted: Counted
+    cached: bool = False
+    """Whether the teacher is its head alone, beside a teacher cache; it is neither sharded nor quantised."""
 
 
 def model_of(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair | None = None) -> Model:
     """Sizes and counted step of a recipe."""
     pair = pretend_pair(recipe) if pair is None else pair
-    settings = recipe.teacher
+    settings, cached = recipe.teacher, recipe.data.teacher_cache is not None
+    teacher, teacher_bytes = None, 0
+    if pair.teacher is not None and settings is not None:
+        teacher = sizes_of(families.head(pair.teacher) if cached else pair.teacher)
+        teacher_bytes = teacher.weights if cached else quantised_bytes(pair.teacher, settings)
     return Model(
         student=sizes_of(pair.student),
-        teacher=None if pair.teacher is None else sizes_of(pair.teacher),
-        teacher_bytes=0 if pair.teacher is None or settings is None else quantised_bytes(pair.teacher, settings),
+        teacher=teacher,
+        teacher_bytes=teacher_bytes,
         cache=cache_bytes(pair, recipe, batch),
         half=recipe.training.bf16 or recipe.training.fp16 or recipe.student.dtype != "float32",
         accumulated=recipe.training.gradient_accumulation_steps > 1,
-        own_device=settings is not None and settings.device is not None,
+        own_device=settings is not None and settings.device is not None and not cached,
         counted=step(recipe, batch, accelerator=accelerator, pair=pair),
+        cached=cached,
     )
 
 
@@ -139,7 +147,7 @@ def memory_of(model: Model, layout: Layout) -> Memory:
     if sharded:
         for name in ("gradients", "optimizer", *(("student's weights",) if layout.engine != "zero2" else ())):
             parts[name] = int(parts[name] * share)
-    if layout.shard_teacher and model.teacher is not None and not model.own_device:
+    if layout.shard_teacher and model.teacher is not None and not model.own_device and not model.cached:
         ratio = model.teacher_bytes / max(model.teacher.weights, 1)
         gathered = (2 * model.teacher.largest + model.teacher.root) * ratio
         parts["teacher's weights"] = int(model.teacher_bytes * share)

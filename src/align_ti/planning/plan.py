@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from align_ti.config import Lora, Recipe
+from align_ti.config import Lora, Recipe, not_cacheable
+from align_ti.errors import ConfigError
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
 from align_ti.planning.memory import Layout, Memory, Model, changed, memory_of, model_of
@@ -117,7 +118,15 @@ def make_plan(
         accelerator: chunks of rows as on an accelerator; else as on a CPU.
         counted: what was counted for other plans, to be used again.
         sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
+
+    Raises:
+        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own.
     """
+    if layout.shard_teacher and not can_shard(recipe):
+        raise ConfigError(
+            "the teacher is to be sharded (teacher.sharded, --shard-teacher), but teacher.quantization or teacher.device is given; "
+            "weights on the student's device in a floating type are accepted; leave out one of the two."
+        )
     pair = pretend_pair(recipe)
     batch, assumed = batch_of(recipe, pair, **sizes)
     case = Case(recipe=recipe, batch=batch, layout=layout)
@@ -196,29 +205,73 @@ def half_teacher(case: Case) -> tuple[str, Case] | None:
     teacher = case.recipe.teacher
     if teacher is None or teacher.dtype == "bfloat16" or teacher.quantization is not None:
         return None
+    if case.recipe.data.teacher_cache is not None:
+        return None  # a cache is of one precision
     return "teacher.dtype: bfloat16", replace(case, recipe=changed(case.recipe, teacher={"dtype": "bfloat16"}))
 
 
 def quantised_teacher(case: Case) -> tuple[str, Case] | None:
     """The teacher's linear layers in four bits; its distributions change a little."""
     teacher = case.recipe.teacher
-    if teacher is None or teacher.quantization is not None:
+    if teacher is None or teacher.quantization is not None or case.recipe.data.teacher_cache is not None:
         return None
-    recipe = changed(case.recipe, teacher={"quantization": {"load_in_4bit": True}})
-    return "teacher.quantization: {load_in_4bit: true}", replace(case, recipe=recipe)
+    made = whole_teacher(case)
+    recipe = changed(made.recipe, teacher={"quantization": {"load_in_4bit": True}})
+    return "teacher.quantization: {load_in_4bit: true}" + no_longer_sharded(case), replace(made, recipe=recipe)
 
 
-def sharded(engine: str, shard_teacher: bool = False) -> Change:
+def cached_teacher(case: Case) -> tuple[str, Case] | None:
+    """The teacher's head alone, beside what a cache keeps of its pass: the loss stays the same."""
+    recipe = case.recipe
+    if recipe.teacher is None or recipe.data.teacher_cache is not None or not_cacheable(recipe) is not None:
+        return None
+    made = whole_teacher(case)
+    told = "data.teacher_cache: FOLDER, which `align-ti cache RECIPE --out FOLDER` writes" + no_longer_sharded(case)
+    return told, replace(made, recipe=changed(made.recipe, data={"teacher_cache": "FOLDER"}))
+
+
+def sharded_teacher(case: Case) -> tuple[str, Case] | None:
+    """The teacher's weights in parts on all devices, whatever trains the student: gathered again in every pass."""
+    recipe, layout = case.recipe, case.layout
+    if layout.devices == 1 or layout.shard_teacher or recipe.data.teacher_cache is not None or not can_shard(recipe):
+        return None
+    recipe = changed(recipe, teacher={"sharded": True})
+    return "teacher.sharded: true (--shard-teacher)", replace(
+        case, recipe=recipe, layout=replace(layout, shard_teacher=True)
+    )
+
+
+def can_shard(recipe: Recipe) -> bool:
+    """Whether there is a teacher that can be sharded: neither quantised nor at a place of its own."""
+    teacher = recipe.teacher
+    return teacher is not None and teacher.quantization is None and teacher.device is None
+
+
+def whole_teacher(case: Case) -> Case:
+    """The case with its teacher in one piece on every device."""
+    recipe = changed(case.recipe, teacher={"sharded": False})
+    return replace(case, recipe=recipe, layout=replace(case.layout, shard_teacher=False))
+
+
+def no_longer_sharded(case: Case) -> str:
+    """What else is to be set where the teacher was sharded."""
+    return " with teacher.sharded: false" if case.layout.shard_teacher else ""
+
+
+def launched_by(engine: str) -> Change:
     """Another engine on the same devices."""
 
     def change(case: Case) -> tuple[str, Case] | None:
         now = case.layout
-        if now.devices == 1 or (now.engine == engine and now.shard_teacher >= shard_teacher):
+        if now.devices == 1 or now.engine == engine or (engine == "zero2" and now.engine != "ddp"):
             return None
-        if (engine == "zero2" and now.engine != "ddp") or (shard_teacher and case.recipe.teacher is None):
-            return None
-        told = f"--engine {engine}" + (" --shard-teacher" if shard_teacher else "")
-        return told, replace(case, layout=replace(now, engine=engine, shard_teacher=shard_teacher))
+        if engine == "fsdp2" and case.recipe.data.on_policy is not None:
+            return None  # the trainer refuses the two together
+        told = (
+            f"--engine {engine} (to train: `accelerate launch --config_file {engine}.yaml`, which `align-ti recipes copy {engine} "
+            f"{engine}.yaml` writes)"
+        )
+        return told, replace(case, layout=replace(now, engine=engine))
 
     return change
 
@@ -240,17 +293,26 @@ def shorter(case: Case) -> tuple[str, Case] | None:
     return f"data.max_length: {tokens}", replace(case, recipe=recipe, batch=replace(batch, tokens=tokens))
 
 
-ORDER: tuple[Change, ...] = (
-    checkpointing,
-    autocast,
-    smaller_batch,
-    half_teacher,
-    quantised_teacher,
-    sharded("zero2"),
-    sharded("fsdp2"),
-    sharded("fsdp2", shard_teacher=True),
-    adapters,
-    shorter,
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A change that is tried; of those that choose the same thing a run has one."""
+
+    change: Change
+    chooses: str | None = None
+
+
+ORDER: tuple[Option, ...] = (
+    Option(checkpointing),
+    Option(autocast),
+    Option(smaller_batch),
+    Option(cached_teacher, "the teacher's form"),
+    Option(half_teacher),
+    Option(quantised_teacher, "the teacher's form"),
+    Option(launched_by("zero2"), "engine"),
+    Option(launched_by("fsdp2"), "engine"),
+    Option(sharded_teacher, "the teacher's form"),
+    Option(adapters),
+    Option(shorter),
 )
 """What is tried, those that change least of what is learned first."""
 
@@ -258,8 +320,8 @@ ORDER: tuple[Change, ...] = (
 def advise(case: Case, counted: Models, room: float, total: int) -> tuple[tuple[Advice, ...], str | None]:
     """Every option with its bytes by itself, and the first that makes the run fit; where none does, those that do so together."""
     found = []
-    for change in ORDER:
-        made = change(case)
+    for option in ORDER:
+        made = option.change(case)
         if made is not None:
             size = counted.bytes_of(made[1])
             found.append(Advice(made[0], size, size <= room))
@@ -268,20 +330,31 @@ def advise(case: Case, counted: Models, room: float, total: int) -> tuple[tuple[
 
 
 def together(case: Case, counted: Models, room: float, total: int) -> str | None:
-    """The options that fit when they are taken one after the other, as far as each saves something; None if all of them do not."""
-    taken: list[str] = []
-    for change in ORDER:
-        made = change(case)
-        if made is None:
+    """The options that fit when they are taken one after the other, as far as each saves something; None if all of them do not.
+
+    A later choice of the engine or of the teacher's form takes the place of an earlier one.
+    """
+    taken: list[Option] = []
+    for option in ORDER:
+        kept = [one for one in taken if option.chooses is None or one.chooses != option.chooses]
+        told, tried = taken_together(case, kept)
+        made = option.change(tried)
+        if made is None or (size := counted.bytes_of(made[1])) >= total:
             continue
-        size = counted.bytes_of(made[1])
-        if size >= total:
-            continue
-        case, total = made[1], size
-        taken.append(made[0])
+        taken, total = [*kept, option], size
         if total <= room:
-            return " and ".join(taken)
+            return " and ".join([*told, made[0]])
     return None
+
+
+def taken_together(case: Case, options: Sequence[Option]) -> tuple[list[str], Case]:
+    """What to set for all of the options, and the case with them."""
+    told = []
+    for option in options:
+        if (made := option.change(case)) is not None:
+            told.append(made[0])
+            case = made[1]
+    return told, case
 
 
 def shown_mapping(parts: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -135,7 +135,7 @@ def sizes_of(model: nn.Module) -> Sizes:
     every = {id(parameter): size_of(parameter) for parameter in model.parameters()}
     in_units = {key for unit in inside for key in unit}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    seeing = tower(inner)
+    seeing = tower(inner) if isinstance(inner, PreTrainedModel) else None
     return Sizes(
         weights=sum(every.values()),
         numel=sum(parameter.numel() for parameter in model.parameters()),

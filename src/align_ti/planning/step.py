@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align_ti.config import Objective, Recipe
-from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL
+from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL
+from align_ti.data.teacher_cache import kept_rows
 from align_ti.errors import ConfigError
 from align_ti.losses import weighted
 from align_ti.models import families
@@ -22,7 +23,7 @@ from align_ti.models.adapters import unwrapped
 from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
 from align_ti.planning.live import Pretended
-from align_ti.planning.sizes import Pair, pretend_pair
+from align_ti.planning.sizes import PRETENDING, Pair, pretend_pair
 from align_ti.terms.base import WeightedRows, per_sample
 from align_ti.terms.iva import Iva
 from align_ti.terms.readings import Readings
@@ -177,6 +178,9 @@ def step(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair |
     autocast = torch.autocast("cpu", dtype=half) if training.bf16 or training.fp16 else nullcontext()
     live = Pretended()
     with chunks_of("accelerator" if accelerator else "cpu"), live.counting(trained):
+        if recipe.data.teacher_cache is not None and teacher is not None:
+            with live.place.phase("teacher forward"):
+                tensors |= pretend_kept(teacher, tensors, visual="iva" in objective.active)
         with autocast:
             out = distillation_loss(
                 student, teacher, tensors, objective, candidates, pairing=planned_pairing(student, teacher)
@@ -184,6 +188,16 @@ def step(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair |
         with live.place.phase("backward"):
             out.loss.backward()
     return Counted(positive(live.peak), positive(live.peak_apart), positive(live.flops), notes)
+
+
+def pretend_kept(teacher: PreTrainedModel, tensors: Mapping[str, Any], *, visual: bool) -> dict[str, Tensor]:
+    """What a teacher cache adds to the batch, in the precision of the teacher's weights: it takes the place of the teacher's pass."""
+    weight = next(families.head(teacher).parameters())
+    rows = int(kept_rows(tensors["labels"], tensors["roles"], visual=visual).sum())
+    seen = int((tensors["roles"] == VISUAL).sum())
+    with PRETENDING:
+        kept = {TEACHER_HIDDEN: torch.zeros(rows, weight.shape[-1], dtype=weight.dtype)}
+        return kept | {TEACHER_ATTENTION: torch.zeros(seen)} if visual else kept
 
 
 def recompute(student: PreTrainedModel | PeftModel) -> None:

@@ -50,6 +50,6 @@ def traffic_of(model: Model, layout: Layout, micro_batches: int, *, draws: bool,
         passes = 2 * (2 if draws else 1)
         drawing = 1 if draws and micro_batches > 1 else 0
         sent["weights"] = ring * micro_batches * (language * (passes + drawing) + (weights - language) * (1 + drawing))
-    if layout.shard_teacher:
+    if layout.shard_teacher and not model.cached:
         sent["teacher's weights"] = ring * micro_batches * model.teacher_bytes * (2 if draws else 1)
     return Traffic({name: int(size) for name, size in sent.items()})
