@@ -54,6 +54,16 @@ app.add_typer(recipes, name="recipes")
 # Names and words of users may hold brackets, which are no markup.
 console = Console(markup=False)
 
+FIDELITY = {
+    "response_kl": "KL, response tokens",
+    "top1_agreement": "agreement, response tokens",
+    "visual_kl": "KL, visual tokens by IVA's weights",
+    "transition_kl": "KL, next steps as in TPA",
+    "own_kl": "KL, own answers",
+    "own_agreement": "agreement, own answers",
+}
+"""What `align-ti evaluate --teacher` prints of the fidelity, and how it is called."""
+
 RecipePath = Annotated[
     Path, typer.Argument(help="A recipe file (.yaml), or the name of a shipped recipe.", metavar="RECIPE")
 ]
@@ -372,7 +382,9 @@ def evaluate(
     questions: OwnQuestions = None,
     scorer: OwnScorer = None,
     images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Also measure the divergence from this model.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Also measure how near the model is to this one, and where.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     max_new_tokens: Annotated[
         int | None,
@@ -514,8 +526,8 @@ def evaluate_records(
     console.print(table)
     if result["cut"]:
         console.print(f"{result['cut']} answer(s) were cut at {max_new_tokens} tokens; raise --max-new-tokens.")
-    if "divergence" in result:
-        console.print(f"KL from the teacher: {result['divergence']:.4f} nats a token")
+    if "fidelity" in result:
+        show_fidelity(result["fidelity"])
     if out is not None:
         write_json(out, result)
 
@@ -1006,6 +1018,16 @@ def show_summary(summary: dict[str, Any]) -> None:
             bounds = [summary["interval_95"][name][kind] for name in names]
             table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in bounds), end_section=True)
     table.add_section()
+    measured = summary.get("fidelity", {})
+    for key, form, title in (
+        ("top1_agreement", ".1f", "agreement %"),
+        ("own_agreement", ".1f", "  own answers"),
+        ("visual_kl", ".3f", "visual KL, nats"),
+        ("transition_kl", ".3f", "transition KL"),
+    ):
+        if any(key in of for of in measured.values()):
+            values = [measured.get(name, {}).get(key, {}).get("value") for name in names]
+            table.add_row(title, *(shown(value, form) for value in values))
     for key, form, title in (
         ("divergence_nats", ".3f", "KL, nats"),
         ("seconds_per_step", ".3f", "s / step"),
@@ -1048,6 +1070,30 @@ def ends(low: float | None, high: float | None) -> str:
 def with_unit(value: float, unit: str) -> str:
     """A score with its unit."""
     return f"{value:.2f} {unit}".strip()
+
+
+def show_fidelity(found: Mapping[str, Any]) -> None:
+    """How near a model is to its teacher: each measure with its interval, then agreement along the answers."""
+    table = Table("fidelity to the teacher", "value", "95 %")
+    for name, title in FIDELITY.items():
+        if name in found:
+            one = found[name]
+            table.add_row(f"{title} ({one['unit']})", figure(one["value"], one["unit"]), bounds(one, one["unit"]))
+    console.print(table)
+    table = Table("position in the answer", title="agreement with the teacher, %")
+    for title in ("right answers", "95 %", "own answers", "95 %"):
+        table.add_column(title, justify="right")
+    along = {name: {one["position"]: one for one in rows} for name, rows in found["by_position"].items()}
+    for position in sorted({position for rows in along.values() for position in rows}):
+        cells, last = [], position
+        for name in ("gold", "own"):
+            one = along.get(name, {}).get(position)
+            last = max(last, one["to"] if one else position)
+            cells += [figure(one["agreement"]["value"], "%"), bounds(one["agreement"], "%")] if one else ["", ""]
+        table.add_row(f"{position}" if last == position else f"{position} to {last}", *cells)
+    console.print(table)
+    for note in found["notes"]:
+        console.print(note)
 
 
 def show_comparison(found: dict[str, Any]) -> None:

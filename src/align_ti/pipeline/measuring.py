@@ -270,6 +270,7 @@ def train_and_measure(
                 recipe.evaluation,
                 teacher=None if name == "teacher" else recipe.teacher,
                 dtype=recipe.student.dtype,
+                layer=recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None,
                 advance=answered,
             )
             write_json(run.evaluation(name), result)
