@@ -26,7 +26,7 @@ from align_ti.evaluation.scored import score_file
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline import asking
 from align_ti.pipeline.asking import Task, batches, model_digest, predict, read_task, score_tasks
-from align_ti.pipeline.measuring import train_and_measure
+from align_ti.pipeline.measuring import train_and_measure, with_known_ends
 from align_ti.runs import RunFolder, read_json
 from tests import benchmark_folders, small
 from tests.launching import ROOT
@@ -348,6 +348,13 @@ def test_a_recipe_measures_before_during_and_after_training(folder, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(watched))
     assert "Digits: 8 questions" in called("train", path, "--dry-run").stdout
+
+
+def test_card_and_page_get_no_score_whose_interval_is_unknown():
+    known, unknown = {"value": 1.0, "low": 0.5, "high": 2.0}, {"value": 1.0, "low": None, "high": None}
+    scores = {"before": {"pope": known, "own": known}, "student": {"pope": known, "own": unknown}}
+    assert with_known_ends(scores) == {"before": {"pope": known}, "student": {"pope": known}}
+    assert with_known_ends({"student": {"own": unknown}}) == with_known_ends({}) == {}
 
 
 def test_tasks_of_a_recipe_are_checked_before_anything_is_trained(folder, tmp_path):

@@ -226,6 +226,19 @@ def measure_tasks(
     return found
 
 
+def with_known_ends(
+    benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The scores by model and benchmark, without benchmarks whose interval is unknown for one: card and page show no score alone."""
+    every = dict.fromkeys(task for scores in benchmarks.values() for task in scores)
+    known = [
+        task
+        for task in every
+        if all(task in one and None not in (one[task]["low"], one[task]["high"]) for one in benchmarks.values())
+    ]
+    return {name: {task: scores[task] for task in known} for name, scores in benchmarks.items()} if known else {}
+
+
 def train_and_measure(
     recipe: Recipe,
     steps: Steps | None = None,
@@ -281,6 +294,7 @@ def train_and_measure(
             results[name] = result
     title = f"Distillation of {Path(recipe.student.path).name}"
     summary = summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
-    write_json(run.summary, {**summary, "benchmarks": benchmarks} if benchmarks else summary)
+    known = with_known_ends(benchmarks)
+    write_json(run.summary, {**summary, "benchmarks": known} if known else summary)
     write_card(run, run.student)
     return run
