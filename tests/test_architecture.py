@@ -69,6 +69,7 @@ ALLOWED = {
         "data",
         "evaluation",
         "interactions",
+        "losses",
         "models",
         "phases",
         "preflight",

@@ -18,7 +18,7 @@ from align_ti.evaluation.fidelity import Along, own_answers
 from align_ti.evaluation.statistics import interval
 from align_ti.models.loading import load_model, load_processor
 from align_ti.models.pairing import pair_up
-from align_ti.pipeline.fidelity import clusters_of, fidelity
+from align_ti.pipeline.fidelity import clusters_of, fidelity, subset
 from align_ti.pipeline.measuring import evaluate_model, summarise
 from align_ti.training.objective import distillation_loss
 from align_ti.training.passes import candidates_for
@@ -214,6 +214,33 @@ def test_what_cannot_be_measured_is_named(pair):
     text = fidelity(student, teacher, processor, words, [("No.", False)], SETTINGS, layer=0)
     assert "none of the 1 records has a row that iva compares" in text["unmeasured"]["visual_kl"]
     assert text["response_kl"]["value"] > 0
+
+
+def test_costly_measures_are_taken_on_some_pictures(pair, answers, found):
+    student, teacher, processor, records = pair
+    settings = SETTINGS.model_copy(update={"fidelity_records": 2})
+    few = fidelity(student, teacher, processor, records, answers, settings, layer=1)
+    (chosen,) = {clusters_of(records)[index] for index in subset(clusters_of(records), 2)}
+    inside = [index for index, name in enumerate(clusters_of(records)) if name == chosen]
+    assert 2 <= len(inside) < len(records)
+    assert few["response_kl"] == found["response_kl"]
+    alike = fidelity(
+        student, teacher, processor, [records[i] for i in inside], [answers[i] for i in inside], SETTINGS, layer=1
+    )
+    for name in ("visual_kl", "own_kl", "own_agreement"):
+        assert few[name]["value"] == pytest.approx(alike[name]["value"], rel=1e-5), name
+    none = fidelity(
+        student, teacher, processor, records, answers, SETTINGS.model_copy(update={"fidelity_records": 0}), layer=1
+    )
+    assert set(none["unmeasured"]) == {"visual_kl", "transition_kl", "own_kl"}
+    assert none["top1_agreement"] == found["top1_agreement"]
+
+
+def test_one_measure_is_taken_where_the_other_is_not_defined(pair, answers):
+    student, teacher, processor, records = pair
+    wrong = fidelity(student, teacher, processor, records[:4], answers[:4], SETTINGS, layer=99)
+    assert set(wrong["unmeasured"]) == {"visual_kl"}
+    assert wrong["transition_kl"]["value"] > 0
 
 
 def test_far_positions_are_told_in_ranges():

@@ -461,6 +461,9 @@ class Evaluation(Knobs):
     """Questions answered at a time."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of one answer to a question of data.eval at most; an answer that reaches it is counted as cut."""
+    fidelity_records: int | None = Field(default=256, ge=0)
+    """Beside a teacher: records on which IVA's and TPA's measures are taken and the student's own answers read again, whole pictures of
+    them; KL and agreement on the right answers are measured on all. null: all of them. 0: none."""
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Benchmarks (gqa, sqa, textvqa, pope, mme, mmbench, digits, own:SCORER) that teacher, untouched student and student are measured
     on; a list, or names with commas."""

@@ -22,12 +22,10 @@ from align_ti.evaluation.metrics import Metric, Value, quotient, ratio
 from align_ti.evaluation.runner import Advance, chunks, ignore
 from align_ti.evaluation.statistics import interval, told
 from align_ti.losses.divergence import forward_kl
+from align_ti.losses.weighted import CHUNK_LOGITS, rows_at_a_time
 from align_ti.models.continuation import read
 from align_ti.models.pairing import shared_tokens
 from align_ti.models.standins import Projection
-
-ROWS = 64
-"""Rows projected to the vocabulary at a time."""
 
 SINGLE_POSITIONS = 16
 """Positions of a response that are told one by one; those behind them are told in ranges that double."""
@@ -131,6 +129,8 @@ def along_responses(
     """
     student.eval(), teacher.eval()
     shared = shared_tokens(student, teacher, processor, teacher_processor)
+    heads = Projection(student), Projection(teacher)
+    count = rows_at_a_time(CHUNK_LOGITS, heads[1].out_features, student.device)
     kl, agrees, record, position = [], [], [], []
     for indices in chunks(range(len(conversations)), settings.batch_size):
         part = [conversations[index] for index in indices]
@@ -141,8 +141,8 @@ def along_responses(
                 f"{part[0].place} or one of the {len(part) - 1} records behind it: student and teacher read different response tokens, "
                 "so their distributions cannot be compared; choose models of one tokenizer and end of turn."
             )
-        for rows, other in zip(ours.hidden.split(ROWS), theirs.hidden.split(ROWS), strict=True):
-            logits = Projection(student)(rows)[:, shared], Projection(teacher)(other).to(rows.device)[:, shared]
+        for rows, other in zip(ours.hidden.split(count), theirs.hidden.split(count), strict=True):
+            logits = heads[0](rows)[:, shared], heads[1](other).to(rows.device)[:, shared]
             kl.append(forward_kl(*logits).double().cpu())
             agrees.append((logits[0].argmax(-1) == logits[1].argmax(-1)).cpu())
         record += [indices[sample] for sample in ours.sample]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from align_ti.data.lengths import paired
 from align_ti.data.roles import encode
 from align_ti.errors import BatchError, ConfigError, DataError, ModelError
 from align_ti.evaluation.benchmarks.base import Report
-from align_ti.evaluation.fidelity import ROWS, along_own, along_responses, own_answers, per_record
+from align_ti.evaluation.fidelity import along_own, along_responses, own_answers, per_record
 from align_ti.evaluation.metrics import Metric
 from align_ti.evaluation.results import scored, without_common_folder
 from align_ti.evaluation.runner import Advance, chunks, ignore
 from align_ti.evaluation.tasks import question
 from align_ti.interactions.layer_scores import score_layers
+from align_ti.losses.measures import Measure
+from align_ti.losses.weighted import CHUNK_LOGITS, rows_at_a_time, vocabulary
 from align_ti.models.pairing import pair_up
-from align_ti.terms.base import Term, WeightedRows
+from align_ti.terms.base import WeightedRows
 from align_ti.terms.readings import Readings
 from align_ti.training.objective import gather_rows, read_batch
 
@@ -40,8 +44,8 @@ BENCHMARK = "fidelity"
 UNMEASURED = (BatchError, ConfigError, DataError, ModelError)
 """What says that a measure is not defined for a pair of models or for these records."""
 
-MEASURES = {"visual_kl": "iva", "transition_kl": "tpa"}
-"""The terms whose own measure is taken, by the name that it gets."""
+MEASURES = {"iva": "visual_kl", "tpa": "transition_kl"}
+"""The terms whose own measure is taken, and the name that it gets."""
 
 
 def fidelity(
@@ -88,46 +92,49 @@ def fidelity(
     by_position = {"gold": along.by_position(clusters)}
     unmeasured: dict[str, str] = {}
 
-    def measured(name: str, measure: Callable[[], Metric]) -> None:
+    chosen = subset(clusters, settings.fidelity_records)
+    records, their_clusters = [conversations[index] for index in chosen], [clusters[index] for index in chosen]
+    terms: dict[str, dict[str, Any]] = {"tpa": {}}
+    if not records:
+        terms, unmeasured = {}, dict.fromkeys([*MEASURES.values(), "own_kl"], "evaluation.fidelity_records is 0.")
+    else:
         try:
-            metrics[name] = measure()
+            if layer is None:
+                layer = chosen_layer(teacher, teacher_processor or processor, records)
+            terms = {"iva": {"layer": layer, "resample": True}, **terms}
         except UNMEASURED as error:
-            unmeasured[name] = str(error)
-
-    def by_term(**options: Any) -> Metric:
-        objective = Objective.only(**options)
-        return term_measure(
-            student, teacher, processor, conversations, clusters, objective, settings, teacher_processor
-        )
-
-    def visual() -> Metric:
-        nonlocal layer
-        layer = layer if layer is not None else chosen_layer(teacher, teacher_processor or processor, conversations)
-        return by_term(iva={"layer": layer, "resample": True})
-
-    measured("visual_kl", visual)
-    measured("transition_kl", lambda: by_term(tpa={}))
+            unmeasured["visual_kl"] = str(error)
+    of_terms = partial(term_measures, student, teacher, processor, records, their_clusters, settings, teacher_processor)
+    try:
+        metrics |= of_terms(terms) if terms else {}
+    except UNMEASURED:
+        # One of them is not defined here; the other may be.
+        for name, options in terms.items():
+            try:
+                metrics |= of_terms({name: options})
+            except UNMEASURED as error:
+                unmeasured[MEASURES[name]] = str(error)
     read_by = [processor, *([] if teacher_processor is None else [teacher_processor])]
-    own = own_answers(read_by, conversations, answers)
+    own = own_answers(read_by, records, [answers[index] for index in chosen])
     if own.conversations:
         own_along = along_own(
             along_responses(student, teacher, processor, own.conversations, settings, ignore, teacher_processor), own
         )
-        metrics["own_kl"] = own_along.metric("kl", clusters)
-        metrics["own_agreement"] = own_along.metric("agrees", clusters)
-        by_position["own"] = own_along.by_position(clusters)
-    else:
+        metrics["own_kl"] = own_along.metric("kl", their_clusters)
+        metrics["own_agreement"] = own_along.metric("agrees", their_clusters)
+        by_position["own"] = own_along.by_position(their_clusters)
+    elif records:
         unmeasured["own_kl"] = "no answer of the student's own can stand in a conversation."
     notes = [f"{name} could not be measured: {reason}" for name, reason in unmeasured.items()]
     if own.left_out:
         notes.append(
-            f"{own.left_out} of {len(answers)} answers of its own are empty or hold special tokens as words, and are left out."
+            f"{own.left_out} of {len(records)} answers of its own are empty or hold special tokens as words, and are left out."
         )
     scores = scored(
         BENCHMARK,
         Report(metrics, "response_kl", {}, notes),
         called[0],
-        digest_of(conversations, clusters, called[1], layer),
+        digest_of(conversations, clusters, called[1], [layer, chosen]),
         title=f"fidelity to {called[1]}",
     )
     shown_metrics = {
@@ -152,10 +159,26 @@ def clusters_of(conversations: Sequence[Conversation]) -> list[str]:
     return [f"{number[picture]} {name}".strip() for picture, name in zip(pictures, named, strict=True)]
 
 
-def digest_of(conversations: Sequence[Conversation], clusters: Sequence[str], teacher: str, layer: int | None) -> str:
-    """What two models' measures have to share to be compared: records, teacher and layer."""
+def subset(clusters: Sequence[str], limit: int | None) -> list[int]:
+    """The records of as many clusters as give at least `limit` of them, in their own order; all of them without a limit.
+
+    Clusters stay whole, and are taken by a digest of their names: from everywhere in the file, the same for every model.
+    """
+    if limit is None:
+        return list(range(len(clusters)))
+    sizes, chosen, count = Counter(clusters), set[str](), 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if count >= limit:
+            break
+        chosen.add(name)
+        count += sizes[name]
+    return [index for index, name in enumerate(clusters) if name in chosen]
+
+
+def digest_of(conversations: Sequence[Conversation], clusters: Sequence[str], teacher: str, how: Sequence[Any]) -> str:
+    """What two models' measures have to share to be compared: records, teacher, and how it was measured."""
     told = [[[turn.speaker, turn.text] for turn in one.turns] for one in conversations]
-    return hashlib.sha256(json.dumps([told, list(clusters), teacher, layer]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([told, list(clusters), teacher, how]).encode()).hexdigest()[:32]
 
 
 def chosen_layer(teacher: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation]) -> int:
@@ -173,60 +196,80 @@ def chosen_layer(teacher: PreTrainedModel, processor: ProcessorMixin, conversati
 
 
 @torch.no_grad()
-def term_measure(
+def term_measures(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     processor: ProcessorMixin,
     conversations: Sequence[Conversation],
     clusters: Sequence[str],
-    objective: Objective,
     settings: Evaluation,
-    teacher_processor: ProcessorMixin | None = None,
-) -> Metric:
-    """A term's own measure on held-out records: the objective's passes, rows and weights, the sums record by record.
+    teacher_processor: ProcessorMixin | None,
+    terms: Mapping[str, Any],
+) -> dict[str, Metric]:
+    """Terms' own measures on held-out records: the objective's passes, rows and weights, the sums record by record.
 
     Candidates are drawn with a fixed seed, so they are the same at each call.
 
+    Args:
+        student: the model that is measured.
+        teacher: the model that it is measured by.
+        processor: the student's processor.
+        conversations: the records.
+        clusters: the cluster of each record.
+        settings: how many records are read at a time.
+        teacher_processor: the teacher's, where it reads inputs of its own.
+        terms: the options of each term of `MEASURES` that is wanted.
+
     Raises:
-        AlignTIError: the term is not defined for the two models or for a record.
-        DataError: no record has a row of the term.
+        AlignTIError: a term is not defined for the two models or for a record.
+        DataError: no record has a row of a term.
     """
     student.eval(), teacher.eval()
     own_pad = None if teacher_processor is None else teacher_processor.tokenizer.pad_token_id
     collate = Collator(processor.tokenizer.pad_token_id, teacher_pad_token=own_pad)
     pairing = pair_up(student, teacher, processor, teacher_processor)
-    (name,) = objective.terms
-    generator = torch.Generator(student.device).manual_seed(0)
-    totals, masses, record = [], [], []
+    objective, generator = Objective.only(**terms), torch.Generator(student.device).manual_seed(0)
+    found: dict[str, list[Measured]] = {name: [] for name in objective.terms}
     for indices in chunks(range(len(conversations)), settings.batch_size):
         samples: list[dict[str, Any]] = [encode(conversations[index], processor) for index in indices]
         if teacher_processor is not None:
             theirs = [encode(conversations[index], teacher_processor) for index in indices]
             samples = [paired(sample, other) for sample, other in zip(samples, theirs, strict=True)]
         readings = read_batch(student, teacher, collate(samples), objective, generator=generator, pairing=pairing)
-        values, weights, sample = rows_measured(readings, name, objective.terms[name])
-        totals.append(values * weights)
-        masses.append(weights)
-        record.append(np.array(indices)[sample])
-    if not any(mass.sum() for mass in masses):
-        raise DataError(
-            f"none of the {len(conversations)} records has a row that {name} compares; records with a response, and for iva with an "
-            "instruction behind a picture, are accepted."
-        )
-    return per_record(np.concatenate(totals), np.concatenate(masses), np.concatenate(record), clusters)
+        for name, (values, weights, sample) in rows_measured(readings, objective).items():
+            found[name].append((values * weights, weights, np.array(indices)[sample]))
+    metrics = {}
+    for name, parts in found.items():
+        totals, masses, record = (np.concatenate(of) for of in zip(*parts, strict=True))
+        if not masses.sum():
+            raise DataError(
+                f"none of the {len(conversations)} records has a row that {name} compares; records with a response, and for iva with "
+                "an instruction behind a picture, are accepted."
+            )
+        metrics[MEASURES[name]] = per_record(totals, masses, record, clusters)
+    return metrics
 
 
-def rows_measured(readings: Readings, name: str, term: Term) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a term measures at each of its rows, the row's weight, and its sample in the batch."""
-    part = term.total(readings)
-    assert isinstance(part, WeightedRows)
-    rows, weights, sample = gather_rows({name: part}, readings)
+Measured = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""What is measured at each row, the row's weight, and what it belongs to."""
+
+
+def rows_measured(readings: Readings, objective: Objective) -> dict[str, Measured]:
+    """What each term measures at its rows, their weights, and their samples in the batch."""
+    parts: dict[str, WeightedRows] = {name: term.total(readings) for name, term in objective.terms.items()}
+    rows, weights, sample = gather_rows(parts, readings)
     assert rows.teacher is not None
     assert rows.teacher_head is not None
-    values = [np.zeros(0)]
-    for start in range(0, len(rows.student), ROWS):
-        chunk = slice(start, start + ROWS)
+    # Terms of one measure compare the rows that they share once.
+    values: dict[Measure, list[np.ndarray]] = {part.measure: [np.zeros(0)] for part in parts.values()}
+    count = rows_at_a_time(CHUNK_LOGITS, vocabulary(rows.student_head), rows.student.device)
+    for start in range(0, len(rows.student), count):
+        chunk = slice(start, start + count)
         ours, theirs = rows.student_head(rows.student[chunk]), rows.teacher_head(rows.teacher[chunk])
-        measured, _ = part.measure(ours, theirs.to(ours.device), rows.labels[chunk], rows.shared, slope=False)
-        values.append(measured.double().cpu().numpy())
-    return np.concatenate(values), weights[name].double().cpu().numpy(), sample.cpu().numpy()
+        for measure, found in values.items():
+            measured, _ = measure(ours, theirs.to(ours.device), rows.labels[chunk], rows.shared, slope=False)
+            found.append(measured.double().cpu().numpy())
+    return {
+        name: (np.concatenate(values[part.measure]), weights[name].double().cpu().numpy(), sample.cpu().numpy())
+        for name, part in parts.items()
+    }
