@@ -281,6 +281,10 @@ def test_forms_of_sharding_that_the_loss_cannot_take_are_refused_by_name(folder,
             run.check_sharding()
     run.accelerator.state.parallelism_config = ParallelismConfig(dp_shard_size=2)
     run.check_sharding()
+    run.is_deepspeed_enabled, run.args.bf16 = True, True
+    with pytest.raises(ConfigError, match="under DeepSpeed the weights themselves would be made half precision"):
+        run.check_sharding()
+    run.is_deepspeed_enabled, run.args.bf16 = False, False
     run.is_fsdp_enabled = True
     for options, sentence in (
         ({"fsdp_version": 1}, "sharded by FSDP 1"),

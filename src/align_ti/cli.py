@@ -137,7 +137,8 @@ def train(
 ) -> None:
     """Distil as a recipe says; run again to go on after a stop.
 
-    Ends with 0 when the student is there, 2 after an error, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1: run it again.
+    Ends with 0 when the student is there, 2 after an error with a message, 1 after any other, 130 after Ctrl-C, 75 after SIGTERM or
+    SIGUSR1: run it again.
 
     With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
     evaluation.tasks they are measured on benchmarks.

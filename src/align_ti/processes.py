@@ -77,7 +77,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             print(
                 f"error: process {failed} of {count} {how}, and the others were ended; the same command goes on from the last "
-                "checkpoint.",
+                "checkpoint, if there is one.",
                 file=sys.stderr,
             )
         return code if code > 0 else 128 - code

@@ -222,8 +222,8 @@ class AlignTITrainer(Trainer):
         """Refuse forms of sharding in which the loss would not be the same number.
 
         Raises:
-            ConfigError: FSDP 1; sequences or layers split over devices; on-policy batches where weights are sharded; FSDP's own
-                checkpointing where a term has candidates.
+            ConfigError: FSDP 1; sequences or layers split over devices; mixed precision under DeepSpeed; on-policy batches where
+                weights are sharded; FSDP's own checkpointing where a term has candidates.
         """
         split = getattr(self.accelerator, "parallelism_config", None)
         for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
@@ -239,6 +239,12 @@ class AlignTITrainer(Trainer):
                 "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
                 "differ in length would wait for each other; leave on_policy out (in a recipe: data.on_policy), or use DDP, ZeRO-2 or "
                 "one GPU."
+            )
+        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
+            raise ConfigError(
+                "training.bf16 or training.fp16 is on, and under DeepSpeed the weights themselves would be made half precision, and "
+                "the student saved so; accepted: neither of the two under DeepSpeed, or FSDP 2, which keeps float32 weights "
+                "(`align-ti recipes copy fsdp2 fsdp2.yaml`)."
             )
         if not self.is_fsdp_enabled:
             return
