@@ -14,6 +14,7 @@ from align_ti.digits.models import LanguageSize, build_model, build_processor
 from align_ti.digits.questions import ask
 from align_ti.digits.scans import load_scans
 from align_ti.digits.scenes import draw_scene
+from align_ti.models.saving import save_model
 
 
 def write_pair(folder: Path) -> None:
@@ -26,7 +27,7 @@ def write_pair(folder: Path) -> None:
             # Sharper than initialisation, so that terms are clearly not zero.
             with torch.no_grad():
                 model.get_output_embeddings().weight.mul_(20)
-        model.save_pretrained(folder / name)
+        save_model(model, folder / name)
         processor.save_pretrained(folder / name)
 
 
