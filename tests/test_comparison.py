@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from align_ti import cli
 from align_ti.errors import DataError
 from align_ti.evaluation.benchmarks.base import Report
 from align_ti.evaluation.comparison import compare, read_models
-from align_ti.evaluation.metrics import mean_of
+from align_ti.evaluation.metrics import mean_of, quotient
 from align_ti.evaluation.results import scored, write_scores
 from align_ti.evaluation.statistics import holm, interval, paired, simultaneous
 
@@ -82,11 +83,16 @@ def test_different_questions_and_different_counting_are_refused(files, tmp_path)
     ):
         compare(read_models([files[0], other]))
     made = report(0.5, 0)
-    write_scores(
-        other, scored("gqa", Report({**made.metrics, "f1": made.metrics["first"]}, "accuracy", {}), "other", "q")
-    )
-    with pytest.raises(DataError, match="f1 of 'gqa' are counted in different ways"):
+    nats = replace(made.metrics["first"], value=quotient, unit="nats")
+    write_scores(other, scored("gqa", Report({**made.metrics, "first": nats}, "accuracy", {}), "other", "q"))
+    with pytest.raises(DataError, match="first of 'gqa' are counted in different ways"):
         compare(read_models([files[0], other]))
+    # What one alone has is shown, without a difference.
+    more = {**made.metrics, "more": made.metrics["first"]}
+    write_scores(other, scored("gqa", Report(more, "accuracy", {}), "other", "q"))
+    found = compare(read_models([files[0] / "gqa.scores.json", other]), all_metrics=True)
+    assert [len(row["differences"]) for row in found["rows"]] == [1, 1, 0]
+    assert found["notes"] == ["gqa: no more of small."]
     write_scores(other, scored("gqa", Report(made.metrics, "first", {}), "other", "q"))
     with pytest.raises(DataError, match="the headline of 'gqa'"):
         compare(read_models([files[0], other]))

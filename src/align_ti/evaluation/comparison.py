@@ -78,6 +78,10 @@ def compare(models: Sequence[Model], all_metrics: bool = False) -> dict[str, Any
         lacking = [name for name, scores in models if benchmark not in scores]
         if lacking:
             alone.append(f"{benchmark}: no scores of {', '.join(lacking)}.")
+    for row in rows:
+        lacking = [name for name, scores in models if row.benchmark in scores and name not in row.metrics]
+        if lacking:
+            alone.append(f"{row.benchmark}: no {row.name} of {', '.join(lacking)}.")
     return {
         "models": [first, *others],
         "files": {name: {title: str(one.path) for title, one in scores.items()} for name, scores in models},
@@ -129,10 +133,10 @@ def rows_of(models: Sequence[Model], all_metrics: bool) -> list[Row]:
         one = next(iter(having.values()))
         for other in having.values():
             check_alike(one, other)
-        for name in one.metrics if all_metrics else [one.headline]:
-            rows.append(
-                Row(benchmark, one.title, name, {model: scores.metrics[name] for model, scores in having.items()})
-            )
+        every = dict.fromkeys(name for scores in having.values() for name in scores.metrics)
+        for name in every if all_metrics else [one.headline]:
+            found = {model: scores.metrics[name] for model, scores in having.items() if name in scores.metrics}
+            rows.append(Row(benchmark, one.title, name, found))
     return rows
 
 
@@ -151,10 +155,11 @@ def check_alike(one: Scores, other: Scores) -> None:
         {name: [name_of(metric.value), metric.unit, metric.sums.shape[1]] for name, metric in scores.metrics.items()}
         for scores in (one, other)
     ]
-    if ways[0] != ways[1] or one.headline != other.headline:
-        differing = [name for name in {**ways[0], **ways[1]} if ways[0].get(name) != ways[1].get(name)] or [
-            "the headline"
-        ]
+    # A metric that only one of them has is shown without a difference.
+    differing = [name for name in ways[0] if name in ways[1] and ways[0][name] != ways[1][name]]
+    if one.headline != other.headline:
+        differing.append("the headline")
+    if differing:
         raise DataError(
             f"{one.path} and {other.path}: {', '.join(differing)} of {one.benchmark!r} are counted in different ways; score both by "
             "one version and with the same options (`align-ti score`)."
