@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align_ti.config import Recipe
 from align_ti.errors import RequeueError, RunError
@@ -152,7 +151,8 @@ def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost(tmp_pat
     # The result of the exchange was written over what the signal had just asked for.
     recorder, state, control = RunRecorder(RunFolder(tmp_path)), TrainerState(), TrainerControl()
     state.global_step, state.max_steps = 1, 9
-    args = SimpleNamespace(world_size=2, device="cpu")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
 
     def exchange(flag: torch.Tensor, _how: object) -> None:
         signal.raise_signal(signal.SIGTERM)
