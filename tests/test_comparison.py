@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from align_ti import cli
@@ -54,8 +55,10 @@ def test_each_model_is_compared_with_the_first(files):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_the_command_prints_no_difference_without_its_interval(files, tmp_path):
-    with_wide = CliRunner(env={"COLUMNS": "200"})
+def test_the_command_prints_no_difference_without_its_interval(files, tmp_path, monkeypatch):
+    # Test workers have consoles of 80 columns, in which rows take several lines.
+    monkeypatch.setattr(cli, "console", Console(width=200, markup=False))
+    with_wide = CliRunner()
     result = with_wide.invoke(
         cli.app, ["compare", *map(str, files), "--all-metrics", "--out", str(tmp_path / "out.json")]
     )
