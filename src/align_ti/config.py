@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -477,24 +478,42 @@ class Evaluation(Knobs):
     """Steps between two measurements of the student on the benchmarks while it is trained; by default there are none."""
     sample: int = Field(default=64, ge=1)
     """About so many questions of each benchmark are asked in such a measurement, whole groups of them, always the same."""
+    watch: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """The benchmarks of these measurements, such as digits_validation; by default those of tasks. One that is not among tasks is asked
+    after the last step too."""
 
     @model_validator(mode="before")
     @classmethod
     def _names_with_commas(cls, options: Any) -> Any:
-        if isinstance(options, Mapping) and isinstance(options.get("tasks"), str):
-            return {**options, "tasks": tuple(name.strip() for name in options["tasks"].split(",") if name.strip())}
-        return options
+        if not isinstance(options, Mapping):
+            return options
+        words = {name: options[name] for name in ("tasks", "watch") if isinstance(options.get(name), str)}
+        return {
+            **options,
+            **{name: tuple(one.strip() for one in text.split(",") if one.strip()) for name, text in words.items()},
+        }
 
     @model_validator(mode="after")
     def _tasks_with_their_files(self) -> Evaluation:
-        if len({name.partition(":")[0] for name in self.tasks}) < len(self.tasks):
-            raise ValueError(f"tasks is {', '.join(self.tasks)}; each benchmark once is accepted; take the others out")
-        if self.tasks and self.data is None:
-            raise ValueError("tasks is given but data is missing; name the folder that holds the benchmarks' files")
+        for key in ("tasks", "watch"):
+            names = getattr(self, key)
+            if len({name.partition(":")[0] for name in names}) < len(names):
+                raise ValueError(f"{key} is {', '.join(names)}; each benchmark once is accepted; take the others out")
+            if names and self.data is None:
+                raise ValueError(
+                    f"{key} is given but data is missing; name the folder that holds the benchmarks' files"
+                )
+        if self.watch and self.every is None:
+            raise ValueError("watch is given but every is missing; give the steps between two measurements")
         for name in ("data", "task_max_new_tokens", "limit", "every"):
-            if not self.tasks and getattr(self, name) is not None:
+            if not (self.tasks or self.watch) and getattr(self, name) is not None:
                 raise ValueError(f"{name} is given but tasks is missing; name the benchmarks, or leave {name} out")
         return self
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The benchmarks that the student is asked while it is trained."""
+        return self.watch or self.tasks
 
 
 class Generation(Knobs):
@@ -667,20 +686,7 @@ def read_recipe(path: Path, changes: Iterable[str] = (), *, allow_extensions: bo
         ConfigError: one message with every error of the file; or it names extensions, and they are not allowed.
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: the recipe does not exist; `align-ti recipes list` names those that are shipped."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file is accepted.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: the top level is {type(content).__name__}; sections such as student and data are accepted."
-        )
+    content = read_mapping(path, "recipe", "sections such as student and data")
     for change in changes:
         lay_over(content, change)
     run_extensions(path, content.get("extensions"), allowed=allow_extensions)
@@ -690,20 +696,64 @@ def read_recipe(path: Path, changes: Iterable[str] = (), *, allow_extensions: bo
         raise ConfigError(f"{path}:\n{explain(Recipe, error)}") from None
 
 
-def run_extensions(path: Path, files: Any, *, allowed: bool) -> None:
+def read_mapping(path: Path, called: str, accepted: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+        called: what the file is, for messages.
+        accepted: what its top level holds.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: the {called} does not exist; `align-ti recipes list` names those that are shipped."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file is accepted.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: the top level is {type(content).__name__}; {accepted} are accepted.")
+    return content
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The text of each shipped recipe by its name."""
+    return {
+        item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8")
+        for item in sorted((files("align_ti") / "recipes").iterdir(), key=lambda item: item.name)
+        if item.name.endswith(".yaml")
+    }
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe file: as given, or a shipped recipe of that name."""
+    # A folder of that name, such as the benchmark's own, is no recipe.
+    if not path.is_file() and str(path) in shipped_recipes():
+        with as_file(files("align_ti") / "recipes" / f"{path}.yaml") as file:
+            return Path(file)
+    return path
+
+
+def run_extensions(path: Path, named: Any, *, allowed: bool) -> None:
     """Runs the files that a recipe names under `extensions`. A recipe alone cannot run code: somebody has to allow it.
 
     Raises:
         ConfigError: they are not allowed, or one cannot be run.
     """
-    if not files or not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+    if not named or not isinstance(named, list) or not all(isinstance(file, str) for file in named):
         return  # nothing to run, or a mistake that the recipe's own check names
     if not allowed:
         raise ConfigError(
-            f"{path}: extensions names {', '.join(files)}, which would run code of that file; read it, and allow it by "
+            f"{path}: extensions names {', '.join(named)}, which would run code of that file; read it, and allow it by "
             "--allow-extensions (in Python read_recipe(..., allow_extensions=True)), or leave extensions out."
         )
-    for file in files:
+    for file in named:
         load_extension(Path(file))
 
 
@@ -712,30 +762,41 @@ def lay_over(content: dict[str, Any], change: str) -> None:
     name, equals, value = change.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--set {change!r} is not of the form section.key=value, such as objective.tpa.candidates=2.")
-    *sections, key = name.strip().split(".")
-    place: Any = content
-    for section in sections:
-        entry = list_entry(place, section, change)
-        inner = place[entry] if isinstance(place, list) else place.setdefault(entry, {})
-        if not isinstance(inner, dict | list):
-            raise ConfigError(
-                f"--set {change!r}: {section} is no section but {inner!r}; give the name of a key in a section."
-            )
-        place = inner
     try:
-        place[list_entry(place, key, change)] = yaml.load(value, Loader)
+        put(content, name.strip(), yaml.load(value, Loader), f"--set {change!r}")
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change!r}: the value is not valid YAML: {error}") from error
 
 
-def list_entry(place: dict[str, Any] | list[Any], key: str, change: str) -> Any:
+def put(content: dict[str, Any], name: str, value: Any, told: str) -> None:
+    """Write one option into a recipe's content by its full name, such as objective.tpa.candidates.
+
+    Args:
+        content: the recipe's content; changed.
+        name: the option.
+        value: its value, in YAML's types.
+        told: what says so, for messages.
+
+    Raises:
+        ConfigError: a part of the name is no section.
+    """
+    *sections, key = name.split(".")
+    place: Any = content
+    for section in sections:
+        entry = list_entry(place, section, told)
+        inner = place[entry] if isinstance(place, list) else place.setdefault(entry, {})
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"{told}: {section} is no section but {inner!r}; give the name of a key in a section.")
+        place = inner
+    place[list_entry(place, key, told)] = value
+
+
+def list_entry(place: dict[str, Any] | list[Any], key: str, told: str) -> Any:
     """The key as it is in a section, and as a number in a list, such as the 0 of data.train.0.path."""
     if isinstance(place, dict):
         return key
     if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(
-            f"--set {change!r}: {key!r} is no entry of a list of {len(place)}; accepted: 0 to {len(place) - 1}."
-        )
+        raise ConfigError(f"{told}: {key!r} is no entry of a list of {len(place)}; accepted: 0 to {len(place) - 1}.")
     return int(key)
 
 

@@ -172,41 +172,16 @@ class RunFolder:
         Raises:
             RunError: another process trains in it.
         """
-        if fcntl is None or (self.root.exists() and not self.root.is_dir()):
+        if self.root.exists() and not self.root.is_dir():
             yield
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        HELD.add(handle)
-        try:
-            self.take(handle)
+        with locked(self.lock, HANDING_OVER) as owner:
+            if owner is not None:
+                raise RunError(
+                    f"{self.root}: another run (process {owner}) is training in this folder; one run at a time is accepted; wait "
+                    "for it or stop it, or choose another folder (out)."
+                )
             yield
-        finally:
-            HELD.discard(handle)
-            os.close(handle)
-
-    def take(self, handle: int) -> None:
-        """Locks the open lock file and writes this process's number into it."""
-        until = time.monotonic() + HANDING_OVER
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    owner = os.pread(handle, 100, 0).decode("utf-8", errors="replace").strip() or "unknown"
-                    raise RunError(
-                        f"{self.root}: another run (process {owner}) is training in this folder; one run at a time is accepted; wait "
-                        "for it or stop it, or choose another folder (out)."
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
-                    raise
-                return
-            else:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
-                return
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, or None; a kill may leave one half written, or half removed."""
@@ -314,16 +289,56 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The metrics in order of steps; of a step logged twice the later line."""
-        if not self.metrics.exists():
-            return []
-        lines = [
-            parsed for line in self.metrics.read_text(encoding="utf-8").splitlines() if (parsed := whole_line(line))
+        return [
+            line
+            for _, line in sorted({line["step"]: line for line in read_lines(self.metrics) if "loss" in line}.items())
         ]
-        return [line for _, line in sorted({line["step"]: line for line in lines if "loss" in line}.items())]
 
 
 HELD: set[int] = set()
 """The open lock files of this process."""
+
+
+@contextmanager
+def locked(path: Path, wait: float = 0.0) -> Iterator[str | None]:
+    """Locks a file for the block, and gives None; if another process holds it, gives that process in words, and nothing is locked.
+
+    A file system without locks, and Windows, let everybody in. The file stays; the lock ends with its process.
+
+    Args:
+        path: the lock file; it is made.
+        wait: seconds to wait for another process to let go.
+    """
+    if fcntl is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    HELD.add(handle)
+    try:
+        yield take(handle, time.monotonic() + wait)
+    finally:
+        HELD.discard(handle)
+        os.close(handle)
+
+
+def take(handle: int, until: float) -> str | None:
+    """Locks the open lock file and writes this process's number into it; the owner's if another holds it until then."""
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return os.pread(handle, 100, 0).decode("utf-8", errors="replace").strip() or "unknown"
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
+                raise
+            return None
+        else:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+            return None
 
 
 def let_go() -> None:
@@ -367,6 +382,14 @@ def whole_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, halves that a kill has left aside; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [parsed for line in lines if (parsed := whole_line(line))]
 
 
 def with_new_defaults(recipe: Recipe, before: Any) -> Any:

@@ -313,7 +313,82 @@ def hierarchical(of: Sequence[Metric], to: Sequence[Metric], *, level: float = L
     if clusters < 2:
         raise DataError("one cluster; at least 2 are needed to know how far questions differ.")
     effects = np.array([one.score - other.score for one, other in pairs])
-    pseudo = np.stack([pseudo_values(one) - pseudo_values(other) for one, other in pairs])
+    return crossed(effects, np.stack([pseudo_values(one) - pseudo_values(other) for one, other in pairs]), level)
+
+
+def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
+    """The mean score of one way of making a model, with an interval that holds for other seeds and other questions (`hierarchical`).
+
+    The p value is that of a mean of 0. Of a single seed it is the score alone, with the interval of its questions (`interval`).
+
+    Raises:
+        DataError: a cluster that one run alone has.
+    """
+    if len(of) == 1:
+        alone = interval(of[0], level=level)
+        return Difference(value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters)
+    runs = on_same_clusters(of)
+    return crossed(np.array([one.score for one in runs]), np.stack([pseudo_values(one) for one in runs]), level)
+
+
+def gap_closed(
+    of: Sequence[Metric], start: Sequence[Metric], goal: Metric, *, level: float = LEVEL
+) -> Difference | None:
+    """How much of the way from one score to another a third has gone, in per cent, over seeds; None where there is no way to go.
+
+    100 (of - start) / (goal - start), all means over the same seeds and questions. The interval is that of the ratio's linear part
+    (delta method), so it is good where the way is long beside its own uncertainty.
+
+    Args:
+        of: a metric for each seed.
+        start: likewise, such as those of students trained by SFT.
+        goal: one model's, such as the teacher's.
+
+    Raises:
+        DataError: as `hierarchical`.
+    """
+    *runs, last = on_same_clusters([*of, *start, goal])
+    number = len(of)
+    ours, theirs = runs[:number], runs[number:]
+    way = last.score - float(np.mean([one.score for one in theirs]))
+    if abs(way) < 1e-9:
+        return None
+    share = float(np.mean([one.score - other.score for one, other in zip(ours, theirs, strict=True)])) / way
+    # Of - start - share (goal - start) is 0 on average; its spread over the way is the share's.
+    scores = np.array([[one.score, other.score] for one, other in zip(ours, theirs, strict=True)])
+    effects = scores[:, 0] - scores[:, 1] - share * (last.score - scores[:, 1])
+    towards = pseudo_values(last)
+    pseudo = np.stack(
+        [
+            pseudo_values(one) - pseudo_values(other) - share * (towards - pseudo_values(other))
+            for one, other in zip(ours, theirs, strict=True)
+        ]
+    )
+    if number < 2 or len(towards) < 2:
+        return Difference(value=100 * share, low=nan, high=nan, p=nan, clusters=len(towards), seeds=number)
+    left = crossed(effects, pseudo, level)
+    reach = 100 * (left.high - left.low) / 2 / abs(way)
+    return Difference(
+        value=100 * share,
+        low=100 * share - reach,
+        high=100 * share + reach,
+        p=nan,
+        clusters=left.clusters,
+        seeds=number,
+    )
+
+
+def crossed(
+    effects: Float[np.ndarray, " runs"], pseudo: Float[np.ndarray, "runs clusters"], level: float
+) -> Difference:
+    """The mean effect over runs, with the interval and test of two crossed samples, runs and clusters.
+
+    Args:
+        effects: each run's.
+        pseudo: what each cluster says of it by itself (`pseudo_values`).
+        level: the interval's probability.
+    """
+    seeds, clusters = pseudo.shape
     by_run, by_cluster = pseudo.mean(1, keepdims=True), pseudo.mean(0, keepdims=True)
     rest = pseudo - by_run - by_cluster + pseudo.mean()
     # How far runs differ holds what belongs to a run on a cluster, so from the clusters' own part it is taken out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class TaskWatch(TrainerCallback):
     """Asks the student a sample of each benchmark's questions every so many steps, and logs the headlines.
 
     The log gets `task_NAME` with `task_NAME_low` and `task_NAME_high`, the ends of the 95 % interval where it is known. The answers are
-    greedy, and the student is afterwards as it was, so that it is trained as if nobody had asked. Nothing is asked after the last step,
-    since the finished student is measured on all questions.
+    greedy, and the student is afterwards as it was, so that it is trained as if nobody had asked. After the last step only benchmarks
+    are asked that are not among `evaluation.tasks`, on which the finished student is measured anyway.
 
     Args:
         settings: the benchmarks, the steps between two measurements, and how many questions.
@@ -46,7 +47,7 @@ class TaskWatch(TrainerCallback):
         self.trainer: AlignTITrainer | None = None
         # The sample of those that the finished student is asked.
         limits = [limit for limit in (settings.sample, settings.limit) if limit is not None]
-        self.tasks = [read_task(benchmark(name), Path(settings.data or ""), min(limits)) for name in settings.tasks]
+        self.tasks = [read_task(benchmark(name), Path(settings.data or ""), min(limits)) for name in settings.watched]
 
     def attach(self, trainer: AlignTITrainer) -> None:
         """Tells whose student is asked.
@@ -65,19 +66,22 @@ class TaskWatch(TrainerCallback):
         every = self.settings.every
         if every is None or self.trainer is None or self.trainer.model is None:
             return
-        if state.global_step % every or state.global_step >= state.max_steps or control.should_training_stop:
+        last = state.global_step >= state.max_steps
+        # At the end only what nobody else asks the finished student.
+        tasks = [task for task in self.tasks if not last or task.benchmark.name not in self.settings.tasks]
+        if (state.global_step % every and not last) or not tasks or (control.should_training_stop and not last):
             return
         due = control.should_log
-        self.trainer.log(self.measure(unwrapped(self.trainer.model), self.trainer))
+        self.trainer.log(self.measure(unwrapped(self.trainer.model), self.trainer, tasks))
         # Any log counts as the step's own, whose terms are still to come.
         control.should_log = due
 
-    def measure(self, student: PreTrainedModel, trainer: AlignTITrainer) -> dict[str, float]:
-        """The headlines by name, the same on all processes."""
+    def measure(self, student: PreTrainedModel, trainer: AlignTITrainer, tasks: Sequence[Task]) -> dict[str, float]:
+        """The headlines of the benchmarks by name, the same on all processes."""
         was = {module: module.training for module in student.modules()}
         found: dict[str, float] = {}
         try:
-            for task in self.tasks:
+            for task in tasks:
                 found |= self.headline(task, self.answers(student, task, trainer))
         finally:
             for module, training in was.items():

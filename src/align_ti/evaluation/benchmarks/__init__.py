@@ -17,6 +17,7 @@ BENCHMARKS: Mapping[str, str] = {
     "mme": "align_ti.evaluation.benchmarks.mme:Mme",
     "mmbench": "align_ti.evaluation.benchmarks.mmbench:MmBench",
     "digits": "align_ti.evaluation.benchmarks.digits:Digits",
+    "digits_validation": "align_ti.evaluation.benchmarks.digits:DigitsValidation",
     "own": "align_ti.evaluation.benchmarks.own:Own",
 }
 """Where each benchmark's class is: module:class."""

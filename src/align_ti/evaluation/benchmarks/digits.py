@@ -1,9 +1,10 @@
-"""Align-TI's own digits: the test split that `align-ti digits` writes, exact match. Imports no torch."""
+"""Align-TI's own digits: the test or validation split that `align-ti digits` writes, exact match. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from align_ti.data.conversation import IMAGE_TAG
 from align_ti.data.records import ImageRoot
@@ -14,29 +15,30 @@ from align_ti.evaluation.benchmarks.files import Source, field, picture, read_js
 from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.scoring import is_right
 
-QUESTIONS = Source(("test.json",), "align-ti digits --out FOLDER")
+ORIGIN = "align-ti digits --out FOLDER"
 
 
 class Digits(Benchmark):
-    """The digits benchmark."""
+    """The digits benchmark: its test split, for results that are reported."""
 
     name = "digits"
     title = "Digits"
     max_new_tokens = 128
+    source: ClassVar[Source] = Source(("test.json",), ORIGIN)
 
     def items(self, folder: Path) -> list[Item]:
-        """The questions of `test.json` with the pictures beside it."""
-        folder = task_folder(folder, "digits", QUESTIONS)
-        path, root = QUESTIONS.path(folder), ImageRoot(folder)
-        records = read_json(path, QUESTIONS.origin)
+        """The questions of the split's file with the pictures beside it."""
+        folder = task_folder(folder, "digits", self.source)
+        path, root = self.source.path(folder), ImageRoot(folder)
+        records = read_json(path, ORIGIN)
         if not isinstance(records, list) or not records:
-            raise DataError(f"{path}: no list of records; write the file by {QUESTIONS.origin}.")
+            raise DataError(f"{path}: no list of records; write the file by {ORIGIN}.")
         items = []
         for number, record in enumerate(records, start=1):
             place = f"{path}, record {number}"
             turns = record.get("conversations") if isinstance(record, dict) else None
             if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
-                raise DataError(f"{place}: no question and answer; write the file by {QUESTIONS.origin}.")
+                raise DataError(f"{place}: no question and answer; write the file by {ORIGIN}.")
             image = field(record, "image", place)
             items.append(
                 Item(
@@ -49,7 +51,7 @@ class Digits(Benchmark):
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice([item.id for item in items], [item.place for item in items], ORIGIN)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -64,3 +66,11 @@ class Digits(Benchmark):
             of = [item for item in items if name in ("accuracy", item.kind)]
             metrics[name] = mean_of([right[item.id] for item in of], [item.cluster for item in of])
         return Report(metrics, "accuracy", right, tuple(notes_on(items, predictions, 0)))
+
+
+class DigitsValidation(Digits):
+    """Its validation split, for choosing: no scan of a digit in it stands in the test split."""
+
+    name = "digits_validation"
+    title = "Digits, validation"
+    source = Source(("validation.json",), ORIGIN)

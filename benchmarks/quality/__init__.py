@@ -1,0 +1,1 @@
+"""The campaign of docs/quality.md: its data and its studies."""

@@ -1,0 +1,164 @@
+"""What a step of each variant costs, measured before a study starts, and the steps that make compute equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from align_ti.config import Evaluation, Recipe
+from align_ti.errors import RunError
+from align_ti.pipeline.training import distil
+from align_ti.runs import RunFolder, read_json, write_json
+from align_ti.studies.design import Study
+from align_ti.studies.folder import StudyFolder, plain
+
+TIMED = 25
+"""Steps of a run that is timed; the first five are left out."""
+
+ROUNDS = 2
+"""Timed runs of each variant, in turn with the others', so that a machine that slows down slows all of them."""
+
+COUNTED = (2, 10)
+"""Steps of the two short runs whose difference in operations is that of the steps between them."""
+
+Shape = Sequence[int]
+
+Advance = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and all there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a step costs, and how many a run makes."""
+
+    seconds_per_step: float
+    flops_per_step: float
+    steps: int
+
+
+def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Cost]:
+    """Each variant's cost and steps; what the folder knows already is not measured again.
+
+    Raises:
+        RunError: the budget is less than one step of a variant.
+    """
+    known: dict[str, Any] = read_json(folder.costs) if folder.costs.exists() else {}
+    of = {name: digest_of(study.templates[name]) for name in study.variants}
+    missing = [name for name in study.variants if known.get(name, {}).get("of") != of[name]]
+    rounds = ROUNDS if study.file.equal == "time" else 1
+    seconds: dict[str, list[float]] = {name: [] for name in missing}
+    done, total = 0, len(missing) * (rounds + 1)
+    for _ in range(rounds):
+        for name in missing:
+            advance(f"time a step: {study.label(name)}", done, total)
+            seconds[name].append(seconds_of_a_step(study.first(name), folder))
+            done += 1
+    for name in missing:
+        advance(f"count a step: {study.label(name)}", done, total)
+        known[name] = {
+            "of": of[name],
+            "seconds_per_step": median(seconds[name]),
+            "flops_per_step": flops_of_a_step(study.first(name), folder),
+        }
+        done += 1
+        advance(f"count a step: {study.label(name)}", done, total)
+    if missing:
+        write_json(folder.costs, known)
+    steps = equal_steps(study, known)
+    return {
+        name: Cost(
+            seconds_per_step=known[name]["seconds_per_step"],
+            flops_per_step=known[name]["flops_per_step"],
+            steps=steps[name],
+        )
+        for name in study.variants
+    }
+
+
+def equal_steps(study: Study, costs: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
+    """The steps of each variant: the recipe's own, or as many as cost what the budget's variant costs.
+
+    Raises:
+        RunError: the budget is less than one step of a variant.
+    """
+    own = {name: study.first(name).training.max_steps for name in study.variants}
+    by = {"time": "seconds_per_step", "flops": "flops_per_step"}.get(study.file.equal)
+    if by is None:
+        return own
+    budget = own[study.budget] * costs[study.budget][by]
+    found = {name: int(budget / costs[name][by] + 1e-9) for name in study.variants}
+    short = [name for name, count in found.items() if count < 1]
+    if short:
+        raise RunError(
+            f"the budget ({own[study.budget]} steps of {study.budget}) is less than one step of {', '.join(short)}; raise "
+            f"variants.{study.budget}'s training.max_steps, or name another budget."
+        )
+    return found
+
+
+def digest_of(recipe: Recipe) -> str:
+    """A digest of all of a recipe that a step's cost depends on: how long it runs and how it is measured have no part in it."""
+    content = {key: value for key, value in plain(recipe).items() if key != "evaluation"}
+    content["training"] = {key: value for key, value in content["training"].items() if key != "max_steps"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def seconds_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:
+    """The median time of a step, the first few left out."""
+    with short_run(recipe, TIMED, folder) as run:
+        return float(read_json(run.cost)["seconds_per_step"])
+
+
+def flops_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:
+    """The floating-point operations of a step, counted in the first few: those of matrix products, convolutions and attention."""
+    counted = []
+    for steps in COUNTED:
+        # A CPU's attention has an operator of its own, which torch does not count.
+        with (
+            FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
+            short_run(recipe, steps, folder),
+        ):
+            pass
+        counted.append(counter.get_total_flops())
+    return float(counted[1] - counted[0]) / (COUNTED[1] - COUNTED[0])
+
+
+def attention_on_cpu() -> dict[Any, Any]:
+    """The operations of attention's operators on a CPU, by operator."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return {forward: attention_flops, backward: attention_backward_flops}
+
+
+def attention_flops(query: Shape, key: Shape, value: Shape, *_rest: Any, out_shape: Any = None, **_options: Any) -> int:
+    """The operations of attention, by the shapes of what it takes; torch gives shapes in place of tensors."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def attention_backward_flops(
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *_rest: Any, out_shape: Any = None, **_options: Any
+) -> int:
+    """The operations of attention's backward pass, likewise."""
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+@contextmanager
+def short_run(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[RunFolder]:
+    """The recipe trained for a few steps in a folder that goes with the block; nothing is measured or checked."""
+    work = folder.root / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work, prefix="cost-") as out:
+        training = recipe.training.model_copy(update={"max_steps": steps, "save_steps": steps + 1})
+        data = recipe.data.model_copy(update={"eval": None})
+        changed = {"out": str(Path(out) / "run"), "training": training, "data": data, "evaluation": Evaluation()}
+        yield distil(recipe.model_copy(update=changed), check=False)

@@ -1,0 +1,150 @@
+"""The study's folder: whose it is, the record of each run, and who is at which run. Imports no torch.
+
+study.yaml                  the study, with the recipes of all variants
+costs.json                  what a step of each variant costs, and how many steps it makes
+teacher.json                the teacher's scores
+runs/VARIANT/SEED.json      one finished or failed run: cost, curve, scores
+study.json, study.html      what it comes to
+work/                       runs under way; nothing in it is needed once all are finished
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_ti.config import Recipe
+from align_ti.errors import RunError
+from align_ti.runs import differing, digest, locked, read_json, write_text
+from align_ti.studies.design import Study
+
+
+@dataclass(frozen=True, slots=True)
+class StudyFolder:
+    """Paths inside a study's folder."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.yaml"
+
+    @property
+    def costs(self) -> Path:
+        return self.root / "costs.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "study.html"
+
+    def record(self, variant: str, seed: int) -> Path:
+        """The record of a run."""
+        return self.root / "records" / variant / f"{seed}.json"
+
+    def work(self, variant: str, seed: int) -> Path:
+        """The run's folder while it is under way."""
+        return self.root / "work" / variant / str(seed)
+
+    def student(self, variant: str, seed: int) -> Path:
+        """Where its student is kept, if students are."""
+        return self.root / "students" / variant / str(seed)
+
+    @contextmanager
+    def held(self, what: str) -> Iterator[str | None]:
+        """Locks a part of the study for the block and gives None, or gives the process that holds it."""
+        with locked(self.root / "work" / f".{what}.lock") as owner:
+            yield owner
+
+    def claim(self, study: Study) -> None:
+        """Make the folder this study's own, or go on in it.
+
+        Variants and seeds may be added; a variant that is there stays as it is, and so does what all runs have in common.
+
+        Raises:
+            RunError: the folder holds a study of other settings, or something else.
+        """
+        content = told(study)
+        if self.study.exists():
+            before = yaml.safe_load(self.study.read_text(encoding="utf-8"))
+            kept, now = before["recipes"], content["recipes"]
+            changed = [
+                f"variants.{name}: {option}"
+                for name in kept
+                if name in now
+                for option in differing(kept[name], now[name])
+            ]
+            gone = [name for name in kept if name not in now and any((self.root / "records" / name).glob("*.json"))]
+            changed += [f"variant {name} is gone" for name in gone]
+            changed += [key for key in ("equal", "budget") if before.get(key) != content.get(key)]
+            data = before.get("data", {})
+            changed += [f"the content of {path}" for path, was in data.items() if content["data"].get(path, was) != was]
+            if changed:
+                raise RunError(
+                    f"{self.root} holds a study with other settings ({'; '.join(changed[:8])}); variants and seeds may be added, "
+                    "others stay; choose another folder (out), or remove this one."
+                )
+        elif self.root.exists() and (not self.root.is_dir() or any(self.foreign())):
+            raise RunError(f"{self.root} is not empty and holds no study; choose a new or empty folder (out).")
+        write_text(self.study, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def foreign(self) -> list[Path]:
+        """What lies in the folder that a study that has not begun would not have written."""
+        return [path for path in self.root.iterdir() if path not in (self.costs, self.root / "work")]
+
+    def records(self, study: Study) -> dict[str, dict[int, dict[str, Any]]]:
+        """The records that are there, by variant and seed.
+
+        Raises:
+            RunError: one is damaged, or is of another variant than its folder says.
+        """
+        found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.variants}
+        for name, seed in study.runs:
+            path = self.record(name, seed)
+            if path.exists():
+                content = read_json(path)
+                if (content.get("variant"), content.get("seed")) != (name, seed):
+                    raise RunError(
+                        f"{path} is the record of {content.get('variant')!r}, seed {content.get('seed')!r}; a record stands in its "
+                        "variant's folder under its seed; put it there, or remove it."
+                    )
+                found[name][seed] = content
+        return found
+
+
+def told(study: Study) -> dict[str, Any]:
+    """What the folder keeps of a study: what all runs have in common, and the recipes without seeds and folders."""
+    content: dict[str, Any] = study.file.model_dump(mode="json", exclude={"variants", "changes", "base"})
+    return content | {
+        "budget": study.budget if study.file.equal in ("time", "flops") else None,
+        "data": data_digests(study),
+        "recipes": {name: plain(study.templates[name]) for name in study.variants},
+    }
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's content without seed and folder."""
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key not in ("out", "seed")}
+
+
+def data_digests(study: Study) -> dict[str, str]:
+    """A digest of each data file that runs read, by which a study notices that it would go on with other data."""
+    named: dict[str, None] = {}
+    for recipes in study.recipes.values():
+        for recipe in recipes.values():
+            sources = [source.path for source in recipe.data.sources]
+            for path in [*sources, *(recipe.data.answers or ()), *([recipe.data.eval] if recipe.data.eval else [])]:
+                named.setdefault(path)
+    return {path: digest(Path(path))[:32] for path in named if Path(path).is_file()}

@@ -1,0 +1,229 @@
+"""A study's runs: what is missing is trained, measured and written down; each run once, whoever else works in the folder."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align_ti.config import Evaluation, Recipe, Teacher
+from align_ti.errors import InterruptedRunError
+from align_ti.evaluation.benchmarks.base import Report
+from align_ti.evaluation.results import EXACT_MATCH, of_answers, scored
+from align_ti.pipeline.asking import predict, score_tasks
+from align_ti.pipeline.measuring import evaluate_model, read_tasks
+from align_ti.pipeline.records import read_questions
+from align_ti.pipeline.training import distil
+from align_ti.runs import RunFolder, provenance, read_json, read_lines, write_json
+from align_ti.studies.costs import Advance, Cost, measured_costs
+from align_ti.studies.design import Study
+from align_ti.studies.folder import StudyFolder
+from align_ti.studies.results import write_summary
+
+WAIT = 2.0
+"""Seconds between two looks at what another process is doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a study's runs: number `index` of `count`, from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    def has(self, number: int) -> bool:
+        """Whether the run with this number, from 0, is of this part."""
+        return number % self.count == self.index - 1
+
+
+def run_study(
+    study: Study,
+    *,
+    shard: Shard = Shard(),
+    retry: bool = False,
+    advance: Advance = lambda what, done, total: None,
+    said: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Trains and measures the study's missing runs of this part, and gives what `study.json` then holds.
+
+    Several processes may work in one folder, in parts or all on all: a run that another is at is passed over. A run that fails is
+    written down with its error, and the next one is begun.
+
+    Args:
+        study: the study.
+        shard: the part.
+        retry: run again what has failed before.
+        advance: progress.
+        said: is told what happened, a line a run.
+
+    Raises:
+        InterruptedRunError: Ctrl-C or a scheduler's signal; the same call goes on.
+        RunError: the folder holds another study, or something else.
+    """
+    folder = StudyFolder(study.out)
+    costs = prepare(study, folder, advance)
+    mine = [run for number, run in enumerate(study.runs) if shard.has(number)]
+    if retry:
+        for name, seed in mine:
+            path = folder.record(name, seed)
+            if path.exists() and read_json(path).get("error"):
+                path.unlink()
+    for number, (name, seed) in enumerate(mine):
+        advance("runs", number, len(mine))
+        if folder.record(name, seed).exists():
+            continue
+        with folder.held(f"{name}-{seed}") as owner:
+            # Another process may have finished it between the look and the lock.
+            if owner is not None or folder.record(name, seed).exists():
+                continue
+            said(do_run(study, folder, name, seed, costs[name], advance))
+    advance("runs", len(mine), len(mine))
+    return write_summary(study, folder)
+
+
+def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Cost]:
+    """Claims the folder, measures what a step costs and what the teacher is worth; one process does, others wait.
+
+    Raises:
+        RunError: the folder holds another study, or something else.
+    """
+    while True:
+        with folder.held("study") as owner:
+            if owner is None:
+                folder.claim(study)
+                costs = measured_costs(study, folder, advance)
+                teacher = study.first(study.variants[0]).teacher
+                if not folder.teacher.exists() and teacher is not None:
+                    recipe = study.first(study.variants[0])
+                    advance("measure the teacher", 0, 1)
+                    out = folder.root / "work" / "teacher"
+                    # KL to itself would say nothing.
+                    scores = scores_of(teacher, recipe, out, compared_with=None)[0]
+                    write_json(folder.teacher, {"path": Path(teacher.path).name, "scores": scores})
+                    advance("measure the teacher", 1, 1)
+                return costs
+        advance("wait for another process, which measures costs", 0, 1)
+        time.sleep(WAIT)
+
+
+def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, advance: Advance) -> str:
+    """One run, from its recipe to its record; says in a line what became of it."""
+    label = f"{study.label(name)}, seed {seed}"
+    recipe, work = study.recipes[name][seed], folder.work(name, seed)
+    training = recipe.training.model_copy(update={"max_steps": cost.steps})
+    recipe = recipe.model_copy(update={"out": str(work / "run"), "training": training})
+    begun = time.monotonic()
+    record: dict[str, Any] = {"variant": name, "seed": seed, "error": None, "steps": cost.steps}
+    try:
+        # The first seed alone is checked: the others differ from it by a number.
+        run = distil(
+            recipe,
+            steps=lambda step, steps: advance(f"train: {label}", step, steps),
+            check=seed == study.file.seeds[0],
+        )
+        spent = read_json(run.cost)
+        # Too few steps to tell a median: the time measured beforehand.
+        a_step = spent["seconds_per_step"] or cost.seconds_per_step
+        record |= {
+            "seconds_per_step": a_step,
+            "seconds": round(a_step * cost.steps, 3),
+            "flops": cost.flops_per_step * cost.steps,
+            "peak_memory_mib": spent["peak_memory_mib"],
+            "curve": curve_of(run),
+            "terms": last_terms(run),
+        }
+        advance(f"measure: {label}", 0, 1)
+        student = Teacher(path=str(run.student), dtype=recipe.student.dtype)
+        record["scores"], record["by_position"] = scores_of(student, recipe, work / "tasks", recipe.teacher)
+        advance(f"measure: {label}", 1, 1)
+        if study.file.keep_students:
+            kept = folder.student(name, seed)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.move(run.student, kept)
+    except (InterruptedRunError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        # One run that fails must not cost the others; the table tells it.
+        record["error"] = f"{type(error).__name__}: {error}"
+        record["trace"] = traceback.format_exc(limit=-8)
+    record["wall_seconds"] = round(time.monotonic() - begun, 1)
+    record["provenance"] = provenance()
+    write_json(folder.record(name, seed), record)
+    shutil.rmtree(work, ignore_errors=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return f"{label}: {'failed: ' + record['error'] if record['error'] else told_headline(record)}"
+
+
+def told_headline(record: Mapping[str, Any]) -> str:
+    """The headlines of a record's benchmarks in words."""
+    heads = ((content["title"], content["metrics"][content["headline"]]) for content in record["scores"].values())
+    return ", ".join(f"{title} {head['value']:.1f} {head['unit']}" for title, head in heads)
+
+
+def scores_of(
+    model: Teacher, recipe: Recipe, out: Path, compared_with: Teacher | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What files of scores hold of a model, by benchmark; and its fidelity to the teacher by position, if the recipe has data.eval.
+
+    Args:
+        model: the model.
+        recipe: says what is asked.
+        out: where predictions are written.
+        compared_with: the teacher.
+    """
+    found: dict[str, Any] = {}
+    tasks = read_tasks(recipe)
+    if tasks:
+        predict(
+            model,
+            tasks,
+            out,
+            batch_size=recipe.evaluation.batch_size,
+            max_new_tokens=recipe.evaluation.task_max_new_tokens,
+        )
+        found = {name: dict(one.content) for name, one in score_tasks(tasks, out).items()}
+    questions = read_questions(recipe.data)
+    by_position: dict[str, Any] = {}
+    if questions:
+        layer = recipe.objective.iva.layer
+        settings: Evaluation = recipe.evaluation
+        told = evaluate_model(
+            model,
+            questions,
+            settings,
+            teacher=compared_with,
+            layer=layer if isinstance(layer, int) else None,
+        )
+        answers = of_answers(out / "answers", told["answers"])
+        report = Report(answers.metrics, answers.headline, {}, ())
+        found[EXACT_MATCH] = scored(EXACT_MATCH, report, Path(model.path).name, answers.questions, answers.title)
+        if "fidelity" in told:
+            found["fidelity"] = told["fidelity"]["scores"]
+            by_position = told["fidelity"]["by_position"]
+    return found, by_position
+
+
+def curve_of(run: RunFolder) -> list[dict[str, float]]:
+    """What the log says of held-out questions, by step: {"step", "task_NAME", ...}; of a step logged twice the later line."""
+    lines: dict[int, dict[str, float]] = {}
+    for line in read_lines(run.metrics):
+        found = {key: value for key, value in line.items() if key.startswith("task_")}
+        if found:
+            lines[line["step"]] = {"step": line["step"], **found}
+    return [lines[step] for step in sorted(lines)]
+
+
+def last_terms(run: RunFolder) -> dict[str, float]:
+    """The numbers of the last line of the training log."""
+    lines = run.read_metrics()
+    return {key: value for key, value in lines[-1].items() if isinstance(value, int | float)} if lines else {}
