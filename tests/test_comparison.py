@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from align_ti import cli
+from align_ti.cli import app, tables
 from align_ti.errors import DataError
 from align_ti.evaluation.benchmarks.base import Report
 from align_ti.evaluation.comparison import compare, read_models
@@ -57,11 +57,9 @@ def test_each_model_is_compared_with_the_first(files):
 
 def test_the_command_prints_no_difference_without_its_interval(files, tmp_path, monkeypatch):
     # Test workers have consoles of 80 columns, in which rows take several lines.
-    monkeypatch.setattr(cli, "console", Console(width=200, markup=False))
+    monkeypatch.setattr(tables, "console", Console(width=200, markup=False))
     with_wide = CliRunner()
-    result = with_wide.invoke(
-        cli.app, ["compare", *map(str, files), "--all-metrics", "--out", str(tmp_path / "out.json")]
-    )
+    result = with_wide.invoke(app, ["compare", *map(str, files), "--all-metrics", "--out", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
     lines = [line for line in result.output.splitlines() if line.count("│") > 5]
@@ -73,7 +71,7 @@ def test_the_command_prints_no_difference_without_its_interval(files, tmp_path, 
     assert "corrected for 8 comparisons (Holm)" in result.output
     assert "2 predictions are missing." in result.output
     assert "[bold]all" in result.output
-    two = with_wide.invoke(cli.app, ["compare", str(files[0] / "gqa.scores.json"), str(files[1] / "gqa.scores.json")])
+    two = with_wide.invoke(app, ["compare", str(files[0] / "gqa.scores.json"), str(files[1] / "gqa.scores.json")])
     assert "Holm" not in two.output
     assert two.exit_code == 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from align_ti.cli import show_phases, show_spent
+from align_ti.cli.tables import show_phases, show_spent
 from align_ti.config import Recipe
 from align_ti.models.families import tower
 from align_ti.phases import OTHER, Stopwatch, part, phase, settled_clock

@@ -1,0 +1,175 @@
+"""The verbs that write data: a teacher's answers, a teacher's cache, the benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
+from align_ti.cli.recipes import find_recipe
+from align_ti.cli.terminal import bars, console, quiet
+from align_ti.config import Generation, Source, Teacher, read_recipe
+
+if TYPE_CHECKING:
+    from align_ti.pipeline.caching import Cached
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
+    data: Annotated[str, typer.Argument(help="A file, folder or hub dataset of training records.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write; a stopped command goes on in it.")],
+    images: Annotated[str | None, typer.Option(help="The folder that picture names start from.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="auto, llava, messages, prompt_completion or plain, as in a recipe.")
+    ] = "auto",
+    split: Annotated[str | None, typer.Option(help="The split to take, where there are several.")] = None,
+    subset: Annotated[str | None, typer.Option(help="The configuration of a hub dataset.")] = None,
+    find_extension: Annotated[
+        bool, typer.Option("--find-extension", help="Look for a missing picture under another extension.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Records answered at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above: tokens are drawn.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    on_bad_record: Annotated[
+        str, typer.Option(help="error: stop at a record that cannot be used; skip: leave it out.")
+    ] = "error",
+) -> None:
+    """Let a model answer training records, for students that learn from its answers; run again to go on after a stop.
+
+    The file is training data itself (data.train), and a recipe's answers: data.responses teacher or mixed, data.answers the file.
+    """
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "on_bad_record": on_bad_record,
+    }
+    place: dict[str, Any] = {"format": form, "split": split, "subset": subset, "find_extension": find_extension}
+    settings, source = Generation(**options), Source(path=data, images=images, **place)
+    precision: Any = dtype
+    teacher = Teacher(path=model, dtype=precision)
+    quiet()
+    from align_ti.pipeline.generating import generate_answers
+
+    with bars() as advance:
+        made = generate_answers(
+            teacher, source, out, settings, advance=lambda done, total: advance("answer", done, total)
+        )
+    console.print(f"answers: {made.out}, to {made.lines} of {made.records} records")
+    if made.images is not None:
+        console.print(f"picture names in it start from {made.images}")
+    if made.cut:
+        console.print(
+            f"{made.cut} record(s) have an answer that was cut at {max_new_tokens} tokens; data.responses does not use them; raise "
+            "--max-new-tokens."
+        )
+    if made.records > made.lines:
+        console.print(f"{made.records - made.lines} record(s) were left out:")
+        for one in made.left_out[:5]:
+            console.print(f"  {one.reason}")
+        if len(made.left_out) < made.records - made.lines:
+            console.print("  (reasons of an earlier call were told there)")
+
+
+def cache(
+    recipe: RecipePath,
+    changes: Changes = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write, or to go on with; by default the recipe's data.teacher_cache."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Records that go through the teacher together; no effect but by rounding.")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say from a few records what it would take and save; write nothing.")
+    ] = False,
+    allow_extensions: AllowExtensions = False,
+) -> None:
+    """Write what KD and IVA need of the teacher, once for several epochs or students; run again to go on after a stop.
+
+    Students train from it by data.teacher_cache, without the teacher. `accelerate launch` shares the records among processes.
+    """
+    quiet()  # first, since a recipe's terms import what libraries speak of
+    checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
+    from align_ti.pipeline.caching import cache_teacher, estimate
+    from align_ti.pipeline.parts import launched
+
+    if dry_run:
+        show_cached(estimate(checked, out, batch_size=batch_size), written=False)
+        return
+    with bars() as advance:
+        made = cache_teacher(
+            checked, out, batch_size=batch_size, advance=lambda done, total: advance("cache", done, total)
+        )
+    if launched().is_main_process:
+        show_cached(made, written=True)
+        console.print(f"teacher cache: {made.folder} (in a recipe: data.teacher_cache)")
+
+
+def show_cached(cached: Cached, written: bool) -> None:
+    """What a teacher cache holds, what it took, and from how many passes over the data it saves time."""
+    per_row = cached.totals.bytes / max(1, cached.totals.rows)
+    title = "teacher cache" if written else f"dry run: from {cached.measured} records; nothing is written"
+    table = Table("what", "value", title=title)
+    table.add_row("records", f"{cached.records}, {cached.totals.samples} different ones")
+    table.add_row(
+        "size",
+        f"{size(cached.totals.bytes)}: {cached.bytes_per_token:.0f} bytes a token of the teacher, {per_row:.0f} a row that is kept "
+        f"({cached.totals.rows / max(1, cached.totals.tokens):.0%} of the tokens, {cached.hidden} numbers each)",
+    )
+    table.add_row("IVA's layer", "none: response rows alone" if cached.layer is None else str(cached.layer))
+    cost = cached.cost
+    table.add_row(
+        "ms a record",
+        f"{1000 * cost.teacher:.2f} the teacher, {1000 * cost.writing:.2f} writing, {1000 * cost.reading:.2f} reading",
+    )
+    even = cost.even
+    table.add_row(
+        "break-even",
+        "never: reading takes as long as the teacher"
+        if even is None
+        else f"{even} passes over the data (epochs x students), where (teacher + writing) + passes x reading < passes x teacher",
+    )
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def digits(
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Training pictures, each with up to eight instructions.")] = 250,
+    validation: Annotated[int, typer.Option(min=1, help="Validation pictures.")] = 100,
+    test: Annotated[int, typer.Option(min=1, help="Test pictures.")] = 150,
+) -> None:
+    """Write the digits benchmark to disk: pictures, LLaVA-format JSON, and the shipped teacher and student."""
+    quiet()
+    from align_ti.digits.files import Sizes, write_benchmark
+
+    with bars() as advance:
+        done = [0]
+
+        def drawn(count: int) -> None:
+            done[0] += count
+            advance("draw", done[0], train + validation + test)
+
+        write_benchmark(out, seed, Sizes(train=train, validation=validation, test=test), drawn)
+    console.print(f"benchmark: {out}")

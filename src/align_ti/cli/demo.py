@@ -1,0 +1,49 @@
+"""The verb of the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from align_ti.cli.tables import show_phases, show_spent, show_summary
+from align_ti.cli.terminal import bars, console, quiet
+from align_ti.config import Training
+from align_ti.errors import ConfigError
+from align_ti.phases import Stopwatch
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder; a stopped demo goes on in it.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides scenes, questions, order and draws.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of each method; by default the benchmark's.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Measure on 'test', or on 'validation' while settings are chosen.")
+    ] = "test",
+    phases: Annotated[bool, typer.Option("--phases", help="Also tell where the time of a training step goes.")] = False,
+) -> None:
+    """Distil a small model on real handwriting three ways and compare them.
+
+    Draws the digits benchmark, measures the shipped teacher, scores its layers, trains one student by SFT, by SFT + vanilla KD and by
+    Align-TI from the same start, measures all of them on held-out handwriting, writes report.html and summary.json, and tells how
+    long each part took.
+    """
+    if split not in {"test", "validation"}:
+        raise ConfigError(f"--split is {split!r}; accepted: 'test' or 'validation'.")
+    stopwatch = Stopwatch(of="run")
+    with stopwatch.phase("load the libraries"):
+        quiet()
+        from align_ti.demo import TRAINING, objectives, run_demo
+        from align_ti.runs import RunFolder
+
+    changed: dict[str, Any] = {"phases": phases, **({} if steps is None else {"max_steps": steps})}
+    training = Training(**{**TRAINING.model_dump(), **changed})
+    with bars() as advance:
+        summary = run_demo(out, seed, training=training, split=split, advance=advance, stopwatch=stopwatch)
+    show_summary(summary)
+    show_phases({summary["labels"][name]: RunFolder(out / name) for name in objectives(0)})
+    show_spent(summary["spent_seconds"])
+    console.print(f"report: {RunFolder(out).report}\nsummary: {RunFolder(out).summary}")

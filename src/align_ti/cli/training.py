@@ -1,0 +1,79 @@
+"""The verbs of a run: train, and its report again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
+from align_ti.cli.checking import dry, show_troubles
+from align_ti.cli.recipes import find_recipe
+from align_ti.cli.tables import show_phases, show_summary, show_tasks
+from align_ti.cli.terminal import bars, console, quiet
+from align_ti.config import read_recipe
+from align_ti.processes import launch
+
+
+def train(
+    recipe: RecipePath,
+    changes: Changes = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and models, train nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Check models and first records first, as `align-ti check` does.")
+    ] = True,
+    allow_extensions: AllowExtensions = False,
+    processes: Annotated[
+        int | None,
+        typer.Option("--launch", min=1, metavar="N", help="Train on N processes of this machine (DDP), one a GPU."),
+    ] = None,
+) -> None:
+    """Distil as a recipe says; run again to go on after a stop.
+
+    Ends with 0 when the student is there, 2 after an error with a message, 1 after any other, 130 after Ctrl-C, 75 after SIGTERM or
+    SIGUSR1: run it again.
+
+    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
+    evaluation.tasks they are measured on benchmarks.
+    """
+    quiet()  # first, since a recipe's terms import what libraries speak of
+    checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
+    if dry_run:
+        dry(checked)
+        return
+    if processes is not None:
+        changed = [part for change in changes or [] for part in ("--set", change)]
+        options = ["--check" if check else "--no-check", *(["--allow-extensions"] if allow_extensions else [])]
+        raise typer.Exit(launch(processes, ["train", str(recipe), *changed, *options]))
+    from accelerate import PartialState
+
+    from align_ti.pipeline.measuring import train_and_measure
+    from align_ti.report.page import write_report
+    from align_ti.runs import read_json
+
+    with bars() as advance:
+        run = train_and_measure(
+            checked,
+            steps=lambda done, total: advance("train", done, total),
+            advance=lambda name, done, total: advance(f"measure: {name}", done, total),
+            check=check,
+            seen=show_troubles,
+        )
+    if not PartialState().is_main_process:
+        return
+    console.print(f"student: {run.student}")
+    show_phases({"student": run})
+    if run.summary.exists():
+        show_summary(read_json(run.summary))
+        console.print(f"report: {write_report(run.root)}")
+    if run.benchmarks.exists():
+        told = read_json(run.benchmarks)
+        show_tasks({told["labels"][name]: scores for name, scores in told["benchmarks"].items()})
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a finished run or demo.")]) -> None:
+    """Write report.html again from what lies in a run folder."""
+    from align_ti.report.page import write_report
+
+    console.print(f"report: {write_report(run)}")
