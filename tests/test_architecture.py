@@ -80,6 +80,7 @@ ALLOWED = {
         "training",
         "errors",
     },
+    "studies": {"config", "evaluation", "options", "pipeline", "runs", "errors"},
     "demo": {"config", "data", "digits", "models", "phases", "pipeline", "report", "runs", "errors"},
     "cli": {
         "checkpoints",
@@ -96,6 +97,7 @@ ALLOWED = {
         "registry",
         "report",
         "runs",
+        "studies",
         "errors",
     },
     "testing": {"config", "losses", "registry", "terms", "training", "errors"},

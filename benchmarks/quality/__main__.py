@@ -1,7 +1,7 @@
 """The data of the studies of docs/quality.md: the digits benchmark once for each seed.
 
-    python -m benchmarks.quality            writes runs/quality/digits-SEED; what is there is left as it is
-    align-ti study benchmarks/quality/ablation.yaml
+python -m benchmarks.quality            writes runs/quality/digits-SEED; what is there is left as it is
+align-ti study benchmarks/quality/ablation.yaml
 """
 
 from __future__ import annotations

@@ -722,19 +722,23 @@ def read_mapping(path: Path, called: str, accepted: str) -> dict[str, Any]:
     return content
 
 
-def shipped_recipes() -> dict[str, str]:
-    """The text of each shipped recipe by its name."""
-    return {
-        item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8")
-        for item in sorted((files("align_ti") / "recipes").iterdir(), key=lambda item: item.name)
-        if item.name.endswith(".yaml")
-    }
+ENGINES = "recipes/engines"
+"""Where the configs for `accelerate launch` lie."""
+
+
+def shipped(folder: str = "recipes") -> dict[str, str]:
+    """The text of each shipped recipe, or config, by its name."""
+    found = sorted(
+        (item for item in (files("align_ti") / folder).iterdir() if item.name.endswith(".yaml")),
+        key=lambda item: item.name,
+    )
+    return {item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8") for item in found}
 
 
 def find_recipe(path: Path) -> Path:
     """The recipe file: as given, or a shipped recipe of that name."""
     # A folder of that name, such as the benchmark's own, is no recipe.
-    if not path.is_file() and str(path) in shipped_recipes():
+    if not path.is_file() and str(path) in shipped():
         with as_file(files("align_ti") / "recipes" / f"{path}.yaml") as file:
             return Path(file)
     return path

@@ -15,6 +15,7 @@ from align_ti.cli.evaluation import compare, evaluate, score
 from align_ti.cli.models import chat, compose, import_checkpoint, score_layers
 from align_ti.cli.planning import plan
 from align_ti.cli.recipes import copy_recipe, list_recipes, show_recipe
+from align_ti.cli.studies import study
 from align_ti.cli.terms import terms
 from align_ti.cli.training import report, train
 from align_ti.errors import AlignTIError, InterruptedRunError, RequeueError
@@ -44,6 +45,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "score": score,
     "compare": compare,
+    "study": study,
     "generate": generate,
     "chat": chat,
     "report": report,

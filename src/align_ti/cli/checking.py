@@ -11,9 +11,8 @@ import typer
 from rich.table import Table
 
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
-from align_ti.cli.recipes import find_recipe
 from align_ti.cli.terminal import bars, console, quiet
-from align_ti.config import Recipe, read_recipe
+from align_ti.config import Recipe, find_recipe, read_recipe
 from align_ti.errors import CheckError
 
 if TYPE_CHECKING:

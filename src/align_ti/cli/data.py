@@ -9,9 +9,8 @@ import typer
 from rich.table import Table
 
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
-from align_ti.cli.recipes import find_recipe
 from align_ti.cli.terminal import bars, console, quiet
-from align_ti.config import Generation, Source, Teacher, read_recipe
+from align_ti.config import Generation, Source, Teacher, find_recipe, read_recipe
 
 if TYPE_CHECKING:
     from align_ti.pipeline.caching import Cached

@@ -9,9 +9,8 @@ import typer
 from rich.table import Table
 
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
-from align_ti.cli.recipes import find_recipe
 from align_ti.cli.terminal import console, quiet
-from align_ti.config import read_recipe
+from align_ti.config import find_recipe, read_recipe
 
 if TYPE_CHECKING:
     from align_ti.planning.plan import Plan

@@ -1,8 +1,7 @@
-"""The verbs about shipped recipes, and how a recipe is found by its name."""
+"""The verbs about shipped recipes."""
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +9,8 @@ import typer
 from rich.table import Table
 
 from align_ti.cli.terminal import console
+from align_ti.config import ENGINES, shipped
 from align_ti.errors import ConfigError
-
-ENGINES = "recipes/engines"
-"""Where the configs for `accelerate launch` lie."""
 
 
 def list_recipes() -> None:
@@ -43,27 +40,9 @@ def copy_recipe(
     console.print(f"written: {to}")
 
 
-def shipped(folder: str = "recipes") -> dict[str, str]:
-    """The shipped recipes, or configs, by name."""
-    found = sorted(
-        (item for item in (files("align_ti") / folder).iterdir() if item.name.endswith(".yaml")),
-        key=lambda item: item.name,
-    )
-    return {item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8") for item in found}
-
-
 def recipe_text(name: str) -> str:
     """The text of a shipped recipe or config."""
     known = shipped() | shipped(ENGINES)
     if name not in known:
         raise ConfigError(f"there is no recipe or config {name!r}; shipped: {', '.join(known)}.")
     return known[name]
-
-
-def find_recipe(path: Path) -> Path:
-    """The recipe file: as given, or a shipped recipe of that name."""
-    # A folder of that name, such as the benchmark's own, is no recipe.
-    if not path.is_file() and str(path) in shipped():
-        with as_file(files("align_ti") / "recipes" / f"{path}.yaml") as file:
-            return Path(file)
-    return path

@@ -9,10 +9,9 @@ import typer
 
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
 from align_ti.cli.checking import dry, show_troubles
-from align_ti.cli.recipes import find_recipe
 from align_ti.cli.tables import show_phases, show_summary, show_tasks
 from align_ti.cli.terminal import bars, console, quiet
-from align_ti.config import read_recipe
+from align_ti.config import find_recipe, read_recipe
 from align_ti.processes import launch
 
 

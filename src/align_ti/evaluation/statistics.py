@@ -328,6 +328,16 @@ def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
         alone = interval(of[0], level=level)
         return Difference(value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters)
     runs = on_same_clusters(of)
+    scores = {one.score for one in runs}
+    if len(runs[0].clusters) < 2:
+        value = float(np.mean([one.score for one in runs]))
+        return Difference(value=value, low=nan, high=nan, p=nan, clusters=1, seeds=len(runs))
+    if len(scores) == 1 and scores <= {0.0, 100.0} and is_share(runs[0]):
+        # None or all in every run: the seeds add nothing to what one run's questions tell.
+        alone = interval(runs[0], level=level)
+        return Difference(
+            value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters, seeds=len(runs)
+        )
     return crossed(np.array([one.score for one in runs]), np.stack([pseudo_values(one) for one in runs]), level)
 
 

@@ -85,7 +85,7 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
     }
 
 
-def equal_steps(study: Study, costs: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
+def equal_steps(study: Study, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """The steps of each variant: the recipe's own, or as many as cost what the budget's variant costs.
 
     Raises:

@@ -39,7 +39,7 @@ def write_summary(study: Study, folder: StudyFolder) -> dict[str, Any]:
 
 
 def with_costs(
-    records: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, Mapping[str, float]]
+    records: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """The records with the time of a step as it was measured for all variants in turn, on one machine.
 
@@ -147,6 +147,10 @@ def known(value: float) -> float | None:
 def difference(of: Metrics, to: Metrics, level: float) -> Difference:
     """What one variant is above another, over the seeds that both have."""
     seeds = common(of, to)
+    if len(of[seeds[0]].clusters) < 2:
+        # One picture tells nothing of others.
+        value = fmean(of[seed].score - to[seed].score for seed in seeds)
+        return Difference(value=value, low=nan, high=nan, p=1.0, clusters=1, seeds=len(seeds))
     if len(seeds) == 1:
         return paired(of[seeds[0]], to[seeds[0]], level=level)
     return hierarchical([of[seed] for seed in seeds], [to[seed] for seed in seeds], level=level)

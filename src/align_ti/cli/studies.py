@@ -1,0 +1,149 @@
+"""The verb that compares variants of a recipe over seeds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from align_ti.cli.arguments import AllowExtensions, Changes
+from align_ti.cli.terminal import bars, console, quiet
+from align_ti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from align_ti.studies.design import Study
+    from align_ti.studies.planned import Planned
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file (.yaml): base, variants, seeds.", metavar="STUDY")],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Measure what a step costs, print runs, expected time and disk; train nothing."),
+    ] = False,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Do part I of N, each on a machine of its own on a shared folder.")
+    ] = "1/1",
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
+    changes: Changes = None,
+    allow_extensions: AllowExtensions = False,
+) -> None:
+    """Train variants of a recipe with several seeds at equal compute, and tell what their differences are worth.
+
+    Runs that are there are not made again, so the same command goes on after a stop; started twice, it shares the runs out. Writes
+    study.json and study.html into the study's folder.
+
+    A study file:
+
+        out: runs/studies/kd
+        base: digits                  # a recipe, or the name of a shipped one
+        seeds: [0, 1, 2, 3, 4]
+        equal: steps                  # or time, flops, nothing
+        variants:
+          kd: {objective.iva.weight: 0, objective.tpa.weight: 0}
+          align_ti: {}
+    """
+    part = shard_of(shard)
+    quiet()
+    from align_ti.studies.design import read_study
+    from align_ti.studies.planned import planned
+    from align_ti.studies.running import Shard, run_study
+
+    checked = read_study(file, changes or [], allow_extensions=allow_extensions)
+    if dry_run:
+        with bars() as advance:
+            plan = planned(checked, advance)
+        show_plan(checked, plan)
+        return
+    with bars() as advance:
+        content = run_study(checked, shard=Shard(*part), retry=retry, advance=advance, said=console.print)
+    show_study(content)
+    from align_ti.report.study import write_study_page
+
+    console.print(f"study: {checked.out / 'study.json'}\npage: {write_study_page(checked.out)}")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """The part and the number of parts.
+
+    Raises:
+        ConfigError: not of the form I/N.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard is {text!r}; accepted: I/N with 1 <= I <= N, such as 2/4.")
+    return int(match[1]), int(match[2])
+
+
+def show_plan(checked: Study, plan: Planned) -> None:
+    """The runs of a study, and what they will take."""
+    table = Table("variant", "runs", "done", "steps", "s a step", "GFLOP a step", "time of a run")
+    for name, row in plan.rows.items():
+        table.add_row(
+            checked.label(name),
+            str(row.runs),
+            str(row.done),
+            f"{row.cost.steps:,}",
+            f"{row.cost.seconds_per_step:.3f}",
+            f"{row.cost.flops_per_step / 1e9:.2f}",
+            duration(row.cost.steps * row.cost.seconds_per_step),
+        )
+    console.print(table)
+    console.print(f"equal: {checked.file.equal}; seeds: {', '.join(map(str, checked.file.seeds))}")
+    console.print(f"left to do: {plan.left} runs, {duration(plan.seconds)} of training{plan.measuring}")
+    console.print(
+        f"disk: {plan.working / 2**20:,.0f} MiB for each run under way, {plan.kept / 2**20:,.0f} MiB kept at the end"
+    )
+
+
+def show_study(content: dict[str, Any]) -> None:
+    """The variants and the differences of a study; what is missing or has failed."""
+    table = Table("variant", content["title"], "seeds", "steps", "seconds", "gap closed")
+    for name, row in content["variants"].items():
+        table.add_row(
+            content["labels"][name],
+            between(row["accuracy"]["mean"], row["accuracy"]["low"], row["accuracy"]["high"], "%"),
+            str(len(row["per_seed"])),
+            f"{row['steps']:,}",
+            f"{row['seconds']:,.0f}",
+            "" if row["gap_closed"] is None else between(row["gap_closed"], *row["gap_closed_interval"], "%"),
+        )
+    console.print(table)
+    if content["differences"]:
+        table = Table("difference", "points", "corrected", "relative", "p corrected")
+        for one in content["differences"]:
+            table.add_row(
+                f"{content['labels'][one['of']]} - {content['labels'][one['to']]}",
+                between(one["mean"], one["low"], one["high"], "", sign=True),
+                f"{ends(one['corrected_low'], one['corrected_high'], '+.1f')}",
+                "" if one["relative"] is None else f"{one['relative']:+.1f} %",
+                f"{one['corrected_p']:.3g}",
+            )
+        console.print(table)
+    for one in content["failed"]:
+        console.print(
+            f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry runs it again)"
+        )
+    if content["missing"]:
+        console.print(f"missing: {len(content['missing'])} runs; the same command makes them.")
+
+
+def between(value: float, low: float | None, high: float | None, unit: str, sign: bool = False) -> str:
+    """A number with its interval."""
+    form = "+.1f" if sign else ".1f"
+    return f"{value:{form}} {unit}".strip() + f" ({ends(low, high, form)})"
+
+
+def ends(low: float | None, high: float | None, form: str) -> str:
+    """The ends of an interval, or that they are not known."""
+    return "interval unknown" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,82 @@
+"""What a study will take: runs, time, disk. Nothing is trained but the few steps whose cost is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_ti.runs import read_json
+from align_ti.studies.costs import Advance, Cost, measured_costs
+from align_ti.studies.design import Study
+from align_ti.studies.folder import StudyFolder
+
+COPIES = 3
+"""A checkpoint beside a student's weights: AdamW's two moments and the weights, in 32 bits."""
+
+RECORD = 60_000
+"""Bytes of a record, about: scores of a few hundred clusters, curve and versions."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVariant:
+    """One variant of a plan."""
+
+    runs: int
+    done: int
+    """Runs that have a record, failed ones among them."""
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a study will take."""
+
+    rows: Mapping[str, PlannedVariant]
+    left: int
+    seconds: float
+    """Of training, one run after the other."""
+    around: float | None
+    """Seconds of loading and measuring a run takes beside training, from the records that are there; None before the first."""
+    working: int
+    """Bytes of one run under way."""
+    kept: int
+    """Bytes at the end."""
+
+    @property
+    def measuring(self) -> str:
+        """What comes on top of training, in words."""
+        if self.around is None:
+            return ", loading and measuring apart"
+        return f", and about {self.around * self.left / 60:.0f} min of loading and measuring"
+
+
+def planned(study: Study, advance: Advance) -> Planned:
+    """The study's runs with what they will take; costs that are not known are measured, and kept in the folder.
+
+    Raises:
+        RunError: the budget is less than one step of a variant, or a record is damaged.
+    """
+    folder = StudyFolder(study.out)
+    costs = measured_costs(study, folder, advance)
+    records = folder.records(study)
+    rows = {name: PlannedVariant(len(study.file.seeds), len(records[name]), costs[name]) for name in study.variants}
+    left = {name: row.runs - row.done for name, row in rows.items()}
+    done = [read_json(folder.record(name, seed)) for name in records for seed in records[name]]
+    around = [one["wall_seconds"] - one["seconds"] for one in done if not one["error"]]
+    weights = {name: student_bytes(study.first(name).student.path) for name in study.variants}
+    copies = {name: 1 + COPIES * (1 + study.first(name).training.save_total_limit) for name in study.variants}
+    return Planned(
+        rows=rows,
+        left=sum(left.values()),
+        seconds=sum(left[name] * row.cost.steps * row.cost.seconds_per_step for name, row in rows.items()),
+        around=sum(around) / len(around) if around else None,
+        working=max(weights[name] * copies[name] for name in study.variants),
+        kept=RECORD * sum(row.runs for row in rows.values())
+        + (sum(weights[name] * row.runs for name, row in rows.items()) if study.file.keep_students else 0),
+    )
+
+
+def student_bytes(path: str) -> int:
+    """Bytes of a model's weights in 32 bits, where its folder is at hand: files of half that precision count twice."""
+    return 2 * sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))

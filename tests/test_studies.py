@@ -1,0 +1,484 @@
+"""Studies: what their file may say, how compute is made equal, that no run is made twice, and what their numbers are worth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from align_ti.cli import app
+from align_ti.config import Recipe
+from align_ti.errors import ConfigError, RunError
+from align_ti.evaluation.metrics import Metric, ratio
+from align_ti.evaluation.results import FORMAT, name_of
+from align_ti.evaluation.statistics import gap_closed, hierarchical, over_seeds
+from align_ti.runs import locked, read_json
+from align_ti.studies import costs, running
+from align_ti.studies.costs import Cost, equal_steps
+from align_ti.studies.design import Study, StudyFile, read_study
+from align_ti.studies.folder import StudyFolder
+from align_ti.studies.results import differences, first_at, frontier, summary_of, with_costs
+from align_ti.studies.running import Shard, run_study
+from tests import small
+
+# --- what a study's numbers are worth ---------------------------------------------------------------------------------
+
+
+def shares(hits: np.ndarray, of: int = 8) -> Metric:
+    """A share of right answers: hits of each picture's questions."""
+    return Metric(
+        np.stack([hits, np.full(len(hits), of)], axis=-1).astype(float), ratio, tuple(f"p{i}" for i in range(len(hits)))
+    )
+
+
+def record(variant: str, seed: int, metric: Metric, curve=(), seconds_per_step=1.0, steps=10) -> dict:
+    """A run's record with that score, as a file holds it; its own interval, which nothing of a study reads, is not computed."""
+    told = {
+        "value": metric.score,
+        "unit": "%",
+        "function": name_of(ratio),
+        "cluster_list": 0,
+        "sums": metric.sums.tolist(),
+    }
+    content = {
+        "format": FORMAT,
+        "benchmark": "exact match",
+        "title": "exact match",
+        "model": variant,
+        "questions": "q",
+        "headline": "overall",
+        "metrics": {"overall": told},
+        "notes": [],
+        "cluster_lists": [list(metric.clusters)],
+    }
+    return {
+        "variant": variant,
+        "seed": seed,
+        "error": None,
+        "steps": steps,
+        "seconds_per_step": seconds_per_step,
+        "seconds": steps * seconds_per_step,
+        "flops": 5.0 * steps,
+        "peak_memory_mib": None,
+        "curve": [{"step": step, "task_digits": value, "task_digits_low": 0.0} for step, value in curve],
+        "scores": {"exact match": content},
+        "provenance": {"python": "3"},
+    }
+
+
+def study_of(variants=("sft", "kd"), seeds=(0, 1, 2, 3, 4), **more) -> Study:
+    """A study that is never run."""
+    file = StudyFile(out="o", base="b", seeds=seeds, variants={name: {} for name in variants}, **more)
+    recipe = Recipe.model_validate(
+        {
+            "out": "o",
+            "student": {"path": "s"},
+            "teacher": {"path": "t"},
+            "data": {"train": "d", "eval": "e"},
+            "training": {"max_steps": 10},
+        }
+    )
+    return Study(file, {name: dict.fromkeys(seeds, recipe) for name in variants}, dict.fromkeys(variants, recipe))
+
+
+def simulated(
+    random: np.random.Generator, effects: dict[str, float], seeds: int = 5, pictures: int = 40
+) -> dict[str, dict[int, Metric]]:
+    """Scores of variants whose runs and questions differ by chance, and by the effects."""
+    hard = random.normal(0, 1.0, pictures)
+    return {
+        name: {
+            seed: shares(random.binomial(8, 1 / (1 + np.exp(-(hard + random.normal(effect, 0.3))))))
+            for seed in range(seeds)
+        }
+        for name, effect in effects.items()
+    }
+
+
+def test_of_studies_without_an_effect_one_in_twenty_finds_one():
+    random, runs = np.random.default_rng(0), 200
+    alone = together = 0
+    pairs = study_of(("sft", "kd", "iva")).pairs
+    for _ in range(runs):
+        found = differences(simulated(random, {"sft": 0, "kd": 0, "iva": 0}), pairs)
+        alone += sum(one["low"] > 0 or one["high"] < 0 for one in found)
+        together += any(one["corrected_low"] > 0 or one["corrected_high"] < 0 for one in found)
+    # 400 differences, 200 families; about three standard errors around 5 %, and below it, since families are corrected by Bonferroni.
+    assert 0.02 < alone / (2 * runs) < 0.08
+    assert together / runs < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_an_effect_is_found_and_its_interval_holds_it():
+    random = np.random.default_rng(1)
+    found = differences(simulated(random, {"sft": 0, "kd": 1.5}), study_of().pairs)
+    assert [(one["of"], one["to"]) for one in found] == [("kd", "sft")]
+    assert 0 < found[0]["low"] < found[0]["mean"] < found[0]["high"]
+
+
+def test_the_summary_tells_what_the_statistics_say():
+    random = np.random.default_rng(2)
+    metrics = simulated(random, {"sft": 0, "kd": 1, "iva": 2})
+    study = study_of(("sft", "kd", "iva"), compare=[["iva", "kd"], ["kd", "sft"]])
+    records = {name: {seed: record(name, seed, one) for seed, one in runs.items()} for name, runs in metrics.items()}
+    content = summary_of(study, records, None)
+    heads = {name: list(runs.values()) for name, runs in metrics.items()}
+    told = over_seeds(heads["kd"])
+    assert content["variants"]["kd"]["accuracy"] == {"mean": told.value, "low": told.low, "high": told.high}
+    assert content["variants"]["kd"]["per_seed"] == {str(s): one.score for s, one in enumerate(heads["kd"])}
+    first, expected = content["differences"][0], hierarchical(heads["iva"], heads["kd"])
+    assert (first["mean"], first["low"], first["high"]) == (expected.value, expected.low, expected.high)
+    assert first["corrected_low"] < first["low"] < first["high"] < first["corrected_high"]
+    mean = np.mean([one.score for one in heads["kd"]])
+    assert first["relative"] == pytest.approx(100 * expected.value / mean)
+    # What a file holds is JSON: no NaN.
+    json.dumps(content, allow_nan=False)
+
+
+def test_the_mean_over_seeds_of_equal_runs_and_pictures_has_its_exact_interval():
+    # All hits or none say something about other questions all the same.
+    told = over_seeds([shares(np.full(30, 8)) for _ in range(5)])
+    assert told.value == 100 and 80 < told.low < 100 and told.high == 100
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 1.0, 1.5])
+def test_the_gap_that_is_closed_is_the_share_of_the_way(part):
+    pictures = np.arange(20) % 3
+    start, goal = shares(2 + pictures), shares(6 + 0 * pictures)
+    way = goal.score - start.score
+    between = [
+        Metric(start.sums + np.stack([part * way / 100 * start.sums[:, 1], 0 * pictures], -1), ratio, start.clusters)
+    ]
+    told = gap_closed(between * 2, [start] * 2, goal)
+    assert told.value == pytest.approx(100 * part)
+    assert told.low <= told.value + 1e-9 and told.high >= told.value - 1e-9
+    assert gap_closed([start], [goal], goal) is None
+
+
+def test_intervals_of_the_gap_hold_it_nineteen_times_in_twenty():
+    random, held, runs = np.random.default_rng(3), 0, 200
+    for _ in range(runs):
+        hard = random.normal(0, 1, 60)
+
+        def run(effect: float, hard: np.ndarray = hard) -> Metric:
+            return shares(random.binomial(8, 1 / (1 + np.exp(-(hard + random.normal(effect, 0.3))))))
+
+        told = gap_closed([run(0.7) for _ in range(5)], [run(0) for _ in range(5)], run(3.0))
+        held += told.low <= TRUE_GAP <= told.high
+    assert 0.90 < held / runs < 0.99
+
+
+def expected(effect: float) -> float:
+    """The mean score of a run with that effect, over runs and pictures."""
+    random = np.random.default_rng(9)
+    return float(np.mean(1 / (1 + np.exp(-(random.normal(0, 1, 400_000) + random.normal(effect, 0.3, 400_000))))))
+
+
+TRUE_GAP = 100 * (expected(0.7) - expected(0)) / (expected(3.0) - expected(0))
+
+
+# --- curves and cost --------------------------------------------------------------------------------------------------
+
+
+def test_time_to_quality_is_read_off_the_curves():
+    flat = shares(np.full(6, 4))
+    records = {
+        "sft": {s: record("sft", s, flat, [(5, 20.0), (10, 40.0)], 1.0) for s in (0, 1)},
+        # Reaches 40 half way between 2 and 6, at twice the cost of a step.
+        "kd": {s: record("kd", s, flat, [(2, 30.0), (6, 50.0), (10, 45.0)], 2.0) for s in (0, 1)},
+    }
+    (told,) = summary_of(study_of(seeds=(0, 1)), records, None)["time_to_quality"]
+    assert told["per_seed"]["0"] == {
+        "best": 40.0,
+        "steps": 4.0,
+        "steps_of_other": 10.0,
+        "steps_share": 0.4,
+        "share": 0.8,
+    }
+    assert told["share"] == pytest.approx(0.8) and told["share_low"] == pytest.approx(0.8) and told["reached"] == 2
+    # One seed that never gets there leaves no mean to tell.
+    records["kd"][1] = record("kd", 1, flat, [(10, 39.0)])
+    (told,) = summary_of(study_of(seeds=(0, 1)), records, None)["time_to_quality"]
+    assert told["share"] is None and told["reached"] == 1 and told["seeds"] == 2
+    curve = summary_of(study_of(seeds=(0, 1)), records, None)["curves"]["sft"]["digits"]
+    assert [(one["step"], one["mean"], one["seconds"], one["flops"]) for one in curve] == [
+        (5, 20, 5, 25),
+        (10, 40, 10, 50),
+    ]
+
+
+@given(st.dictionaries(st.integers(0, 50), st.floats(0, 100), min_size=1), st.floats(0, 100))
+def test_a_curve_reaches_a_value_between_the_measurements_around_it(values, goal):
+    step = first_at(values, goal)
+    if step is None:
+        assert max(values.values()) < goal
+    else:
+        above = min(key for key in values if values[key] >= goal)
+        below = [key for key in values if key < above]
+        assert (max(below) if below else above) <= step <= above
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=6))
+def test_what_stands_on_the_frontier_is_beaten_by_nothing(costs_and_hits):
+    heads = {str(i): {0: shares(np.full(4, hits))} for i, (_, hits) in enumerate(costs_and_hits)}
+    runs = {str(i): {0: {"seconds": float(cost)}} for i, (cost, _) in enumerate(costs_and_hits)}
+    on = frontier(heads, runs, "seconds")
+    for i, (cost, hits) in enumerate(costs_and_hits):
+        better = [1 for c, h in costs_and_hits if (c <= cost and h > hits) or (c < cost and h >= hits)]
+        assert (str(i) not in on) if better else any(costs_and_hits[int(j)] == (cost, hits) for j in on)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from(["time", "flops"]))
+def test_equal_compute_is_the_budget_but_for_one_step(first, second, equal):
+    study = study_of(equal=equal, budget="kd")
+    a_step = {
+        name: {"seconds_per_step": cost, "flops_per_step": cost} for name, cost in (("sft", first), ("kd", second))
+    }
+    if first > 10 * second:
+        with pytest.raises(RunError, match="less than one step of sft"):
+            equal_steps(study, a_step)
+        return
+    steps = equal_steps(study, a_step)
+    assert steps["kd"] == 10
+    assert steps["sft"] * first <= 10 * second * (1 + 1e-6) < (steps["sft"] + 1) * first * (1 + 1e-5)
+    assert equal_steps(study_of(equal="steps"), a_step) == {"sft": 10, "kd": 10}
+
+
+def test_times_of_a_study_are_those_that_were_measured_in_turn():
+    records = {"sft": {0: record("sft", 0, shares(np.full(4, 4)), seconds_per_step=9.0)}}
+    told = with_costs(records, {"sft": {"seconds_per_step": 2.0}})["sft"][0]
+    assert (told["seconds_per_step"], told["seconds"]) == (2.0, 20.0)
+    assert records["sft"][0]["seconds_per_step"] == 9.0
+
+
+# --- its file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    small.write_pair(folder)
+    small.write_records(folder)
+    small.write_records(folder, "eval.json", pictures=2, seed=5)
+    for seed in (0, 1):
+        (folder / f"train-{seed}.json").write_text((folder / "train.json").read_text())
+    base = small.recipe(folder, data={"train": str(folder / "train-{seed}.json"), "eval": str(folder / "eval.json")})
+    base["objective"] = {"iva": {"layer": 0}}
+    base["evaluation"] = {"max_new_tokens": 2, "fidelity_records": 2}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    return folder
+
+
+def write_study(folder: Path, path: Path, **more: object) -> Path:
+    content = {
+        "out": str(path.with_suffix("")),
+        "base": str(folder / "base.yaml"),
+        "seeds": [0, 1],
+        "variants": {"kd": {"objective.iva.weight": 0, "objective.tpa.weight": 0}, "align_ti": {}},
+        **more,
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_recipes_of_a_study_are_the_base_with_changes_variant_and_seed(folder, tmp_path):
+    path = write_study(folder, tmp_path / "s.yaml", changes={"training.weight_decay": 0.5})
+    study = read_study(path, ["training.max_steps=3"])
+    kd = study.recipes["kd"][1]
+    assert (kd.seed, kd.training.weight_decay, kd.training.max_steps) == (1, 0.5, 3)
+    assert kd.data.train == str(folder / "train-1.json") and kd.objective.active == ("sft", "kd")
+    assert study.recipes["align_ti"][0].objective.active == ("sft", "kd", "iva", "tpa")
+    assert study.runs == [("kd", 0), ("align_ti", 0), ("kd", 1), ("align_ti", 1)]
+    assert (study.gap_from, study.pairs) == ("kd", (("align_ti", "kd"),))
+
+
+@pytest.mark.parametrize(
+    ("more", "messages"),
+    [
+        ({"sedes": [1], "equal": "money"}, ["sedes is no known option; did you mean 'seeds'?", "equal is 'money'"]),
+        ({"variants": {"a/b": {}}}, ["variants names 'a/b'"]),
+        ({"variants": {}}, ["variants"]),
+        ({"seeds": [1, 1]}, ["different whole numbers"]),
+        ({"seeds": []}, ["seeds"]),
+        ({"compare": [["kd", "x"]]}, ["compare names 'x', which is no variant; accepted: kd, align_ti"]),
+        ({"compare": [["kd", "kd"]]}, ["compare has 'kd' with itself"]),
+        ({"budget": "kd"}, ["budget is given, but equal is 'steps'"]),
+        ({"score": "pope"}, ["score is 'pope'; accepted: exact match"]),
+        (
+            {"variants": {"a": {"training.max_stesp": 2}, "b": {"objective.kd.temperature": -1}}},
+            [
+                "variants.a: training.max_stesp is no known option; did you mean 'max_steps'?",
+                "variants.b: objective.kd.temp",
+            ],
+        ),
+        ({"variants": {"a": {}, "b": {"training.max_steps": 9}}}, ["training.max_steps differs (a 4, b 9)"]),
+        (
+            {"variants": {"a": {}, "b": {"data.eval": "other.json"}}},
+            ["variants.b, seed 0 is measured on other questions"],
+        ),
+        ({"changes": {"data.eval": None}}, ["nothing is measured"]),
+        ({"changes": {"training.max_steps": -1}}, ["training.max_steps is -1"]),
+        ({"changes": {"check.x": 1}}, ["changes.check.x: check is no section"]),
+    ],
+)
+def test_a_study_file_is_read_strictly_with_all_errors_at_once(folder, tmp_path, more, messages):
+    path = write_study(folder, tmp_path / "s.yaml", **more)
+    with pytest.raises(ConfigError) as caught:
+        read_study(path)
+    assert str(tmp_path / "s.yaml") in str(caught.value)
+    for message in messages:
+        assert message in str(caught.value)
+
+
+def test_a_folder_of_another_study_is_refused_and_a_larger_one_goes_on(folder, tmp_path):
+    def claim(**more: object) -> None:
+        study = read_study(write_study(folder, tmp_path / "s.yaml", **more))
+        StudyFolder(study.out).claim(study)
+
+    claim()
+    claim(seeds=[0, 1], compare=[["kd", "align_ti"]])
+    claim(
+        variants={
+            "kd": {"objective.iva.weight": 0, "objective.tpa.weight": 0},
+            "align_ti": {},
+            "new": {"training.weight_decay": 0.1},
+        }
+    )
+    for more in ({"changes": {"training.weight_decay": 0.3}}, {"equal": "flops"}):
+        with pytest.raises(RunError, match="other settings"):
+            claim(**more)
+    train = folder / "train-1.json"
+    before = train.read_text()
+    try:
+        train.write_text(before + " ")
+        with pytest.raises(RunError, match=r"the content of .*train-1\.json"):
+            claim()
+    finally:
+        train.write_text(before)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds no study"):
+        claim(out=str(tmp_path / "other"))
+
+
+# --- its runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheap(monkeypatch) -> None:
+    """Costs as if they were measured."""
+    made = {
+        "kd": Cost(seconds_per_step=1.0, flops_per_step=2.0, steps=4),
+        "align_ti": Cost(seconds_per_step=2.0, flops_per_step=3.0, steps=4),
+    }
+    monkeypatch.setattr(running, "measured_costs", lambda study, folder, advance: made)
+
+
+class Watch:
+    """Counts the steps of each run; stops the process's work at one of them."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.stop, self.steps = stop, {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what.startswith("train: "):
+            self.steps[what] = self.steps.get(what, 0) + 1
+            if (what, self.steps[what]) == self.stop:
+                raise KeyboardInterrupt
+
+
+def test_a_stopped_study_goes_on_without_running_anything_twice(folder, tmp_path, cheap, monkeypatch):
+    study = read_study(write_study(folder, tmp_path / "s.yaml"))
+    first, said = Watch(stop=("train: align_ti, seed 0", 3)), []
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, advance=first)
+    assert first.steps == {"train: kd, seed 0": 4, "train: align_ti, seed 0": 3}
+    # The measuring of one run fails: the others are made, and the table tells.
+    measure = running.scores_of
+
+    def fails_once(model, recipe, out, compared_with):
+        if recipe.seed == 1 and recipe.objective.active == ("sft", "kd"):
+            raise ValueError("no room left")
+        return measure(model, recipe, out, compared_with)
+
+    monkeypatch.setattr(running, "scores_of", fails_once)
+    second = Watch()
+    content = run_study(study, advance=second, said=said.append)
+    # From the checkpoint of step 2.
+    assert second.steps == {"train: align_ti, seed 0": 2, "train: kd, seed 1": 4, "train: align_ti, seed 1": 4}
+    assert content["failed"] == [{"variant": "kd", "seed": 1, "error": "ValueError: no room left"}]
+    assert content["missing"] == [] and list(content["variants"]["kd"]["per_seed"]) == ["0"]
+    assert any("kd, seed 1: failed" in line for line in said)
+    third = Watch()
+    assert run_study(study, advance=third)["failed"] == content["failed"] and not third.steps
+    monkeypatch.setattr(running, "scores_of", measure)
+    last = Watch()
+    content = run_study(study, advance=last, retry=True)
+    assert last.steps == {"train: kd, seed 1": 4} and not content["failed"]
+    assert content == read_json(study.out / "study.json")
+    assert not list((study.out / "work").glob("*/*/run")) and not (study.out / "students").exists()
+    told = read_json(study.out / "records" / "kd" / "1.json")
+    assert {"exact match", "fidelity"} == set(told["scores"]) and told["flops"] == 8.0
+    rows = {(row["benchmark"], row["metric"]) for row in content["metrics"]}
+    assert {("exact match", "overall"), ("fidelity", "own_agreement")} <= rows
+
+
+def test_a_run_that_another_process_is_at_is_passed_over(folder, tmp_path, cheap):
+    study = read_study(write_study(folder, tmp_path / "s.yaml", seeds=[0], keep_students=True))
+    held = StudyFolder(study.out).root / "work" / ".kd-0.lock"
+    with locked(held) as owner:
+        assert owner is None
+        watch = Watch()
+        content = run_study(study, advance=watch)
+    assert watch.steps == {"train: align_ti, seed 0": 4}
+    assert content["missing"] == [{"variant": "kd", "seed": 0}] and content["differences"] == []
+    assert (study.out / "students" / "align_ti" / "0" / "model.safetensors").exists()
+
+
+@given(st.integers(1, 7), st.integers(0, 40))
+def test_every_run_is_of_one_shard(count, number):
+    assert sum(Shard(index, count).has(number) for index in range(1, count + 1)) == 1
+
+
+def test_costs_are_measured_once_and_more_terms_cost_more(folder, tmp_path):
+    study = read_study(write_study(folder, tmp_path / "s.yaml", equal="flops", budget="align_ti"))
+    at = StudyFolder(study.out)
+    done = []
+    found = costs.measured_costs(study, at, lambda what, number, total: done.append(what))
+    assert found["kd"].flops_per_step < found["align_ti"].flops_per_step
+    assert found["align_ti"].steps == 4 <= found["kd"].steps
+    assert found["kd"].steps * found["kd"].flops_per_step <= 4 * found["align_ti"].flops_per_step
+    assert all(one.seconds_per_step > 0 for one in found.values()) and done
+    done.clear()
+    assert costs.measured_costs(study, at, lambda what, number, total: done.append(what)) == found and not done
+    assert not list((at.root / "work").glob("cost-*"))
+
+
+def test_counted_operations_are_those_of_the_products():
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.randn(2, 3, 5, 4, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=costs.attention_on_cpu()) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    # Two products forward; backward computes one again and has four of its own.
+    one = 2 * 2 * 3 * 5 * 5 * 4
+    assert counter.get_total_flops() == 2 * one + 5 * one
+
+
+def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
+    from align_ti.studies import planned
+
+    monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
+    path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
+    told = CliRunner().invoke(app, ["study", path, "--dry-run"])
+    assert told.exit_code == 0 and "left to do: 2 runs, 12 s of training" in told.output
+    assert not (tmp_path / "s").exists()
+    wrong = CliRunner().invoke(app, ["study", path, "--shard", "3/2"])
+    assert isinstance(wrong.exception, ConfigError) and "--shard is '3/2'" in str(wrong.exception)
