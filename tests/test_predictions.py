@@ -98,6 +98,22 @@ def test_what_kills_leave_and_the_rest_give_the_file_of_one_go(tmp_path_factory,
     assert read_predictions(out, ITEMS, "letters").texts == dict(zip(answers, texts, strict=True))
 
 
+@pytest.mark.parametrize("cut", [1, 9, 200])
+def test_a_whole_file_that_was_cut_off_gets_its_rest(tmp_path, cut):
+    # The rest was asked, and then not found beside the file that was cut off: each call asked again and failed again.
+    out = tmp_path / "letters.jsonl"
+    answers = {item.id: prediction(item) for item in ITEMS}
+    Writer(part_path(out, 0), about()).add(answers.values())
+    join_parts(out, about(), ITEMS)
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-cut])
+    done = made_so_far(out, about())
+    assert 0 < len(done) < len(ITEMS)
+    Writer(part_path(out, 0), about()).add(one for name, one in answers.items() if name not in done)
+    assert join_parts(out, about(), ITEMS) == list(answers.values())
+    assert out.read_bytes() == whole and part_paths(out) == []
+
+
 def test_a_file_that_was_made_otherwise_is_refused_by_name(tmp_path):
     out = tmp_path / "letters.jsonl"
     Writer(part_path(out, 0), about()).add([prediction(ITEMS[0])])
@@ -231,6 +247,14 @@ BAD = [
 def test_a_wrong_file_is_told_with_its_place(tmp_path, records, told):
     with pytest.raises(DataError, match=told):
         read_predictions(written(tmp_path / "wrong.jsonl", records), ITEMS, "letters")
+
+
+def test_an_object_that_names_a_question_twice_is_told(tmp_path):
+    # The last one counted, without a word.
+    path = tmp_path / "twice.json"
+    path.write_text('{"q1": "a", "q2": "c", "q1": "b"}')
+    with pytest.raises(DataError, match=r"key 'q1': a second prediction for question 'q1'"):
+        read_predictions(path, ITEMS, "letters")
 
 
 def test_a_file_that_was_cut_off_is_told_with_its_line(tmp_path):
