@@ -18,7 +18,6 @@ from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_lines,
     read_text,
     refuse_twice,
@@ -81,14 +80,14 @@ class Mme(Benchmark):
                 Item(
                     id=f"{id} {asked}",
                     text=text,
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=id,
                     kind=id.split("/")[0],
                     reference={"answer": truths[id][asked]},
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         self.check_pairs(items)
         return items
 

@@ -10,10 +10,9 @@ from typing import Any
 from align_ti.data.conversation import IMAGE_TAG
 from align_ti.data.records import ImageRoot
 from align_ti.errors import ConfigError, DataError
-from align_ti.evaluation.benchmarks.answers import check, kinds, notes_on
+from align_ti.evaluation.benchmarks.answers import check, notes_on, with_kinds
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.benchmarks.files import field, read_lines, refuse_twice
-from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.scoring import SCORERS
 
 FILE = "questions.jsonl"
@@ -48,7 +47,7 @@ class Own(Benchmark):
         path = question_file(folder)
         root = ImageRoot(path.parent)
         items = [self.read_item(record, place, root) for record, place in read_lines(path, ORIGIN)]
-        refuse_twice([item.id for item in items], [item.place for item in items], ORIGIN)
+        refuse_twice(items, ORIGIN)
         return items
 
     def read_item(self, record: Mapping[str, Any], place: str, root: ImageRoot) -> Item:
@@ -95,13 +94,7 @@ class Own(Benchmark):
             else 0.0
             for item in items
         }
-        metrics = {"score": mean_of([right[item.id] for item in items], [item.cluster for item in items])}
-        for name in kinds(items):
-            of = [item for item in items if item.kind == name]
-            metrics[f"kind {name}" if name in metrics else name] = mean_of(
-                [right[item.id] for item in of], [item.cluster for item in of]
-            )
-        return Report(metrics, "score", right, tuple(notes_on(items, predictions, 0)))
+        return Report(with_kinds("score", items, right), "score", right, tuple(notes_on(items, predictions, 0)))
 
 
 def unknown_scorer(name: str) -> str:
