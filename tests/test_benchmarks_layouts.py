@@ -492,6 +492,18 @@ def test_records_of_one_s_own_that_cannot_be_used(tmp_path, record, message):
         benchmark("own").items(own(tmp_path, record))
 
 
+def test_numbers_of_one_s_own_are_text(tmp_path):
+    # A reference with decimals was refused as no text, although `numeric` is made for it.
+    folder = own(tmp_path, {"id": 1, "question": "q", "answers": [4.5, 3, "2"], "scorer": "numeric"})
+    task = benchmark("own")
+    (item,) = items = task.items(folder)
+    assert item.reference["answers"] == ["4.5", "3", "2"]
+    assert task.score(items, {"1": "about 4.5 m"}).metrics["score"].score == 100
+    for value in (float("nan"), float("inf"), True, None):
+        with pytest.raises(DataError, match="'answers' is "):
+            task.items(own(tmp_path, {"id": 1, "question": "q", "answers": [value]}))
+
+
 def test_the_file_of_one_s_own_is_found(tmp_path):
     record = {"id": "a", "question": "q", "answer": "x"}
     own(tmp_path, record, name="mine.jsonl")

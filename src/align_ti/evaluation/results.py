@@ -218,7 +218,7 @@ def scores_in(path: Path) -> list[Scores]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the name.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({error}); write it again by `align-ti evaluate` or `align-ti score`."
         ) from error

@@ -139,15 +139,17 @@ class Mme(Benchmark):
         return Report(metrics_of(pairs, right), "perception/20", right, tuple(notes))
 
     def neighbours(self, items: Sequence[Item], predictions: Mapping[str, str]) -> list[Pair]:
-        """The pairs as the original makes them.
+        """The pairs as the original makes them: neighbours in the answers' order.
 
         Raises:
             DataError: the original stops.
         """
         pairs = []
         way_out = "score without strict_original."
+        every = {item.id: item for item in items}
+        in_order = [every[id] for id in predictions if id in every]
         for category in PERCEPTION + COGNITION:
-            answered = [item for item in items if item.kind == category and item.id in predictions]
+            answered = [item for item in in_order if item.kind == category]
             if not answered:
                 raise DataError(
                     f"{self.title}: no answers in category {category}, where the original stops (no such file); {way_out}"

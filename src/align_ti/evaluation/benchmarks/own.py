@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def question_file(folder: Path) -> Path:
 
 
 def texts(record: Mapping[str, Any], one: str, several: str, place: str, needed: bool) -> list[str]:
-    """The texts of a field that may be one or a list, under one of two names.
+    """The texts of a field that may be one or a list, under one of two names; numbers become text.
 
     Raises:
         DataError: both are there, or none although one is needed, or one is empty or no text.
@@ -141,7 +142,9 @@ def texts(record: Mapping[str, Any], one: str, several: str, place: str, needed:
     values = value if isinstance(value, list) else [value]
     if needed and not values:
         raise DataError(f"{place}: {given[0]!r} is empty; at least one reference is accepted.")
-    found = [field({given[0]: text}, given[0], place) for text in values]
+    # A number with decimals is text too, as `numeric` wants it; JSON in Python also has NaN and Infinity.
+    plain = [str(one) if isinstance(one, float) and isfinite(one) else one for one in values]
+    found = [field({given[0]: text}, given[0], place) for text in plain]
     if not all(text.strip() for text in found):
         raise DataError(f"{place}: {given[0]!r} holds an empty text; a text of at least one character is accepted.")
     return found

@@ -219,9 +219,13 @@ def by_picture(items: Sequence[Item], predictions: Mapping[str, str]) -> list[tu
 
 
 def in_order(items: Sequence[Item], predictions: Mapping[str, str]) -> list[tuple[Item, Counts]]:
-    """What each answer of a split counts, joined with the labels by order; one without a label counts for the share of yes alone."""
+    """What each answer of a split counts, joined with the labels by the answers' order.
+
+    One without a label counts for the share of yes alone.
+    """
     labels = [item.reference["label_in_order"] for item in items]
-    answered = [item for item in items if item.id in predictions]
+    of = {item.id: item for item in items}
+    answered = [of[id] for id in predictions if id in of]
     found = []
     for item, label in zip(answered, labels, strict=False):
         answer = pope_answer(predictions[item.id])
