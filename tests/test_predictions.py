@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from align_ti.errors import DataError, RunError
 from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
+from align_ti.evaluation.comparison import Model, compare
 from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.predictions import (
     About,
@@ -28,6 +29,7 @@ from align_ti.evaluation.predictions import (
     read_predictions,
     subset,
 )
+from align_ti.evaluation.results import read_scores, write_scores
 from align_ti.evaluation.scored import mean_of_six, score_file
 from tests.benchmark_folders import mme_folder, pope_folder, textvqa_folder
 
@@ -285,6 +287,35 @@ def test_our_own_file_knows_its_benchmark_and_its_questions(tmp_path):
     few = score_file(tmp_path / "few.jsonl", Letters(), ITEMS)
     assert few.headline["value"] == 100 and few.questions == len(limited) < 7
     assert any("of 7 questions were asked" in note for note in few.report.notes)
+
+
+def test_scores_by_two_rules_are_not_compared(tmp_path):
+    # A question's digest says nothing of its references and scorers, so that ANLS was compared with exact match.
+    pope_folder(tmp_path)
+    (tmp_path / "own").mkdir()
+    rows = [{"id": number, "question": f"Q {number}?", "answer": "a kite"} for number in range(4)]
+    written(tmp_path / "own" / "questions.jsonl", rows)
+
+    def model(called: str, task: str, strict: bool = False) -> Model:
+        chosen = benchmark(task)
+        items = chosen.items(tmp_path)
+        path = written(tmp_path / "answers.json", dict.fromkeys((item.id for item in items), "Yes"))
+        found = score_file(path, chosen, items, strict_original=strict)
+        write_scores(tmp_path / f"{called}.scores.json", found.content)
+        return called, read_scores(tmp_path / f"{called}.scores.json")
+
+    compare([model("a", "own:anls"), model("b", "own:anls")])
+    compare([model("a", "pope"), model("b", "pope")])
+    for one, other in (
+        (model("a", "own:anls"), model("b", "own")),
+        (model("a", "pope"), model("b", "pope", strict=True)),
+    ):
+        with pytest.raises(DataError, match=r"ways of scoring \(--scorer, --strict-original\)"):
+            compare([one, other])
+    before = model("a", "own")
+    written(tmp_path / "own" / "questions.jsonl", [row | {"answer": "the kite"} for row in rows])
+    with pytest.raises(DataError, match="right answers"):
+        compare([before, model("b", "own")])
 
 
 def test_the_mean_of_six_and_its_interval():

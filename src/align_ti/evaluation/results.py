@@ -57,7 +57,7 @@ class Scores:
     notes: Sequence[str]
     model: str
     questions: str
-    """A digest of what was asked; only scores with equal ones are compared."""
+    """A digest of what was asked, and how it is scored; only scores with equal ones are compared."""
     path: Path
     """The file."""
 
@@ -72,7 +72,7 @@ def scored(benchmark: str, report: Report, model: str, questions: str, title: st
         benchmark: its name on the command line.
         report: the scores.
         model: the model's name for people.
-        questions: a digest of what was asked (`predictions.questions_digest`).
+        questions: a digest of what was asked, and how it is scored; only scores with equal ones are compared.
         title: the benchmark's name for people; its name if empty.
 
     Raises:
