@@ -12,6 +12,7 @@ from align_ti.data.conversation import open_picture
 from align_ti.errors import ConfigError, DataError
 from align_ti.evaluation.benchmarks import BENCHMARKS, PAPER, benchmark
 from align_ti.evaluation.benchmarks.textvqa import question_of
+from align_ti.evaluation.predictions import questions_digest
 from tests import benchmark_folders as folders
 from tests.benchmark_folders import MAKERS
 
@@ -141,7 +142,11 @@ def test_a_file_that_is_cut_off_is_named(made, tmp_path, name, file, origin):
 
 
 @pytest.mark.parametrize(("name", "file", "origin"), FILES)
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"7", b"\xff\xfe\x00", b'[{"a": 1}]', b'{"data": [{}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"7", b"\xff\xfe\x00", b'[{"a": 1}]', b'{"data": [{}]}', b"[" * 99999, b"1" * 4999],
+    ids=lambda content: content[:9],
+)
 def test_a_file_of_something_else_is_named(made, tmp_path, name, file, origin, content):
     folder = copied(made, tmp_path, name)
     (folder / file).write_bytes(content)
@@ -186,6 +191,16 @@ def test_no_answers_outside_the_folder(made, tmp_path):
         benchmark("mme").items(tmp_path)
 
 
+def test_no_labels_outside_the_folder(made, tmp_path):
+    # The category names the file of labels, and was put into its path as it is.
+    folder = copied(made, tmp_path, "pope")
+    (folder / "coco" / "coco_pope_x").mkdir()
+    shutil.copy(folder / "coco" / "coco_pope_random.json", tmp_path / "elsewhere.json")
+    change(folder / "llava_pope_test.jsonl", '"category": "random"', '"category": "x/../../../elsewhere"')
+    with pytest.raises(DataError, match=r"line 17: category 'x/.*accepted: adversarial, popular, random"):
+        benchmark("pope").items(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
@@ -212,6 +227,14 @@ def test_gqa_with_the_answers_of_another_split(made, tmp_path):
     folder = copied(made, tmp_path, "gqa")
     change(folder / "data" / "testdev_balanced_questions.json", '"201640614"', '"0999"')
     with pytest.raises(DataError, match=r"line 2: question '201640614' is not in .*6 questions.*questions1\.2\.zip"):
+        benchmark("gqa").items(tmp_path)
+
+
+@pytest.mark.parametrize("groups", [[1], "animal", 3])
+def test_gqa_with_groups_of_another_form(made, tmp_path, groups):
+    folder = copied(made, tmp_path, "gqa")
+    change(folder / "data" / "testdev_balanced_questions.json", '{"global": "animal"}', json.dumps(groups))
+    with pytest.raises(DataError, match=r"question '202225915': 'groups' is .*an object is accepted"):
         benchmark("gqa").items(tmp_path)
 
 
@@ -346,10 +369,24 @@ def test_mmbench_pictures_by_the_index_of_another_row(made, tmp_path):
 
 
 def test_a_broken_picture_of_mmbench_is_an_error_not_its_neighbour(made, tmp_path):
-    rewrite_mmbench(copied(made, tmp_path, "mmbench"), image="iVBORw0KGgo" * 9)
-    first, *_ = benchmark("mmbench").items(tmp_path)
+    folder = copied(made, tmp_path, "mmbench")
+    for image in ("iVBORw0KGgo" * 9, "A" * 101, "\u00e9" * 99):
+        rewrite_mmbench(folder, image=image)
+        first, *_ = items = benchmark("mmbench").items(tmp_path)
+        with pytest.raises(DataError, match=r"row 1, index 241.*cannot be read"):
+            open_picture(first.images[0], first.place)
+    # Scores need a digest of the pictures.
     with pytest.raises(DataError, match=r"row 1, index 241.*cannot be read"):
-        open_picture(first.images[0], first.place)
+        questions_digest(items)
+
+
+def test_mmbench_with_an_index_that_is_none(made, tmp_path):
+    folder = copied(made, tmp_path, "mmbench")
+    for index in ("x", "-1", "241.0", "9" * 5000):
+        change(folder / "mmbench_dev_20230712.tsv", "\n241\t", f"\n{index}\t")
+        with pytest.raises(DataError, match=r"the index is .*a whole number"):
+            benchmark("mmbench").items(tmp_path)
+        change(folder / "mmbench_dev_20230712.tsv", f"\n{index}\t", "\n241\t")
 
 
 def test_an_option_that_reads_none_ends_the_prompt_s_options_as_in_the_original(made, tmp_path):
@@ -453,6 +490,18 @@ def own(tmp_path: Path, *records: dict, name: str = "questions.jsonl") -> Path:
 def test_records_of_one_s_own_that_cannot_be_used(tmp_path, record, message):
     with pytest.raises(DataError, match=message):
         benchmark("own").items(own(tmp_path, record))
+
+
+def test_numbers_of_one_s_own_are_text(tmp_path):
+    # A reference with decimals was refused as no text, although `numeric` is made for it.
+    folder = own(tmp_path, {"id": 1, "question": "q", "answers": [4.5, 3, "2"], "scorer": "numeric"})
+    task = benchmark("own")
+    (item,) = items = task.items(folder)
+    assert item.reference["answers"] == ["4.5", "3", "2"]
+    assert task.score(items, {"1": "about 4.5 m"}).metrics["score"].score == 100
+    for value in (float("nan"), float("inf"), True, None):
+        with pytest.raises(DataError, match="'answers' is "):
+            task.items(own(tmp_path, {"id": 1, "question": "q", "answers": [value]}))
 
 
 def test_the_file_of_one_s_own_is_found(tmp_path):

@@ -330,6 +330,15 @@ def test_pope_strictly_moves_the_labels_up_when_a_prediction_is_missing(tasks):
     assert ours.metrics["random accuracy"].score == pytest.approx(700 / 8)
 
 
+def test_pope_strictly_joins_by_the_order_of_the_answers_file(tasks):
+    # The questions' own order was taken, by which a file in another order scored as if it were not.
+    task, items, answers = tasks["pope"]
+    yes_first = {id: text for id, text in answers.items() if text == "Yes"} | answers
+    # Labels alternate, so every second answer meets its opposite.
+    assert task.score(items, yes_first, strict_original=True).metrics["random accuracy"].score == 50
+    assert task.score(items, yes_first).metrics["random accuracy"].score == 100
+
+
 def test_pope_s_denominators_of_zero(tasks):
     task, items, answers = tasks["pope"]
     never = task.score(items, dict.fromkeys(answers, "no"))
@@ -438,6 +447,17 @@ def test_mme_strictly_pairs_neighbours(two_pictures):
     strict = task.score(items, some, strict_original=True)
     assert strict.metrics["OCR"].score == 50
     assert task.score(items, some).metrics["OCR"].score == 25
+
+
+def test_mme_strictly_pairs_neighbours_of_the_answers_file(two_pictures):
+    # The questions' own order was taken, by which a file in another order scored as if it were not.
+    task, items, answers = two_pictures
+    of = [item.id for item in items if item.kind == "OCR"]
+    wrong = answers | {of[0]: "No", of[1]: "Yes"}
+    assert task.score(items, wrong, strict_original=True).metrics["OCR"].score == 50 + 50
+    mixed = {of[0]: wrong[of[0]], of[2]: wrong[of[2]]} | wrong
+    assert task.score(items, mixed, strict_original=True).metrics["OCR"].score == 50
+    assert task.score(items, mixed).metrics["OCR"].score == 50 + 50
 
 
 def test_mme_of_some_questions(two_pictures):

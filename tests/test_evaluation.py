@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from align_ti.config import Evaluation
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import DataError
-from align_ti.evaluation.fidelity import divergence
+from align_ti.evaluation.fidelity import along_responses
 from align_ti.evaluation.runner import answer, evaluate
 from align_ti.evaluation.scoring import accuracy, by_kind, is_right
 from align_ti.evaluation.tasks import question
@@ -99,8 +99,11 @@ def test_divergence_equals_its_definition_and_is_zero_from_oneself(pair):
         rows = (sample["labels"][0] != -100).nonzero().flatten() - 1
         values += (t.exp() * (t - s)).sum(-1)[rows].tolist()
     expected = sum(values) / len(values)
-    assert divergence(student, teacher, processor, records, settings) == pytest.approx(expected, rel=1e-5)
-    assert divergence(teacher, teacher, processor, records, settings) == pytest.approx(0, abs=1e-7)
+    along = along_responses(student, teacher, processor, records, settings)
+    assert along.kl.mean() == pytest.approx(expected, rel=1e-5)
+    itself = along_responses(teacher, teacher, processor, records, settings)
+    assert itself.kl.mean() == pytest.approx(0, abs=1e-7)
+    assert itself.agrees.all()
 
 
 def test_a_question_without_an_answer_is_refused():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from align_ti.errors import DataError, RunError
 from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
+from align_ti.evaluation.comparison import Model, compare
 from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.predictions import (
     About,
@@ -28,6 +29,7 @@ from align_ti.evaluation.predictions import (
     read_predictions,
     subset,
 )
+from align_ti.evaluation.results import read_scores, write_scores
 from align_ti.evaluation.scored import mean_of_six, score_file
 from tests.benchmark_folders import mme_folder, pope_folder, textvqa_folder
 
@@ -96,6 +98,22 @@ def test_what_kills_leave_and_the_rest_give_the_file_of_one_go(tmp_path_factory,
     assert out.read_bytes() == whole.read_bytes()
     assert part_paths(out) == []
     assert read_predictions(out, ITEMS, "letters").texts == dict(zip(answers, texts, strict=True))
+
+
+@pytest.mark.parametrize("cut", [1, 9, 200])
+def test_a_whole_file_that_was_cut_off_gets_its_rest(tmp_path, cut):
+    # The rest was asked, and then not found beside the file that was cut off: each call asked again and failed again.
+    out = tmp_path / "letters.jsonl"
+    answers = {item.id: prediction(item) for item in ITEMS}
+    Writer(part_path(out, 0), about()).add(answers.values())
+    join_parts(out, about(), ITEMS)
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-cut])
+    done = made_so_far(out, about())
+    assert 0 < len(done) < len(ITEMS)
+    Writer(part_path(out, 0), about()).add(one for name, one in answers.items() if name not in done)
+    assert join_parts(out, about(), ITEMS) == list(answers.values())
+    assert out.read_bytes() == whole and part_paths(out) == []
 
 
 def test_a_file_that_was_made_otherwise_is_refused_by_name(tmp_path):
@@ -233,6 +251,14 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path, records, told):
         read_predictions(written(tmp_path / "wrong.jsonl", records), ITEMS, "letters")
 
 
+def test_an_object_that_names_a_question_twice_is_told(tmp_path):
+    # The last one counted, without a word.
+    path = tmp_path / "twice.json"
+    path.write_text('{"q1": "a", "q2": "c", "q1": "b"}')
+    with pytest.raises(DataError, match=r"key 'q1': a second prediction for question 'q1'"):
+        read_predictions(path, ITEMS, "letters")
+
+
 def test_a_file_that_was_cut_off_is_told_with_its_line(tmp_path):
     path = written(tmp_path / "cut.jsonl", [{"id": item.id, "text": "x"} for item in ITEMS])
     path.write_text(path.read_text()[:-9])
@@ -261,6 +287,35 @@ def test_our_own_file_knows_its_benchmark_and_its_questions(tmp_path):
     few = score_file(tmp_path / "few.jsonl", Letters(), ITEMS)
     assert few.headline["value"] == 100 and few.questions == len(limited) < 7
     assert any("of 7 questions were asked" in note for note in few.report.notes)
+
+
+def test_scores_by_two_rules_are_not_compared(tmp_path):
+    # A question's digest says nothing of its references and scorers, so that ANLS was compared with exact match.
+    pope_folder(tmp_path)
+    (tmp_path / "own").mkdir()
+    rows = [{"id": number, "question": f"Q {number}?", "answer": "a kite"} for number in range(4)]
+    written(tmp_path / "own" / "questions.jsonl", rows)
+
+    def model(called: str, task: str, strict: bool = False) -> Model:
+        chosen = benchmark(task)
+        items = chosen.items(tmp_path)
+        path = written(tmp_path / "answers.json", dict.fromkeys((item.id for item in items), "Yes"))
+        found = score_file(path, chosen, items, strict_original=strict)
+        write_scores(tmp_path / f"{called}.scores.json", found.content)
+        return called, read_scores(tmp_path / f"{called}.scores.json")
+
+    compare([model("a", "own:anls"), model("b", "own:anls")])
+    compare([model("a", "pope"), model("b", "pope")])
+    for one, other in (
+        (model("a", "own:anls"), model("b", "own")),
+        (model("a", "pope"), model("b", "pope", strict=True)),
+    ):
+        with pytest.raises(DataError, match=r"ways of scoring \(--scorer, --strict-original\)"):
+            compare([one, other])
+    before = model("a", "own")
+    written(tmp_path / "own" / "questions.jsonl", [row | {"answer": "the kite"} for row in rows])
+    with pytest.raises(DataError, match="right answers"):
+        compare([before, model("b", "own")])
 
 
 def test_the_mean_of_six_and_its_interval():

@@ -115,6 +115,8 @@ def damaged(**changes):
     ("content", "told"),
     [
         ("{", "not valid JSON"),
+        ("[" * 99999, "not valid JSON"),
+        ("1" * 4999, "not valid JSON"),
         ("[]", "found 'list'"),
         ('{"accuracy": 1}', "found None where a file of scores says 'align-ti scores 1'"),
         (damaged(format="align-ti scores 0"), "align-ti scores 0"),

@@ -482,6 +482,9 @@ def test_yes_no(prediction, expected):
         (yes_no, ["maybe"], "'yes' and 'no'"),
         (numeric, ["two"], "holds 0 numbers"),
         (numeric, ["1 2"], "2 numbers"),
+        # Every number was right by a reference without end.
+        (numeric, ["1e999"], "too large"),
+        (numeric, ["9" * 400], "too large"),
     ],
 )
 def test_references_that_a_scorer_cannot_use(scorer, references, message):

@@ -148,8 +148,9 @@ def check_alike(one: Scores, other: Scores) -> None:
     """
     if one.questions != other.questions:
         raise DataError(
-            f"{one.path} and {other.path}: different questions of {one.benchmark!r} ({one.questions} and {other.questions}); a "
-            "difference between models is measured on the same questions alone; evaluate both on the same files, with the same limit."
+            f"{one.path} and {other.path}: different questions of {one.benchmark!r} ({one.questions} and {other.questions}), right "
+            "answers, or ways of scoring (--scorer, --strict-original); a difference between models is measured on the same alone; "
+            "evaluate both on the same files, with the same options."
         )
     ways = [
         {name: [name_of(metric.value), metric.unit, metric.sums.shape[1]] for name, metric in scores.metrics.items()}

@@ -151,24 +151,6 @@ def along_responses(
     return Along(torch.cat(kl).numpy(), torch.cat(agrees).numpy(), np.array(record), np.array(position))
 
 
-def divergence(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    processor: ProcessorMixin,
-    conversations: Sequence[Conversation],
-    settings: Evaluation,
-    advance: Advance = ignore,
-    teacher_processor: ProcessorMixin | None = None,
-) -> float:
-    """Mean KL(teacher || student) in nats over every response token of held-out records, along the right answers.
-
-    Raises:
-        DataError: the two read different response tokens.
-    """
-    along = along_responses(student, teacher, processor, conversations, settings, advance, teacher_processor)
-    return float(along.kl.mean())
-
-
 @dataclass(frozen=True, slots=True)
 class ResponseRows:
     """The rows of one model that predict response tokens."""

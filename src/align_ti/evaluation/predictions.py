@@ -115,13 +115,14 @@ def part_paths(out: Path) -> list[Path]:
 
 
 def made_so_far(out: Path, about: About) -> dict[str, Prediction]:
-    """The answers that earlier calls have left, in the file or in its parts, by id. Nothing is changed.
+    """The answers that earlier calls have left, in the file and in its parts, by id. Nothing is changed.
 
     Raises:
         RunError: a file holds something else, or was made by another model, to other questions or by other settings.
     """
     found: dict[str, Prediction] = {}
-    for path in [out] if out.exists() else part_paths(out):
+    # A file that was cut off, by a full disk or a copy, has its rest in parts.
+    for path in [*([out] if out.exists() else []), *part_paths(out)]:
         for prediction in whole_lines(path, about)[0]:
             found[prediction.id] = prediction
     return found
@@ -253,21 +254,22 @@ class Writer:
 
 
 def join_parts(out: Path, about: About, items: Sequence[Item]) -> list[Prediction]:
-    """Writes the whole file from its parts, in the benchmark's own order, and removes them; gives the answers.
+    """Writes the whole file from what is there, in the benchmark's own order, and removes its parts; gives the answers.
 
     Raises:
         RunError: a question has no answer.
     """
     made = made_so_far(out, about)
     missing = [item for item in items if item.id not in made]
+    parts = part_paths(out)
     if missing:
-        parts = ", ".join(str(path) for path in part_paths(out)) or "any part file"
+        there = ", ".join(map(str, parts)) or "any part file"
         raise RunError(
-            f"{out}: {len(missing)} of {len(items)} questions have no answer in {parts} (the first: {missing[0].id!r}); all processes "
+            f"{out}: {len(missing)} of {len(items)} questions have no answer in {there} (the first: {missing[0].id!r}); all processes "
             "must write to one folder; give one (--out) that they share, and run the command again."
         )
     answers = [made[item.id] for item in items]
-    if not out.exists():
+    if parts or not out.exists():
         draft = out.with_name(f".{out.name}")
         out.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
@@ -276,7 +278,7 @@ def join_parts(out: Path, about: About, items: Sequence[Item]) -> list[Predictio
             file.flush()
             os.fsync(file.fileno())
         draft.replace(out)
-    for path in part_paths(out):
+    for path in parts:
         path.unlink()
     return answers
 
@@ -354,11 +356,13 @@ def prediction_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """
     if path.suffix == ".json" and path.is_file():
         try:
-            content = parse(path.read_text(encoding="utf-8-sig"), str(path))
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error}); save the file as UTF-8.") from error
-        if isinstance(content, dict):
-            yield from ((f"{path}, key {name!r}", {"id": name, "text": text}) for name, text in content.items())
+        if isinstance(parse(text, str(path)), dict):
+            # As pairs: of a key that stands twice, an object would keep the last one without a word.
+            pairs = json.loads(text, object_pairs_hook=list)
+            yield from ((f"{path}, key {name!r}", {"id": name, "text": said}) for name, said in pairs)
             return
     if not path.exists():
         raise DataError(f"{path}: the file of predictions does not exist; check its name.")

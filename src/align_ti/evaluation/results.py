@@ -57,7 +57,7 @@ class Scores:
     notes: Sequence[str]
     model: str
     questions: str
-    """A digest of what was asked; only scores with equal ones are compared."""
+    """A digest of what was asked, and how it is scored; only scores with equal ones are compared."""
     path: Path
     """The file."""
 
@@ -72,7 +72,7 @@ def scored(benchmark: str, report: Report, model: str, questions: str, title: st
         benchmark: its name on the command line.
         report: the scores.
         model: the model's name for people.
-        questions: a digest of what was asked (`predictions.questions_digest`).
+        questions: a digest of what was asked, and how it is scored; only scores with equal ones are compared.
         title: the benchmark's name for people; its name if empty.
 
     Raises:
@@ -218,7 +218,7 @@ def scores_in(path: Path) -> list[Scores]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the name.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({error}); write it again by `align-ti evaluate` or `align-ti score`."
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -61,8 +63,14 @@ def score_file(path: Path, benchmark: Benchmark, items: Sequence[Item], *, stric
         notes.append(f"{read.cut} answers were cut at the token limit.")
     report = Report(report.metrics, report.headline, report.right, tuple(notes))
     model = path.stem if read.about is None else read.about.model
-    content = scored(benchmark.name, report, model, questions_digest(read.items), benchmark.title)
+    content = scored(benchmark.name, report, model, asked_and_scored(read.items, strict_original), benchmark.title)
     return Scored(benchmark, report, content, len(read.items))
+
+
+def asked_and_scored(items: Sequence[Item], strict_original: bool) -> str:
+    """A digest of what was asked, of the right answers, and of the way of scoring: only scores that share it are compared."""
+    told = [questions_digest(items), [item.reference for item in items], strict_original]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def mean_of_six(found: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, float] | None:

@@ -59,9 +59,20 @@ def notes_on(items: Sequence[Item], predictions: Mapping[str, str], published: i
     return notes
 
 
-def mean_or_zero(values: Sequence[float], clusters: Sequence[str]) -> Metric:
-    """The mean of the values in per cent; 0 if there are none."""
-    return mean_of(values, clusters) if values else Metric(np.zeros((1, 2)), ratio, ("none",))
+def mean_over(items: Sequence[Item], right: Mapping[str, float]) -> Metric:
+    """What the questions are worth on average, in per cent; 0 if there are none."""
+    if not items:
+        return Metric(np.zeros((1, 2)), ratio, ("none",))
+    return mean_of([right[item.id] for item in items], [item.cluster for item in items])
+
+
+def with_kinds(name: str, items: Sequence[Item], right: Mapping[str, float]) -> dict[str, Metric]:
+    """What the questions are worth on average: all of them under the name given, then those of each kind under the kind's."""
+    metrics = {name: mean_over(items, right)}
+    for kind in kinds(items):
+        of = [item for item in items if item.kind == kind]
+        metrics[f"kind {kind}" if kind in metrics else kind] = mean_over(of, right)
+    return metrics
 
 
 def zero_note(name: str, of: str) -> str:

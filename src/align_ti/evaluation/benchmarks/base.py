@@ -21,6 +21,7 @@ class Item:
     text: str
     """The user's words behind the pictures, suffix included."""
     images: tuple[Picture, ...]
+    """Files are looked for when they are asked about, so that scoring needs none."""
     cluster: str
     """What fails together and is resampled together (usually the picture)."""
     kind: str = ""

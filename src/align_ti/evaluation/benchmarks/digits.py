@@ -9,10 +9,9 @@ from typing import ClassVar
 from align_ti.data.conversation import IMAGE_TAG
 from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
-from align_ti.evaluation.benchmarks.answers import check, kinds, notes_on
+from align_ti.evaluation.benchmarks.answers import check, notes_on, with_kinds
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
-from align_ti.evaluation.benchmarks.files import Source, field, picture, read_json, refuse_twice, task_folder
-from align_ti.evaluation.metrics import mean_of
+from align_ti.evaluation.benchmarks.files import Source, field, read_json, refuse_twice, task_folder
 from align_ti.evaluation.scoring import is_right
 
 ORIGIN = "align-ti digits --out FOLDER"
@@ -44,14 +43,14 @@ class Digits(Benchmark):
                 Item(
                     id=field(record, "id", place),
                     text=field(turns[0], "value", place).replace(IMAGE_TAG, "").strip(),
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=image,
                     kind=field(record, "kind", place),
                     reference={"answer": field(turns[1], "value", place)},
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], ORIGIN)
+        refuse_twice(items, ORIGIN)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -61,11 +60,7 @@ class Digits(Benchmark):
             item.id: float(item.id in predictions and is_right(predictions[item.id], item.reference["answer"]))
             for item in items
         }
-        metrics = {}
-        for name in ("accuracy", *kinds(items)):
-            of = [item for item in items if name in ("accuracy", item.kind)]
-            metrics[name] = mean_of([right[item.id] for item in of], [item.cluster for item in of])
-        return Report(metrics, "accuracy", right, tuple(notes_on(items, predictions, 0)))
+        return Report(with_kinds("accuracy", items, right), "accuracy", right, tuple(notes_on(items, predictions, 0)))
 
 
 class DigitsValidation(Digits):

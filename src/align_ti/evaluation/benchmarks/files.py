@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_ti.data.conversation import Picture
-from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
+from align_ti.evaluation.benchmarks.base import Item
 
 GUIDE = "docs/Evaluation.md of LLaVA"
 EVAL_ZIP = f"eval.zip ({GUIDE})"
@@ -71,11 +70,20 @@ def read_json(path: Path, origin: str) -> Any:
     Raises:
         DataError: it cannot be read or is no complete JSON.
     """
+    return decoded(read_text(path), str(path), origin)
+
+
+def decoded(text: str, place: str, origin: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        DataError: it is no complete JSON, or has numbers or depths that no file of a benchmark has.
+    """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: no complete JSON ({error}); the file may be cut off; get it again from {origin}."
+            f"{place}: no complete JSON ({error}); the file may be cut off; get it again from {origin}."
         ) from error
 
 
@@ -90,12 +98,7 @@ def read_lines(path: Path, origin: str) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         empty, place = False, f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place}: no complete JSON ({error}); the file may be cut off; get it again from {origin}."
-            ) from error
+        record = decoded(line, place, origin)
         if not isinstance(record, dict):
             raise DataError(
                 f"{place}: {type(record).__name__} instead of an object; the file of {origin} has one per line."
@@ -136,25 +139,16 @@ def field(record: Mapping[str, Any], name: str, place: str) -> str:
     return str(value)
 
 
-def picture(root: ImageRoot, name: str, place: str) -> tuple[Picture, ...]:
-    """The one picture of a question; it is looked for when it is asked for, so that scoring needs no pictures.
-
-    Raises:
-        DataError: the name leads out of the folder.
-    """
-    return (root.path(name, place),)
-
-
-def refuse_twice(ids: Sequence[str], places: Sequence[str], origin: str) -> None:
+def refuse_twice(items: Sequence[Item], origin: str) -> None:
     """Refuse two questions of one id.
 
     Raises:
         DataError: an id stands twice.
     """
     seen: dict[str, str] = {}
-    for one, place in zip(ids, places, strict=True):
-        if one in seen:
+    for item in items:
+        if item.id in seen:
             raise DataError(
-                f"{place}: the id {one!r:.80} stands in {seen[one]} too; ids are unique in the file of {origin}."
+                f"{item.place}: the id {item.id!r:.80} stands in {seen[item.id]} too; ids are unique in the file of {origin}."
             )
-        seen[one] = place
+        seen[item.id] = item.place

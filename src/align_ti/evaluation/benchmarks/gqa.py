@@ -7,19 +7,17 @@ from pathlib import Path
 
 from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
-from align_ti.evaluation.benchmarks.answers import check, notes_on, tidy
+from align_ti.evaluation.benchmarks.answers import check, mean_over, notes_on, tidy
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_json,
     read_lines,
     refuse_twice,
     task_folder,
 )
-from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.scoring import gqa_normalize
 
 QUESTIONS = Source(("llava_gqa_testdev_balanced.jsonl",), EVAL_ZIP)
@@ -64,23 +62,28 @@ class Gqa(Benchmark):
             truth, of = answers[id], f"{answers_path}, question {id!r}"
             if not isinstance(truth, dict) or not isinstance(truth.get("types"), dict):
                 raise DataError(f"{of}: no object with 'types'; get the file again from {ANSWERS.origin}.")
+            groups = truth.get("groups") or {}
+            if not isinstance(groups, dict):
+                raise DataError(
+                    f"{of}: 'groups' is {groups!r:.60}; an object is accepted; get the file again from {ANSWERS.origin}."
+                )
             structural = field(truth["types"], "structural", of)
             items.append(
                 Item(
                     id=id,
                     text=field(record, "text", place),
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=image,
                     kind="open" if structural == "query" else "binary",
                     reference={
                         "answer": field(truth, "answer", of),
                         "balanced": bool(truth.get("isBalanced", True)),
-                        "group": (truth.get("groups") or {}).get("global"),
+                        "group": groups.get("global"),
                     },
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -116,7 +119,7 @@ class Gqa(Benchmark):
         for name in ("accuracy", "binary", "open"):
             of = [item for item in scored if name in ("accuracy", item.kind)]
             if of:
-                metrics[name] = mean_of([right[item.id] for item in of], [item.cluster for item in of])
+                metrics[name] = mean_over(of, right)
             else:
                 notes.append(f"No {name} questions, so no score of theirs.")
         return Report(metrics, "accuracy", right, tuple(notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ COLUMNS = ("index", "question", "A", "B", "answer", "image")
 """Without one of these the file is another one."""
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 CHINESE_SUFFIX = "\n请直接回答选项字母。"
+INDEX = re.compile(r"[0-9]{1,18}")
 ROTATION = 1_000_000
 """A rotation's index is its base question's plus a multiple of it."""
 REFERENCE = 64
@@ -54,8 +56,10 @@ class MmBench(Benchmark):
                     f"{place}: the answer is {row.get('answer', '')!r:.40}; a letter of {OPTIONS} is accepted (a test split has none, "
                     f"its answers are on a server); get the dev split from {QUESTIONS.origin}."
                 )
-            if not row["index"].isdecimal():
-                raise DataError(f"{place}: the index is {row['index']!r:.40}; a whole number is accepted.")
+            if not INDEX.fullmatch(row["index"]):
+                raise DataError(
+                    f"{place}: the index is {row['index']!r:.40}; a whole number of at most 18 digits is accepted."
+                )
             image = row["image"]
             if len(image) <= REFERENCE:
                 image = images.get(image, "")
@@ -69,7 +73,7 @@ class MmBench(Benchmark):
                 Item(
                     id=row["index"],
                     text=prompt(row) + suffix,
-                    images=(StoredPicture(f"{place}, column image", partial(base64.b64decode, image)),),
+                    images=(StoredPicture(f"{place}, column image", partial(bytes_of, image, place)),),
                     cluster=str(base),
                     kind=row.get("l2-category", ""),
                     reference={
@@ -81,7 +85,7 @@ class MmBench(Benchmark):
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -143,6 +147,21 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, str], str]]:
         raise DataError(f"{path} cannot be read ({error}); get the file again from {QUESTIONS.origin}.") from error
     finally:
         csv.field_size_limit(before)
+
+
+def bytes_of(image: str, place: str) -> bytes:
+    """The picture's file.
+
+    Raises:
+        DataError: it is no base64.
+    """
+    try:
+        return base64.b64decode(image)
+    except ValueError as error:
+        raise DataError(
+            f"{place}: the picture in column image cannot be read ({error}); base64 is accepted; get the file again from "
+            f"{QUESTIONS.origin}."
+        ) from error
 
 
 def prompt(row: Mapping[str, str]) -> str:

@@ -18,7 +18,6 @@ from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_lines,
     read_text,
     refuse_twice,
@@ -81,14 +80,14 @@ class Mme(Benchmark):
                 Item(
                     id=f"{id} {asked}",
                     text=text,
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=id,
                     kind=id.split("/")[0],
                     reference={"answer": truths[id][asked]},
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         self.check_pairs(items)
         return items
 
@@ -140,15 +139,17 @@ class Mme(Benchmark):
         return Report(metrics_of(pairs, right), "perception/20", right, tuple(notes))
 
     def neighbours(self, items: Sequence[Item], predictions: Mapping[str, str]) -> list[Pair]:
-        """The pairs as the original makes them.
+        """The pairs as the original makes them: neighbours in the answers' order.
 
         Raises:
             DataError: the original stops.
         """
         pairs = []
         way_out = "score without strict_original."
+        every = {item.id: item for item in items}
+        in_order = [every[id] for id in predictions if id in every]
         for category in PERCEPTION + COGNITION:
-            answered = [item for item in items if item.kind == category and item.id in predictions]
+            answered = [item for item in in_order if item.kind == category]
             if not answered:
                 raise DataError(
                     f"{self.title}: no answers in category {category}, where the original stops (no such file); {way_out}"

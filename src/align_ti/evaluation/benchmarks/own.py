@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from align_ti.data.conversation import IMAGE_TAG
 from align_ti.data.records import ImageRoot
 from align_ti.errors import ConfigError, DataError
-from align_ti.evaluation.benchmarks.answers import check, kinds, notes_on
+from align_ti.evaluation.benchmarks.answers import check, notes_on, with_kinds
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.benchmarks.files import field, read_lines, refuse_twice
-from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.scoring import SCORERS
 
 FILE = "questions.jsonl"
@@ -48,7 +48,7 @@ class Own(Benchmark):
         path = question_file(folder)
         root = ImageRoot(path.parent)
         items = [self.read_item(record, place, root) for record, place in read_lines(path, ORIGIN)]
-        refuse_twice([item.id for item in items], [item.place for item in items], ORIGIN)
+        refuse_twice(items, ORIGIN)
         return items
 
     def read_item(self, record: Mapping[str, Any], place: str, root: ImageRoot) -> Item:
@@ -95,13 +95,7 @@ class Own(Benchmark):
             else 0.0
             for item in items
         }
-        metrics = {"score": mean_of([right[item.id] for item in items], [item.cluster for item in items])}
-        for name in kinds(items):
-            of = [item for item in items if item.kind == name]
-            metrics[f"kind {name}" if name in metrics else name] = mean_of(
-                [right[item.id] for item in of], [item.cluster for item in of]
-            )
-        return Report(metrics, "score", right, tuple(notes_on(items, predictions, 0)))
+        return Report(with_kinds("score", items, right), "score", right, tuple(notes_on(items, predictions, 0)))
 
 
 def unknown_scorer(name: str) -> str:
@@ -132,7 +126,7 @@ def question_file(folder: Path) -> Path:
 
 
 def texts(record: Mapping[str, Any], one: str, several: str, place: str, needed: bool) -> list[str]:
-    """The texts of a field that may be one or a list, under one of two names.
+    """The texts of a field that may be one or a list, under one of two names; numbers become text.
 
     Raises:
         DataError: both are there, or none although one is needed, or one is empty or no text.
@@ -148,7 +142,9 @@ def texts(record: Mapping[str, Any], one: str, several: str, place: str, needed:
     values = value if isinstance(value, list) else [value]
     if needed and not values:
         raise DataError(f"{place}: {given[0]!r} is empty; at least one reference is accepted.")
-    found = [field({given[0]: text}, given[0], place) for text in values]
+    # A number with decimals is text too, as `numeric` wants it; JSON in Python also has NaN and Infinity.
+    plain = [str(one) if isinstance(one, float) and isfinite(one) else one for one in values]
+    found = [field({given[0]: text}, given[0], place) for text in plain]
     if not all(text.strip() for text in found):
         raise DataError(f"{place}: {given[0]!r} holds an empty text; a text of at least one character is accepted.")
     return found

@@ -20,7 +20,6 @@ from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_lines,
     refuse_twice,
     task_folder,
@@ -51,7 +50,7 @@ class Pope(Benchmark):
         folder = task_folder(folder, "pope", QUESTIONS)
         records = list(read_lines(QUESTIONS.path(folder), QUESTIONS.origin))
         root = ImageRoot(folder / "val2014")
-        count = Counter(field(record, "category", place) for record, place in records)
+        count = Counter(split_of(record, place) for record, place in records)
         labels = {split: read_labels(folder, split) for split in count}
         asked: Counter[str] = Counter()
         items = []
@@ -70,7 +69,7 @@ class Pope(Benchmark):
                 Item(
                     id=field(record, "question_id", place),
                     text=text,
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=image,
                     kind=split,
                     reference={
@@ -82,7 +81,7 @@ class Pope(Benchmark):
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -92,7 +91,7 @@ class Pope(Benchmark):
         error.
         """
         check(items, predictions, self.title)
-        splits = tuple(sorted(kinds(items), key=lambda kind: (kind not in SPLITS, kind)))
+        splits = tuple(sorted(kinds(items)))
         notes = notes_on(
             items, predictions, PUBLISHED, "the labels move up, as in the original" if strict_original else ""
         )
@@ -114,7 +113,7 @@ class Pope(Benchmark):
                 )
             counted += [(item.cluster, split, counts) for item, counts in found]
             right |= {item.id: float(counts[0] + counts[2]) for item, counts in found}
-        for split in set(SPLITS) - set(splits):
+        for split in (one for one in SPLITS if one not in splits):
             notes.append(f"No {split} questions: the mean F1 is over {', '.join(splits)}.")
         metrics = metrics_of(counted, splits)
         for split in splits:
@@ -144,6 +143,20 @@ class Pope(Benchmark):
                 "without strict_original."
             )
         return notes
+
+
+def split_of(record: Mapping[str, Any], place: str) -> str:
+    """The split that a question belongs to.
+
+    Raises:
+        DataError: it is none of POPE's.
+    """
+    split = field(record, "category", place)
+    if split not in SPLITS:
+        raise DataError(
+            f"{place}: category {split!r:.60}; accepted: {', '.join(SPLITS)}; get the file from {QUESTIONS.origin}."
+        )
+    return split
 
 
 def object_of(text: str) -> str:
@@ -206,9 +219,13 @@ def by_picture(items: Sequence[Item], predictions: Mapping[str, str]) -> list[tu
 
 
 def in_order(items: Sequence[Item], predictions: Mapping[str, str]) -> list[tuple[Item, Counts]]:
-    """What each answer of a split counts, joined with the labels by order; one without a label counts for the share of yes alone."""
+    """What each answer of a split counts, joined with the labels by the answers' order.
+
+    One without a label counts for the share of yes alone.
+    """
     labels = [item.reference["label_in_order"] for item in items]
-    answered = [item for item in items if item.id in predictions]
+    of = {item.id: item for item in items}
+    answered = [of[id] for id in predictions if id in of]
     found = []
     for item, label in zip(answered, labels, strict=False):
         answer = pope_answer(predictions[item.id])

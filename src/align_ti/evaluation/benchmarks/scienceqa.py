@@ -9,13 +9,12 @@ from typing import Any
 from align_ti.data.conversation import IMAGE_TAG
 from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
-from align_ti.evaluation.benchmarks.answers import check, mean_or_zero, notes_on, tidy, zero_note
+from align_ti.evaluation.benchmarks.answers import check, mean_over, notes_on, tidy, zero_note
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_json,
     refuse_twice,
     task_folder,
@@ -57,7 +56,7 @@ class ScienceQa(Benchmark):
             read_item(record, f"{path}, record {number}", problems, problems_path, split, splits_path, root)
             for number, record in enumerate(records, start=1)
         ]
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         unasked = sorted(split - {item.id for item in items})
         if unasked:
             raise DataError(
@@ -87,10 +86,7 @@ class ScienceQa(Benchmark):
                 raise DataError(
                     f"{self.title}: no answered question has a picture, so the original divides by zero; score without strict_original."
                 )
-        metrics = {
-            name: mean_or_zero([right[item.id] for item in of], [item.cluster for item in of])
-            for name, of in (("image", seen), ("all", items))
-        }
+        metrics = {name: mean_over(of, right) for name, of in (("image", seen), ("all", items))}
         return Report(metrics, "image", right, tuple(notes))
 
 
@@ -132,7 +128,7 @@ def read_item(
     return Item(
         id=id,
         text=field(turns[0], "value", place).replace(IMAGE_TAG, "").strip() + SUFFIX,
-        images=() if image is None else picture(root, image, place),
+        images=() if image is None else (root.path(image, place),),
         cluster=id,
         kind="text" if image is None else "image",
         reference={"answer": answer, "choices": len(choices)},

@@ -8,19 +8,17 @@ from pathlib import Path
 
 from align_ti.data.records import ImageRoot
 from align_ti.errors import DataError
-from align_ti.evaluation.benchmarks.answers import check, notes_on
+from align_ti.evaluation.benchmarks.answers import check, mean_over, notes_on
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
 from align_ti.evaluation.benchmarks.files import (
     EVAL_ZIP,
     Source,
     field,
-    picture,
     read_json,
     read_lines,
     refuse_twice,
     task_folder,
 )
-from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.scoring import vqa_accuracy
 from align_ti.evaluation.scoring.vqa import ANSWERS as PEOPLE
 
@@ -59,13 +57,13 @@ class TextVqa(Benchmark):
                 Item(
                     id=f"{image_id} {asked}",
                     text=text,
-                    images=picture(root, image, place),
+                    images=(root.path(image, place),),
                     cluster=image_id,
                     reference={"answers": annotations[image_id, asked]},
                     place=place,
                 )
             )
-        refuse_twice([item.id for item in items], [item.place for item in items], QUESTIONS.origin)
+        refuse_twice(items, QUESTIONS.origin)
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
@@ -87,8 +85,7 @@ class TextVqa(Benchmark):
             item.id: vqa_accuracy(predictions[item.id], item.reference["answers"]) if item.id in predictions else 0.0
             for item in scored
         }
-        metric = mean_of([right[item.id] for item in scored], [item.cluster for item in scored])
-        return Report({"accuracy": metric}, "accuracy", right, tuple(notes))
+        return Report({"accuracy": mean_over(scored, right)}, "accuracy", right, tuple(notes))
 
 
 def question_of(prompt: str, place: str) -> str:

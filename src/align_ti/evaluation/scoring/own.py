@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import isinf
 
 from align_ti.errors import DataError
 from align_ti.evaluation.scoring.exact import is_right
@@ -117,13 +118,15 @@ def numeric(prediction: str, references: Sequence[str], relative: float = 0.05, 
         absolute: the tolerance as a distance; the larger one counts.
 
     Raises:
-        DataError: a reference is no number.
+        DataError: a reference is no number, or too large for one.
     """
     said = numbers(prediction)
     wanted = [numbers(one) for one in references]
     for one, found in zip(references, wanted, strict=True):
         if len(found) != 1:
             raise DataError(f"numeric: the reference {one!r:.60} holds {len(found)} numbers; exactly one is accepted.")
+        if isinf(found[0]):
+            raise DataError(f"numeric: the reference {one!r:.60} is too large; numbers below 1.8e308 are accepted.")
     return float(
         len(said) == 1 and any(abs(said[0] - value) <= max(relative * abs(value), absolute) for (value,) in wanted)
     )
