@@ -33,6 +33,7 @@ from align_ti.errors import AlignTIError, CheckError, ConfigError, DataError, In
 from align_ti.phases import Stopwatch, phase_names
 from align_ti.processes import launch, part_in_order
 from align_ti.registry import Kind, lookup, names
+from align_ti.report.tables import FIDELITY, bounds, figure
 
 if TYPE_CHECKING:
     from align_ti.checkpoints.parts import Made
@@ -55,16 +56,6 @@ recipes = typer.Typer(
 app.add_typer(recipes, name="recipes")
 # Names and words of users may hold brackets, which are no markup.
 console = Console(markup=False)
-
-FIDELITY = {
-    "response_kl": "KL, response tokens",
-    "top1_agreement": "agreement, response tokens",
-    "visual_kl": "KL, visual tokens by IVA's weights",
-    "transition_kl": "KL, next steps as in TPA",
-    "own_kl": "KL, own answers",
-    "own_agreement": "agreement, own answers",
-}
-"""What `align-ti evaluate --teacher` prints of the fidelity, and how it is called."""
 
 RecipePath = Annotated[
     Path, typer.Argument(help="A recipe file (.yaml), or the name of a shipped recipe.", metavar="RECIPE")
@@ -140,8 +131,8 @@ def train(
     Ends with 0 when the student is there, 2 after an error with a message, 1 after any other, 130 after Ctrl-C, 75 after SIGTERM or
     SIGUSR1: run it again.
 
-    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
-    evaluation.tasks they are measured on benchmarks.
+    With data.eval in the recipe, the student before and after and the teacher are measured on one's own questions, with
+    evaluation.tasks on benchmarks; with either report.html is written, and the student's card holds the results.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
@@ -1016,8 +1007,10 @@ def show_plan(plan: Plan, limit: int | None) -> None:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
-    """The result as a table: a column for each model, a row for each kind of question and each cost."""
+    """The result as a table: a column for each model, a row for each kind of question and each cost; nothing without own questions."""
     names = list(summary["accuracy"])
+    if not names:
+        return
     table = Table(title=f"exact match, per cent, {summary['questions']} questions")
     table.add_column("")
     for name in names:
@@ -1025,8 +1018,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     for kind in summary["questions_by_kind"]:
         table.add_row(kind, *(f"{summary['accuracy'][name][kind]:.1f}" for name in names))
         if kind == "overall":
-            bounds = [summary["interval_95"][name][kind] for name in names]
-            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in bounds), end_section=True)
+            intervals = [summary["interval_95"][name][kind] for name in names]
+            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in intervals), end_section=True)
     table.add_section()
     measured = summary.get("fidelity", {})
     for key, form, title in (
@@ -1132,21 +1125,9 @@ def show_comparison(found: dict[str, Any]) -> None:
         console.print(note)
 
 
-def figure(value: float, unit: str) -> str:
-    """A score: per cent to a tenth, others to four decimals."""
-    return f"{value:.1f}" if unit == "%" else f"{value:.4f}"
-
-
 def signed(value: float, unit: str) -> str:
     """A difference with its sign."""
     return f"{'+' if value > 0 else ''}{figure(value, unit)}"
-
-
-def bounds(of: Mapping[str, Any], unit: str) -> str:
-    """The ends of an interval; a single cluster has none."""
-    if of["low"] is None:
-        return "unknown"
-    return f"{figure(of['low'], unit)} to {figure(of['high'], unit)}"
 
 
 def show_phases(runs: Mapping[str, RunFolder]) -> None:
