@@ -170,7 +170,14 @@ def test_benchmarks_stand_in_the_card_and_its_metadata(finished, tmp_path):
         return {
             "pope": {"title": "POPE: a | b", "metric": "f1", "value": value, "low": value - 1, "high": value + 1},
             "mme": {"title": "MME", "metric": "perception", "value": 1302.8, "low": 1250.0, "high": 1350.0},
-            "own": {"title": "own", "metric": "anls", "value": 50.0, "low": None, "high": None, "notes": ["<i>2</i> cut"]},
+            "own": {
+                "title": "own",
+                "metric": "anls",
+                "value": 50.0,
+                "low": None,
+                "high": None,
+                "notes": ["<i>2</i> cut"],
+            },
         }
 
     benchmarks = {"teacher": {"pope": scores(86.0)["pope"]}, "student": scores(81.25)}

@@ -354,7 +354,7 @@ def test_a_recipe_measures_before_during_and_after_training(folder, tmp_path):
 
 
 def test_benchmarks_alone_make_card_page_and_summary(folder, tmp_path):
-    # Without data.eval they once ended in benchmarks.json and a table, and a benchmark whose interval is unknown in neither card nor page.
+    # Without data.eval they ended in benchmarks.json and a table; one whose interval is unknown stood in neither card nor page.
     evaluation = {"tasks": "digits,pope", "data": str(folder / "eval"), "task_max_new_tokens": 4, "limit": 1}
     run = train_and_measure(Recipe.model_validate(recipe(folder, tmp_path / "run", **evaluation)))
     told = read_json(run.benchmarks)["benchmarks"]

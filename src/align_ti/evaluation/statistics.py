@@ -140,7 +140,7 @@ def resampled(sums: Float[np.ndarray, "clusters statistics"], resamples: int) ->
 
 def counting(sums: Float[np.ndarray, "clusters statistics"]) -> Float[np.ndarray, "some statistics"]:
     """The clusters that add something; resamples of others would be scores of nothing."""
-    return sums[(sums != 0).any(1)]
+    return np.asarray(sums[(sums != 0).any(1)])
 
 
 def is_share(metric: Metric) -> bool:

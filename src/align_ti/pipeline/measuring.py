@@ -160,7 +160,9 @@ def summarise(
             if "fidelity" in result
         },
         "fidelity_notes": {
-            name: result["fidelity"]["notes"] for name, result in results.items() if result.get("fidelity", {}).get("notes")
+            name: result["fidelity"]["notes"]
+            for name, result in results.items()
+            if result.get("fidelity", {}).get("notes")
         },
         "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
         "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
