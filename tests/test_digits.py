@@ -14,8 +14,8 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import encode
 from align_ti.data.sources import read_conversations
 from align_ti.digits.files import Sizes, write_benchmark
-from align_ti.digits.models import build_processor
-from align_ti.digits.pretraining import dialogue_batch, pixels
+from align_ti.digits.models import STUDENT, build_model, build_processor
+from align_ti.digits.pretraining import dialogue_batch, pixels, save
 from align_ti.digits.questions import KINDS, NUMBERS, all_phrases, ask
 from align_ti.digits.scans import load_scans
 from align_ti.digits.scenes import COLOURS, WORDS, draw_scene
@@ -151,3 +151,16 @@ def test_shipped_models_are_small_safe_and_share_one_tower():
     assert parameters["student"] <= parameters["teacher"] / 4
     assert towers[0].keys() == towers[1].keys()
     assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+
+
+def test_shipped_models_have_the_names_of_weights_that_every_reader_knows(tmp_path):
+    # They were saved as transformers 5.23 does, and 5.5 left their towers at random numbers with a warning.
+    from safetensors import safe_open
+
+    processor = build_processor()
+    save(build_model(STUDENT, processor.tokenizer), processor, tmp_path / "made")
+    assets = files("align_ti.digits") / "assets"
+    for folder in (tmp_path / "made", assets / "teacher", assets / "student"):
+        with safe_open(str(folder / "model.safetensors"), "pt") as file:
+            tower = [name for name in file.keys() if "vision_tower" in name]  # noqa: SIM118
+        assert len(tower) == 69 and all("vision_tower.vision_model." in name for name in tower)

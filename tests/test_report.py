@@ -73,9 +73,26 @@ def test_benchmarks_stand_on_the_page_with_their_intervals(tmp_path):
     one = {"title": "POPE", "metric": "f1", "value": 81.26, "low": 79.0, "high": 83.5, "questions": 24}
     told = {"pope": {**one, "notes": ["<b>2</b> missing"]}, "own": {**one, "low": None, "high": None, "notes": []}}
     page = write_report(run_folder(tmp_path, benchmarks={"align_ti": told})).read_text()
-    assert page.count("81.3") == 2 and page.count("79.0\N{EN DASH}83.5") == 1
+    assert page.count("81.3") == 2 and page.count("79.0 to 83.5") == page.count("interval unknown") == 1
     assert "f1, 24 questions" in page and "&lt;b&gt;2&lt;/b&gt; missing" in page
     assert "By their own protocols" not in write_report(run_folder(tmp_path)).read_text()
+
+
+def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
+    # Only the KL on right answers did, without its interval.
+    measures = {
+        "response_kl": {"value": 0.51234, "low": 0.4, "high": 0.6, "unit": "nats"},
+        "own_agreement": {"value": 61.26, "low": None, "high": None, "unit": "%"},
+    }
+    own = {"align_ti": measures, "start": {"response_kl": measures["response_kl"]}}
+    labels = {"teacher": "teacher", "align_ti": "Align-TI", "start": "before"}
+    notes = {"align_ti": ["<b>visual_kl</b> could not be measured"]}
+    page = write_report(run_folder(tmp_path, fidelity=own, fidelity_notes=notes, labels=labels)).read_text()
+    for told in ("0.5123", "0.4000 to 0.6000", "KL, response tokens (nats)"):
+        assert told in page
+    row = next(line for line in page.splitlines() if line.startswith("<tr><td>before") and "0.5123" in line)
+    assert "61.3" in page and "interval unknown" in page and row.count("<td>") == 3 and "61.3" not in row
+    assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page and "KL from teacher" not in page
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):

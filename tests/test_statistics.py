@@ -68,8 +68,9 @@ def test_the_interval_of_none_and_of_all_is_the_exact_one(clusters):
     assert (every.low, every.high) == (pytest.approx(100 - upper), 100)
 
 
-def test_one_cluster_tells_nothing():
-    assert (interval(mean_of([0.5], ["a"])).low, interval(mean_of([0.5], ["a"])).high) == (0, 100)
+def test_one_cluster_tells_next_to_nothing():
+    half = interval(mean_of([0.5], ["a"]))
+    assert (half.low, half.high) == pytest.approx((1.25, 98.75))
     nats = interval(Metric(np.array([[3.0, 4.0]]), lambda sums: np.asarray(sums[..., 0] / sums[..., 1]), ("a",)))
     assert nats.value == 0.75
     assert np.isnan([nats.low, nats.high]).all()
@@ -158,8 +159,11 @@ def test_runs_that_are_alike_leave_the_clusters_noise():
     found = hierarchical(of, to)
     assert found.p == pytest.approx(expected.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
-    nothing = hierarchical(to, to)
-    assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, 0, 0, 1)
+    nothing, alike = hierarchical(to, to), 100 * unseen(60, 0.95)
+    assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, pytest.approx(-alike), pytest.approx(alike), 1)
+    # Runs whose clusters all differ by the same were once certain: an interval of no width, and p = 0.
+    always = hierarchical([mean_of([0.75] * 60, range(60))] * 3, to)
+    assert always.low < always.value == 25 < always.high and 0 < always.p < 1e-10
 
 
 def test_holm_and_bonferroni():
@@ -220,6 +224,31 @@ def test_two_models_that_answer_alike_may_still_differ_on_other_questions():
     assert (found.low, found.high) == pytest.approx((-100 * unseen(100, 0.95), 100 * unseen(100, 0.95)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 6), st.integers(1, 6), st.integers(0, 5))
+def test_clusters_that_are_all_alike_leave_room_for_others(clusters, hits, more, empty):
+    # Two clusters with half of their questions right had the interval from 50 to 50 %.
+    size = hits + more
+    of = Metric(np.array([[hits, size]] * clusters + [[0, 0]] * empty, dtype=float), ratio, names(clusters + empty))
+    found, share = interval(of, resamples=200), hits / size
+    # The ends are the means if clusters as frequent as nobody would have missed had none right, or all.
+    rest = 0.025 ** (1 / clusters)
+    assert (found.low, found.high) == pytest.approx((100 * share * rest, 100 * (1 - (1 - share) * rest)))
+    assert found.low <= found.value <= found.high and found.high - found.low == pytest.approx(100 * (1 - rest))
+    to = Metric(of.sums * [0, 1], ratio, of.clusters)
+    apart = paired(of, to, resamples=200)
+    assert (apart.low, apart.high) == pytest.approx((100 * (share * rest - 1 + rest), 100 * (share * rest + 1 - rest)))
+    if share == 1:
+        # A difference as large as can be excludes 0 exactly if the test does.
+        assert (apart.low > 0) == (apart.p < 0.05)
+
+
+def test_a_score_that_is_no_share_has_no_interval_where_all_clusters_are_alike():
+    alike = Metric(np.array([[2.0, 1.0, 1.0]] * 5), f1, names(5))
+    assert told(interval(alike)) == {"value": alike.score, "low": None, "high": None, "clusters": 5}
+    assert np.isnan([paired(alike, alike).low, paired(alike, alike).high]).all() and paired(alike, alike).p == 1
+
+
 # --- simulations ------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +271,30 @@ def test_about_95_of_100_intervals_hold_the_truth(clusters, chance):
     assert 0.017 <= missed / runs <= 0.083
     # The plain percentile interval, which is why it is not used: too narrow for few clusters.
     assert simple >= missed
+
+
+@pytest.mark.parametrize(("clusters", "questions", "chance"), [(2, 2, 0.5), (2, 4, 0.85), (3, 1, 0.5), (4, 2, 0.9)])
+def test_where_few_clusters_are_alike_the_truth_is_missed_as_seldom_as_promised(clusters, questions, chance):
+    random, alike, missed, runs = np.random.default_rng(12), 0, 0, 2000
+    for hits in random.binomial(questions, random.beta(4 * chance, 4 * (1 - chance), (runs, clusters))):
+        if (hits == hits[0]).all():
+            alike += 1
+            found = interval(shares(hits, questions), resamples=20)
+            missed += not found.low <= 100 * chance <= found.high
+    # Cases in which an interval of no width would miss it nearly always are not rare; the bound of 5 % is of all runs.
+    assert alike / runs > 0.1
+    assert missed / runs <= 0.05
+
+
+def test_of_few_clusters_intervals_miss_the_truth_in_at_most_15_of_100():
+    random, runs = np.random.default_rng(13), 300
+    for clusters, chance in ((2, 0.5), (4, 0.5), (7, 0.85)):
+        missed = 0
+        for _ in range(runs):
+            found = interval(shares(draw(random, clusters, chance, 0.25), 4), resamples=500)
+            missed += not found.low <= 100 * chance <= found.high
+        # Two standard errors of a share of 300 are 4 points.
+        assert missed / runs <= 0.19
 
 
 def test_the_interval_of_an_f1_holds_the_truth():

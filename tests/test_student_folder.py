@@ -19,6 +19,7 @@ from align_ti.evaluation.chat import Chat
 from align_ti.models.adapters import unwrapped
 from align_ti.pipeline.measuring import train_and_measure
 from align_ti.report.card import block, code, is_local, name_only, one_line, write_card
+from align_ti.report.tables import FIDELITY, with_interval
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.trainer import AlignTITrainer
 from tests import small
@@ -105,7 +106,18 @@ def test_the_card_has_metadata_objective_data_versions_and_measurements(finished
     assert [float(value) for value in re.findall(r"\| (\d+\.\d) \(", row)] == pytest.approx(
         [summary["accuracy"][name]["overall"] for name in ("teacher", "before", "student")], abs=0.05
     )
-    assert f"{summary['divergence_nats']['student']:.4f}" in text
+    # Every measure of the fidelity with its interval; only the KL on right answers stood there, without one.
+    assert {"response_kl", "top1_agreement", "own_kl"} <= summary["fidelity"]["student"].keys()
+    assert summary["fidelity"]["student"]["response_kl"]["value"] == summary["divergence_nats"]["student"]
+    for key, title in FIDELITY.items():
+        measured = [summary["fidelity"][name].get(key) for name in ("before", "student")]
+        if any(measured):
+            unit = next(filter(None, measured))["unit"]
+            row = next(line for line in text.splitlines() if line.startswith(f"| {title} ({unit}) |"))
+            shown = ["" if one is None else "{} ({})".format(*with_interval(one, unit)) for one in measured]
+            assert row.split(" | ")[1:] == [shown[0], f"{shown[1]} |"]
+    assert summary.get("fidelity_notes", {}).keys() <= {"before", "student"}
+    assert all(one_line(note) in text for notes in summary["fidelity_notes"].values() for note in notes)
     assert f"transformers {json.loads(run.provenance.read_text())['versions']['transformers']}" in text
     recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
     assert recipe["student"]["path"] == "student" and recipe["data"]["eval"] == "held-out.json"
@@ -158,6 +170,14 @@ def test_benchmarks_stand_in_the_card_and_its_metadata(finished, tmp_path):
         return {
             "pope": {"title": "POPE: a | b", "metric": "f1", "value": value, "low": value - 1, "high": value + 1},
             "mme": {"title": "MME", "metric": "perception", "value": 1302.8, "low": 1250.0, "high": 1350.0},
+            "own": {
+                "title": "own",
+                "metric": "anls",
+                "value": 50.0,
+                "low": None,
+                "high": None,
+                "notes": ["<i>2</i> cut"],
+            },
         }
 
     benchmarks = {"teacher": {"pope": scores(86.0)["pope"]}, "student": scores(81.25)}
@@ -168,7 +188,7 @@ def test_benchmarks_stand_in_the_card_and_its_metadata(finished, tmp_path):
         write_json(run.summary, summary)
     results = ModelCard(text).data.eval_results
     own = len(summary["questions_by_kind"])
-    pope, mme = results[own:]
+    pope, mme, unknown = results[own:]
     assert (pope.dataset_type, pope.dataset_name, pope.metric_type, pope.metric_value) == (
         "pope",
         "POPE: a | b",
@@ -180,6 +200,10 @@ def test_benchmarks_stand_in_the_card_and_its_metadata(finished, tmp_path):
     assert "| | teacher | student |\n|---|---|---|\n" in text
     assert "| `POPE: a \\| b`, `f1` | 86.0 (85.0 to 87.0) | 81.2 (80.2 to 82.2) |" in text
     assert "| `MME`, `perception` |  | 1302.8 (1250.0 to 1350.0) |" in text
+    # A benchmark whose interval is unknown was left out without a word.
+    assert "| `own`, `anls` |  | 50.0 (interval unknown) |" in text
+    assert (unknown.metric_name, unknown.metric_value) == ("anls, 95 % interval unknown", 50.0)
+    assert "student, `own`: \\<i\\>2\\</i\\> cut" in text
 
 
 def test_names_are_told_from_paths():

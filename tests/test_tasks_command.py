@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from align_ti.cli import app
@@ -26,7 +27,9 @@ from align_ti.evaluation.scored import score_file
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline import asking
 from align_ti.pipeline.asking import Task, batches, model_digest, predict, read_task, score_tasks
-from align_ti.pipeline.measuring import train_and_measure, with_known_ends
+from align_ti.pipeline.measuring import train_and_measure
+from align_ti.report.card import write_card
+from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, read_json
 from tests import benchmark_folders, small
 from tests.launching import ROOT
@@ -350,11 +353,45 @@ def test_a_recipe_measures_before_during_and_after_training(folder, tmp_path):
     assert "Digits: 8 questions" in called("train", path, "--dry-run").stdout
 
 
-def test_card_and_page_get_no_score_whose_interval_is_unknown():
-    known, unknown = {"value": 1.0, "low": 0.5, "high": 2.0}, {"value": 1.0, "low": None, "high": None}
-    scores = {"before": {"pope": known, "own": known}, "student": {"pope": known, "own": unknown}}
-    assert with_known_ends(scores) == {"before": {"pope": known}, "student": {"pope": known}}
-    assert with_known_ends({"student": {"own": unknown}}) == with_known_ends({}) == {}
+def test_benchmarks_alone_make_card_page_and_summary(folder, tmp_path):
+    # Without data.eval they ended in benchmarks.json and a table; one whose interval is unknown stood in neither card nor page.
+    evaluation = {"tasks": "digits,pope", "data": str(folder / "eval"), "task_max_new_tokens": 4, "limit": 1}
+    run = train_and_measure(Recipe.model_validate(recipe(folder, tmp_path / "run", **evaluation)))
+    told = read_json(run.benchmarks)["benchmarks"]
+    summary = read_json(run.summary)
+    assert summary["benchmarks"] == told and not summary["accuracy"] and summary["questions"] == 0
+    assert set(summary["labels"]) == {"teacher", "before", "student"}
+    card, page = (run.student / "README.md").read_text(), write_report(run.root).read_text()
+    results = {one.dataset_type: one for one in ModelCard(card).data.eval_results}
+    for name in ("digits", "pope"):
+        scores = {model: told[model][name] for model in told}
+        student = scores["student"]
+        known = [one for one in scores.values() if one["low"] is not None]
+        assert (results[name].metric_value, results[name].metric_type) == (student["value"], student["metric"])
+        for one in known:
+            ends = f"{one['low']:.1f} to {one['high']:.1f}"
+            assert f"{one['value']:.1f} ({ends})" in card and ends in page
+        if len(known) < len(scores):
+            assert "(interval unknown)" in card and "interval unknown" in page
+        assert f"{student['title']}" in page
+    # One picture's questions leave an F1 without an interval, and a share with nearly none.
+    assert told["student"]["pope"]["low"] is None and told["student"]["digits"]["low"] is not None
+    assert results["pope"].metric_name == f"{told['student']['pope']['metric']}, 95 % interval unknown"
+    assert "Nothing" not in card and "held-out questions" not in page and "<h2>Examples" not in page
+    # A stop before one's own questions are answered loses no benchmark, and says what is missing.
+    kept = run.recipe.read_text()
+    run.recipe.write_text(kept.replace("eval: null", "eval: held-out.json"))
+    text = write_card(run, tmp_path).read_text()
+    assert "Evaluation on `held-out.json` has not ended" in text and "Benchmarks, by their own protocols" in text
+
+
+def test_the_command_writes_the_page_of_benchmarks(folder, tmp_path):
+    evaluation = {"tasks": "digits", "data": str(folder / "eval"), "task_max_new_tokens": 4, "limit": 6}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(folder, tmp_path / "run", **evaluation)))
+    printed = called("train", path, "--no-check").stdout
+    assert "report: " in printed and (tmp_path / "run" / "report.html").is_file()
+    assert "exact match, per cent, 0 questions" not in printed
 
 
 def test_tasks_of_a_recipe_are_checked_before_anything_is_trained(folder, tmp_path):

@@ -14,12 +14,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from align_ti.config import Evaluation, Iva, Objective, Recipe, Tpa
 from align_ti.data.collator import EncodedConversations
+from align_ti.data.conversation import Conversation, Turn
+from align_ti.data.dealing import OWN, Counted, Dealt, Repeated
 from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.loading import freeze, load_model, load_processor
@@ -220,6 +225,12 @@ found = {}
 for records in here.RECORDS:
     run = here.evaluator(folder, out, records, 2)
     found[records] = run.evaluate()
+    for workers in (0, 2):
+        run.args.dataloader_num_workers = workers
+        found[f"stream {records}, {workers}"] = run.evaluate(here.Streamed(run.eval_dataset))
+    run.args.dataloader_num_workers = 0
+    run.eval_dataset = {"a": here.Streamed(run.eval_dataset)}
+    found[f"named {records}"] = {name.replace("eval_a_", "eval_"): value for name, value in run.evaluate().items()}
 found["answers"] = here.asked(folder, run)
 if run.is_world_process_zero():
     (out / "metrics.json").write_text(json.dumps(found))
@@ -236,6 +247,19 @@ def two_processes(folder, tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("two")
     on_processes(2, EVALUATOR, folder, out)
     return json.loads((out / "metrics.json").read_text())
+
+
+class Streamed(IterableDataset):
+    """The samples without their number; workers share them."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, len(self.data), step):
+            yield self.data[index]
 
 
 def evaluator(folder: Path, out: Path, records: int, batch: int) -> AlignTITrainer:
@@ -280,11 +304,39 @@ def test_records_repeated_to_fill_the_last_batch_count_once(two_processes, folde
     # accelerate repeats the first records on processes that have fewer, and each then counted twice in an evaluation's means.
     for records in RECORDS:
         one = evaluator(folder, tmp_path / "one", records, 8).evaluate()
-        for name in ("loss", "sft", "kd", "iva", "tpa"):
-            assert two_processes[str(records)][f"eval_{name}"] == pytest.approx(one[f"eval_{name}"], rel=1e-5), (
-                records,
-                name,
-            )
+        # Of a stream, whose length nobody knows, they went on counting twice.
+        for of in (f"{records}", f"stream {records}, 0", f"stream {records}, 2", f"named {records}"):
+            for name in ("loss", "sft", "kd", "iva", "tpa"):
+                assert two_processes[of][f"eval_{name}"] == pytest.approx(one[f"eval_{name}"], rel=1e-5), (of, name)
+
+
+def test_a_stream_is_evaluated_as_its_records_are_pictures_and_all(folder, tmp_path):
+    # accelerate cuts a stream's batches by their first axis, even on one process, and pictures of records that have several were lost.
+    run = trainer(folder, tmp_path, 2, 1)
+    run.args.per_device_eval_batch_size = 2
+    several = [
+        Conversation((Turn("user", "<image><image>What?"), Turn("assistant", "so")), two.images * 2)
+        for two in run.train_dataset.conversations[:3]
+    ]
+    data = FixedDraws(several, run.processing_class)
+    whole, streamed = run.evaluate(data), run.evaluate(Streamed(data))
+    for name in ("loss", "sft", "kd", "iva", "tpa"):
+        assert streamed[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-5), name
+
+
+@given(st.integers(0, 30), st.integers(1, 4), st.integers(1, 4))
+def test_a_stream_is_dealt_out_whole_and_evenly(records, batch, processes):
+    samples = [{"number": number} for number in range(records)]
+    parts = [list(Dealt(samples, batch, process, processes)) for process in range(processes)]
+    (length,) = {len(part) for part in parts}
+    assert length % batch == 0 and length * processes - records < batch * processes
+    own = [[sample for sample in part if not isinstance(sample, Repeated)] for part in parts]
+    assert sorted(sample["number"] for part in own for sample in part) == list(range(records))
+    for part, mine in zip(parts, own, strict=True):
+        # Repeated ones stand at the end, in batches too.
+        assert part[: len(mine)] == mine
+        counts = [Counted(lambda rows: {})(part[start : start + batch])[OWN] for start in range(0, length, batch)]
+        assert sum(counts) == len(mine) and all(count == batch for count in counts[: len(mine) // batch])
 
 
 def test_terms_are_logged_unweighted_with_their_weight(folder, tmp_path):

@@ -9,24 +9,17 @@ from rich.table import Table
 
 from align_ti.cli.terminal import console
 from align_ti.phases import phase_names
+from align_ti.report.tables import FIDELITY, bounds, figure
 
 if TYPE_CHECKING:
     from align_ti.runs import RunFolder
 
-FIDELITY = {
-    "response_kl": "KL, response tokens",
-    "top1_agreement": "agreement, response tokens",
-    "visual_kl": "KL, visual tokens by IVA's weights",
-    "transition_kl": "KL, next steps as in TPA",
-    "own_kl": "KL, own answers",
-    "own_agreement": "agreement, own answers",
-}
-"""What `align-ti evaluate --teacher` prints of the fidelity, and how it is called."""
-
 
 def show_summary(summary: dict[str, Any]) -> None:
-    """The result as a table: a column for each model, a row for each kind of question and each cost."""
+    """The result as a table: a column for each model, a row for each kind of question and each cost; nothing without own questions."""
     names = list(summary["accuracy"])
+    if not names:
+        return
     table = Table(title=f"exact match, per cent, {summary['questions']} questions")
     table.add_column("")
     for name in names:
@@ -34,8 +27,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     for kind in summary["questions_by_kind"]:
         table.add_row(kind, *(f"{summary['accuracy'][name][kind]:.1f}" for name in names))
         if kind == "overall":
-            bounds = [summary["interval_95"][name][kind] for name in names]
-            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in bounds), end_section=True)
+            intervals = [summary["interval_95"][name][kind] for name in names]
+            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in intervals), end_section=True)
     table.add_section()
     measured = summary.get("fidelity", {})
     for key, form, title in (
@@ -187,18 +180,6 @@ def with_unit(value: float, unit: str) -> str:
     return f"{value:.2f} {unit}".strip()
 
 
-def figure(value: float, unit: str) -> str:
-    """A score: per cent to a tenth, others to four decimals."""
-    return f"{value:.1f}" if unit == "%" else f"{value:.4f}"
-
-
 def signed(value: float, unit: str) -> str:
     """A difference with its sign."""
     return f"{'+' if value > 0 else ''}{figure(value, unit)}"
-
-
-def bounds(of: Mapping[str, Any], unit: str) -> str:
-    """The ends of an interval; a single cluster has none."""
-    if of["low"] is None:
-        return "unknown"
-    return f"{figure(of['low'], unit)} to {figure(of['high'], unit)}"

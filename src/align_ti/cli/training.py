@@ -33,8 +33,8 @@ def train(
     Ends with 0 when the student is there, 2 after an error with a message, 1 after any other, 130 after Ctrl-C, 75 after SIGTERM or
     SIGUSR1: run it again.
 
-    With data.eval in the recipe, the student before and after and the teacher are measured, and report.html is written; with
-    evaluation.tasks they are measured on benchmarks.
+    With data.eval in the recipe, the student before and after and the teacher are measured on one's own questions, with
+    evaluation.tasks on benchmarks; with either report.html is written, and the student's card holds the results.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)

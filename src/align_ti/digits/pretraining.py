@@ -29,6 +29,7 @@ from align_ti.digits.models import IMAGE_TOKENS, PATCH, STUDENT, TEACHER, build_
 from align_ti.digits.questions import KINDS, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import CELL, COLOURS, GRID, Scene, draw_scene
+from align_ti.models.saving import save_model
 
 CURRICULA = {
     # Readings twice, since they teach every place at once.
@@ -205,7 +206,7 @@ def train_language(name: str, out: Path, stage: Stage, seed: int) -> None:
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Saves in half precision, which halves the wheel; loading in float32 gives every user the same numbers."""
-    model.half().save_pretrained(folder)
+    save_model(model.half(), folder)
     processor.save_pretrained(folder)
 
 

@@ -38,7 +38,7 @@ class Interval:
 
     value: float
     low: float
-    """NaN where a single cluster leaves the interval unknown; so is `high`."""
+    """NaN where a single cluster, or clusters that are all alike, leave the interval unknown; so is `high`."""
     high: float
     clusters: int
 
@@ -68,7 +68,8 @@ def interval(metric: Metric, *, level: float = LEVEL, resamples: int = RESAMPLES
     """The score with an interval that holds the true one with the given probability, by a bootstrap over clusters.
 
     The interval is BCa (bias-corrected and accelerated; Efron 1987), expanded for few clusters by Student's t (Hesterberg 2015). A
-    share of none or of all, whose resamples are all alike, has the exact interval of so many clusters (Clopper and Pearson 1934). The
+    share that is the same in all clusters, whose resamples are all alike, has the interval of `unlike`: for none and for all right
+    the exact one of so many clusters (Clopper and Pearson 1934). Any other score of clusters that are all alike has none. The
     resamples are the same each time, and do not depend on the clusters' order: an interval is a fact about given results.
 
     Args:
@@ -77,19 +78,16 @@ def interval(metric: Metric, *, level: float = LEVEL, resamples: int = RESAMPLES
         resamples: how often clusters are drawn.
     """
     low, high = bounds(metric.sums, metric.value, level, resamples)
-    if is_share(metric):
-        reach = 100 * unseen(counted(metric), level)
-        if metric.score <= 0 or metric.score >= 100:
-            low, high = (0.0, reach) if metric.score <= 0 else (100 - reach, 100.0)
-        elif len(metric.clusters) == 1:
-            low, high = 0.0, 100.0
+    if isnan(low) and is_share(metric):
+        low, high = unlike(metric.score, len(counting(metric.sums)), 0.0, 100.0, level)
     return Interval(value=metric.score, low=low, high=high, clusters=len(metric.clusters))
 
 
 def bounds(
     sums: Float[np.ndarray, "clusters statistics"], value: Value, level: float, resamples: int
 ) -> tuple[float, float]:
-    """The ends of the expanded BCa interval of a function of sums; NaN for a single cluster."""
+    """The ends of the expanded BCa interval of a function of sums; NaN for a single cluster, and where all resamples are alike."""
+    sums = counting(sums)
     number, whole = len(sums), sums.sum(0)
     if number < 2:
         return nan, nan
@@ -97,7 +95,7 @@ def bounds(
     drawn = np.sort(value(resampled(sums, resamples)))
     near = 1e-9 * max(1.0, abs(score))
     if drawn[-1] - drawn[0] <= near:
-        return score, score
+        return nan, nan
     below, at_most = (np.searchsorted(drawn, score + step) / resamples for step in (-near, near))
     # Of equal scores, which discrete ones have many of, half are below.
     bias = ndtri(np.clip((below + at_most) / 2, 0.5 / resamples, 1 - 0.5 / resamples))
@@ -140,14 +138,33 @@ def resampled(sums: Float[np.ndarray, "clusters statistics"], resamples: int) ->
     return drawn
 
 
+def counting(sums: Float[np.ndarray, "clusters statistics"]) -> Float[np.ndarray, "some statistics"]:
+    """The clusters that add something; resamples of others would be scores of nothing."""
+    return np.asarray(sums[(sums != 0).any(1)])
+
+
 def is_share(metric: Metric) -> bool:
     """Whether the score is a share in per cent, of clusters that each have between none and all."""
     return metric.value is ratio and bool(((metric.sums[:, 0] >= 0) & (metric.sums[:, 0] <= metric.sums[:, 1])).all())
 
 
-def counted(metric: Metric) -> int:
-    """The clusters that a share counts."""
-    return max(1, int((metric.sums[:, 1] > 0).sum()))
+def unlike(value: float, clusters: int, least: float, most: float, level: float) -> tuple[float, float]:
+    """The interval of a mean whose clusters all have the same value, if each could have from the least to the most.
+
+    Clusters that are not like these may be as frequent as `unseen` says, and may have the least or the most. Whatever the values'
+    distribution, each end misses the true mean with a probability of at most (1 - level) / 2: the lower one does only if every cluster
+    is farther from the least than the mean is by the factor 1 / (1 - `unseen`), and by Markov's inequality one is with a probability
+    of at most 1 - `unseen`, all of them with that to the power of their number, which is (1 - level) / 2.
+
+    Args:
+        value: what all clusters have.
+        clusters: their number.
+        least: the smallest value that a cluster can have.
+        most: the largest.
+        level: the interval's probability.
+    """
+    share = unseen(max(1, clusters), level)
+    return value + share * (least - value), value + share * (most - value)
 
 
 def unseen(clusters: int, level: float) -> float:
@@ -177,10 +194,10 @@ def paired(of: Metric, to: Metric, *, level: float = LEVEL, resamples: int = RES
     """
     of, to = on_same_clusters([of, to])
     difference = value_of_difference(of, to)
-    low, high = bounds(np.concatenate([of.sums, to.sums], axis=1), difference, level, resamples)
-    if is_share(of) and is_share(to) and (len(of.clusters) == 1 or np.array_equal(of.sums, to.sums)):
-        reach = 100.0 if len(of.clusters) == 1 else 100 * unseen(counted(of), level)
-        low, high = -reach, reach
+    both = np.concatenate([of.sums, to.sums], axis=1)
+    low, high = bounds(both, difference, level, resamples)
+    if isnan(low) and is_share(of) and is_share(to):
+        low, high = unlike(of.score - to.score, len(counting(both)), -100.0, 100.0, level)
     return Difference(
         value=of.score - to.score, low=low, high=high, p=permuted(of, to, resamples), clusters=len(of.clusters)
     )
@@ -408,7 +425,8 @@ def crossed(
     variance = from_seeds + from_clusters
     mean = float(effects.mean())
     if variance <= (1e-9 * max(1.0, abs(mean))) ** 2:
-        return Difference(value=mean, low=mean, high=mean, p=float(mean == 0), clusters=clusters, seeds=seeds)
+        # All runs are alike, so that they tell no more than one of them.
+        return replace(paired(*pairs[0], level=level), seeds=seeds)
     freedom = variance**2 / (from_seeds**2 / (seeds - 1) + from_clusters**2 / (clusters - 1))
     error = variance**0.5
     reach = float(stdtrit(freedom, (1 + level) / 2)) * error

@@ -114,24 +114,30 @@ def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: in
 
 
 def summarise(
-    title: str, seed: int, results: dict[str, dict[str, Any]], labels: dict[str, str], runs: dict[str, RunFolder]
+    title: str,
+    seed: int,
+    results: Mapping[str, dict[str, Any]],
+    labels: Mapping[str, str],
+    runs: Mapping[str, RunFolder],
+    benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`: what was measured, by model.
 
     Args:
         title: what the run was.
         seed: its seed.
-        results: what `evaluate_model` gave for each model, in the order they are shown.
+        results: what `evaluate_model` gave for each model, in the order they are shown; none without questions of one's own.
         labels: each model's name for people.
         runs: the run folders of the models that were trained here.
+        benchmarks: the scores by model and benchmark (`measure_tasks`), if there are any.
     """
-    overall = {name: result["accuracy"]["overall"] for name, result in results.items()}
+    by_kind: Mapping[str, Any] = next(iter(results.values()))["accuracy"] if results else {}
     costs = {name: read_json(run.cost) for name, run in runs.items()}
     return {
         "title": title,
         "seed": seed,
         "labels": labels,
-        "questions": next(iter(overall.values()))["questions"],
+        "questions": by_kind["overall"]["questions"] if by_kind else 0,
         "accuracy": {
             name: {kind: round(score["per_cent"], 2) for kind, score in result["accuracy"].items()}
             for name, result in results.items()
@@ -142,9 +148,7 @@ def summarise(
             }
             for name, result in results.items()
         },
-        "questions_by_kind": {
-            kind: score["questions"] for kind, score in next(iter(results.values()))["accuracy"].items()
-        },
+        "questions_by_kind": {kind: score["questions"] for kind, score in by_kind.items()},
         "cut_answers": {name: result["cut"] for name, result in results.items()},
         "divergence_nats": {name: result["divergence"] for name, result in results.items() if "divergence" in result},
         "fidelity": {
@@ -155,9 +159,15 @@ def summarise(
             for name, result in results.items()
             if "fidelity" in result
         },
+        "fidelity_notes": {
+            name: result["fidelity"]["notes"]
+            for name, result in results.items()
+            if result.get("fidelity", {}).get("notes")
+        },
         "seconds_per_step": {name: cost["seconds_per_step"] for name, cost in costs.items()},
         "peak_memory_mib": {name: cost["peak_memory_mib"] for name, cost in costs.items()},
         "memory": next((cost["memory"] for cost in costs.values()), ""),
+        **({"benchmarks": benchmarks} if benchmarks else {}),
     }
 
 
@@ -226,19 +236,6 @@ def measure_tasks(
     return found
 
 
-def with_known_ends(
-    benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]],
-) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """The scores by model and benchmark, without benchmarks whose interval is unknown for one: card and page show no score alone."""
-    every = dict.fromkeys(task for scores in benchmarks.values() for task in scores)
-    known = [
-        task
-        for task in every
-        if all(task in one and None not in (one[task]["low"], one[task]["high"]) for one in benchmarks.values())
-    ]
-    return {name: {task: scores[task] for task in known} for name, scores in benchmarks.items()} if known else {}
-
-
 def train_and_measure(
     recipe: Recipe,
     steps: Steps | None = None,
@@ -246,10 +243,10 @@ def train_and_measure(
     check: bool = True,
     seen: Seen = log_warnings,
 ) -> RunFolder:
-    """`distil`; if the recipe names evaluation data, then the student before and after and the teacher on them.
+    """`distil`, and then student before and after and teacher measured on the recipe's questions (data.eval) and benchmarks
+    (evaluation.tasks); the summary and the student's card hold the results. Without either nothing is measured.
 
-    On the recipe's benchmarks (evaluation.tasks) teacher and untouched student are measured before training, the student after it,
-    by all processes together.
+    On the benchmarks teacher and untouched student are measured before training, the student after it, by all processes together.
     """
     checks = partial(advance, "check the records")
     tasks = read_tasks(recipe)
@@ -265,12 +262,34 @@ def train_and_measure(
     part_in_order()
     if not first:
         return run
+
+    def tell(results: Mapping[str, dict[str, Any]]) -> None:
+        title = f"Distillation of {Path(recipe.student.path).name}"
+        named = {name: label for name, label in LABELS.items() if name in results or name in benchmarks}
+        write_json(run.summary, summarise(title, recipe.seed, results, named, {"student": run}, benchmarks))
+        write_card(run, run.student)
+
     if benchmarks:
         write_json(run.benchmarks, {"labels": LABELS, "benchmarks": benchmarks})
-    if recipe.data.eval is None:
-        return run
+        # One's own questions may take long, and a stop must not lose these from the card.
+        if recipe.data.eval is None or not run.summary.exists():
+            tell({})
+    if recipe.data.eval is not None:
+        tell(measure_questions(run, recipe, advance))
+    return run
+
+
+def measure_questions(
+    run: RunFolder, recipe: Recipe, advance: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """What `evaluate_model` finds for each of the run's models on the recipe's own questions; each is written to the run folder too.
+
+    Args:
+        run: the run, whose student is there.
+        recipe: its recipe; a teacher that it does not name is left out.
+        advance: called with the model's name, the questions that are done, and all of them.
+    """
     conversations = read_questions(recipe.data)
-    labels = LABELS
     models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
     results = {}
     for name, model in models.items():
@@ -279,9 +298,9 @@ def train_and_measure(
 
             def answered(count: int, name: str = name, done: list[int] = done) -> None:
                 done[0] += count
-                advance(labels[name], done[0], len(conversations))
+                advance(LABELS[name], done[0], len(conversations))
 
-            result = evaluate_model(
+            results[name] = evaluate_model(
                 model,
                 conversations,
                 recipe.evaluation,
@@ -290,11 +309,5 @@ def train_and_measure(
                 layer=recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None,
                 advance=answered,
             )
-            write_json(run.evaluation(name), result)
-            results[name] = result
-    title = f"Distillation of {Path(recipe.student.path).name}"
-    summary = summarise(title, recipe.seed, results, {name: labels[name] for name in results}, {"student": run})
-    known = with_known_ends(benchmarks)
-    write_json(run.summary, {**summary, "benchmarks": known} if known else summary)
-    write_card(run, run.student)
-    return run
+            write_json(run.evaluation(name), results[name])
+    return results

@@ -10,13 +10,15 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from align_ti.report.tables import benchmark_rows, bounds, fidelity_rows
 from align_ti.runs import RunFolder, read_json, write_text
 
 
 def write_card(run: RunFolder, folder: Path) -> Path:
     """Writes the card of a run's student into a folder and returns its path.
 
-    Measurements are in it if the run has a summary. Of files and folders only the names are.
+    Measurements are in it if the run has a summary, on its own questions, on benchmarks, or on both. Of files and folders only the
+    names are.
 
     Raises:
         RunError: the run has not trained a student.
@@ -25,13 +27,14 @@ def write_card(run: RunFolder, folder: Path) -> Path:
     student, teacher = recipe["student"]["path"], (recipe.get("teacher") or {}).get("path")
     provenance = read_json(run.provenance)
     metrics = run.read_metrics()
-    summary = read_json(run.summary) if run.summary.exists() else None
-    measured = leaves(recipe["data"].get("eval"))
-    scores = own_scores(summary, measured) | benchmark_scores(summary)
+    summary: dict[str, Any] = read_json(run.summary) if run.summary.exists() else {}
+    measured, benchmarks = leaves(recipe["data"].get("eval")), summary.get("benchmarks", {})
+    scores = own_scores(summary, measured) | benchmarks.get("student", {})
+    asked = [*measured, *(recipe.get("evaluation") or {}).get("tasks", ())]
     environment = Environment(
         loader=PackageLoader("align_ti.report", ""), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
-    environment.filters |= {"code": code, "block": block}
+    environment.filters |= {"code": code, "block": block, "one_line": one_line}
     text = environment.get_template("card.md.j2").render(
         front=front_matter(student, teacher, provenance["versions"]["align-ti"], scores),
         title=f"{one_line(name_only(student))}, distilled",
@@ -39,7 +42,11 @@ def write_card(run: RunFolder, folder: Path) -> Path:
         teacher=name_only(teacher),
         summary=summary,
         measured=measured,
-        benchmarks=(summary or {}).get("benchmarks", {}),
+        accuracy=summary.get("accuracy", {}),
+        fidelity=fidelity_rows(summary),
+        benchmarks=benchmarks,
+        benchmark_rows=benchmark_rows(benchmarks),
+        asked=asked,
         data=leaves(recipe["data"]["train"]),
         training=read_json(run.training),
         terms=weights_of(recipe["objective"]),
@@ -72,9 +79,9 @@ def front_matter(student: str, teacher: str | None, version: str, scores: Mappin
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def own_scores(summary: Mapping[str, Any] | None, measured: Sequence[str]) -> dict[str, dict[str, Any]]:
+def own_scores(summary: Mapping[str, Any], measured: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The student's exact match on the recipe's own questions, overall and by kind, in the form of `model_index`."""
-    if summary is None or "student" not in summary["accuracy"]:
+    if "student" not in summary.get("accuracy", {}):
         return {}
     accuracy, interval = summary["accuracy"]["student"], summary["interval_95"]["student"]
     title = ", ".join(measured) or "held-out questions"
@@ -93,19 +100,13 @@ def own_scores(summary: Mapping[str, Any] | None, measured: Sequence[str]) -> di
     }
 
 
-def benchmark_scores(summary: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The student's scores on benchmarks (`benchmarks` of the summary: model, benchmark, score), in the form of `model_index`."""
-    found: dict[str, dict[str, Any]] = (summary or {}).get("benchmarks", {}).get("student", {})
-    return found
-
-
 def model_index(name: str, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The scores in the form that model hubs read from a card's metadata (`model-index`); nothing without scores.
 
     Args:
         name: the model's.
-        scores: by a name: `title`, `metric`, `value`, `low` and `high` (the ends of the 95 % interval). Also taken: `dataset`, by
-            which scores are grouped (by default the score's own name), `of` (the part that was scored) and `questions`.
+        scores: by a name: `title`, `metric`, `value`, `low` and `high` (the ends of the 95 % interval; None where unknown). Also taken:
+            `dataset`, by which scores are grouped (by default the score's own name), `of` (the part that was scored) and `questions`.
     """
     results: dict[str, dict[str, Any]] = {}
     for key, score in scores.items():
@@ -124,9 +125,9 @@ def model_index(name: str, scores: Mapping[str, Mapping[str, Any]]) -> list[dict
                 "type": score["metric"],
                 "value": score["value"],
                 # Hubs show name and value alone.
-                "name": f"{what}, 95 % interval {score['low']:.1f} to {score['high']:.1f}",
+                "name": f"{what}, 95 % interval {bounds(score, '%')}",
                 "args": {
-                    "interval_95": [score["low"], score["high"]],
+                    **({} if None in (score["low"], score["high"]) else {"interval_95": [score["low"], score["high"]]}),
                     **({"questions": score["questions"]} if "questions" in score else {}),
                 },
             }

@@ -15,6 +15,7 @@ from PIL import Image
 
 from align_ti.phases import phase_names
 from align_ti.report import plots
+from align_ti.report.tables import benchmark_rows, fidelity_rows
 from align_ti.runs import RunFolder, read_json, write_text
 
 EXAMPLES = 12
@@ -44,7 +45,7 @@ def write_report(root: Path) -> Path:
     main = list(trained)[-1]
     costs = {name: value for name, value in summary["seconds_per_step"].items() if value is not None}
     memory = {name: value for name, value in summary["peak_memory_mib"].items() if value is not None}
-    figures = {"accuracy": plots.accuracy_bars(summary)}
+    figures = {"accuracy": plots.accuracy_bars(summary)} if summary["accuracy"] else {}
     if summary.get("layer_scores"):
         figures["layers"] = plots.layer_curve(summary["layer_scores"], summary["layer"])
     if trained[main]:
@@ -68,6 +69,8 @@ def write_report(root: Path) -> Path:
         summary=summary,
         figures={name: Markup(figure) for name, figure in figures.items()},
         main=summary["labels"][main],
+        fidelity=fidelity_rows(summary),
+        benchmark_rows=benchmark_rows(summary.get("benchmarks", {})),
         phases=phases,
         phase_names=phase_names(phases.values()),
         examples=examples(run, summary),
@@ -91,8 +94,10 @@ def phases_of(run: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Any]]
 
 
 def examples(run: RunFolder, summary: dict[str, Any]) -> list[Example]:
-    """Questions spread over the evaluation set, as many of each kind as of any other, with every model's answer."""
+    """Questions spread over the evaluation set, as many of each kind as of any other, with every model's answer; none without a set."""
     results = {name: read_json(run.evaluation(name))["answers"] for name in summary["accuracy"]}
+    if not results:
+        return []
     asked = next(iter(results.values()))
     kinds = list(dict.fromkeys(one["kind"] for one in asked))
     by_kind = {kind: [index for index, one in enumerate(asked) if one["kind"] == kind] for kind in kinds}

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.allocator import keep_freed_memory
@@ -20,6 +20,7 @@ from align_ti.config import Objective, OnPolicy, Scores, listed
 from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
+from align_ti.data.dealing import OWN, Counted, Dealt
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import NO_LABEL, encode
@@ -155,7 +156,7 @@ class AlignTITrainer(Trainer):
         if isinstance(model, PeftModel) and args.label_names is None:
             args.label_names = ["labels"]
         loader: Any = args.accelerator_config
-        if isinstance(train_dataset, IterableDataset) and loader.dispatch_batches is None:
+        if loader.dispatch_batches is None:
             # A batch dealt out by its first axis would lose pictures of records that have several.
             loader.dispatch_batches = False
         if args.n_gpu > 1:
@@ -274,8 +275,36 @@ class AlignTITrainer(Trainer):
         return candidate_options(self.objective.terms) is not None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in transformers, for conversations too."""
+        """As in transformers, for conversations too; streams are dealt out so that each record counts once."""
+        named: Any = self.eval_dataset
+        data = named if eval_dataset is None else named[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if self.deals(data):
+            return self.dealt(data)
         return super().get_eval_dataloader(encoded(eval_dataset, self.processing_class, self.teacher_processor))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        if self.deals(test_dataset):
+            return self.dealt(test_dataset)
+        return super().get_test_dataloader(encoded(test_dataset, self.processing_class, self.teacher_processor))
+
+    def deals(self, data: Any) -> bool:
+        """Whether this trainer deals an evaluation set out to the processes: a stream, unless the user chose that one process does."""
+        loader: Any = self.args.accelerator_config
+        return isinstance(data, IterableDataset) and self.args.world_size > 1 and not loader.dispatch_batches
+
+    def dealt(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
+        """This process's batches of a stream. accelerate would repeat records to fill the last ones up and not tell how many."""
+        collate: Any = self.data_collator
+        count = int(self.args.dataloader_num_workers)
+        return DataLoader(
+            Dealt(stream, self.args.eval_batch_size, int(self.args.process_index), int(self.args.world_size)),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=Counted(collate),
+            num_workers=count,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if count else None,
+        )
 
     # --- the layer that attention is read at ---------------------------------------------------------------------------
 
@@ -571,11 +600,12 @@ class AlignTITrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         """The loss of one evaluation batch; logits in full are never made. Records that fill the last batch up weigh nothing."""
-        sums, own = self.eval_sums, self.records_of_its_own()
+        sums, own = self.eval_sums, inputs[OWN] if OWN in inputs else self.records_of_its_own()
+        inputs = {name: value for name, value in inputs.items() if name != OWN}
         if own == 0:
             # Read all the same, since other processes may wait in the models' passes.
             self.eval_sums = Sums()
-        elif own is not None:
+        elif own is not None and own < len(inputs["labels"]):
             inputs = weightless_from(inputs, own)
         with torch.no_grad():
             value = self.compute_loss(model, self._prepare_inputs(inputs))
@@ -589,8 +619,8 @@ class AlignTITrainer(Trainer):
     def records_of_its_own(self) -> int | None:
         """How many records at the head of this evaluation batch no other batch has; None: all of them.
 
-        Where records do not fill the last batches of all processes, accelerate repeats the first ones, behind the others. A dataset of
-        unknown length does not tell how many those are.
+        Where records do not fill the last batches of all processes, accelerate repeats the first ones, behind the others. Streams are
+        dealt out by `dealt` instead.
         """
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -648,7 +678,7 @@ class AlignTITrainer(Trainer):
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """As in transformers, with each term's mean over the whole evaluation set among the metrics.
 
-        Records that several processes repeat to fill the last batches up count once, except of a dataset of unknown length.
+        Records that several processes repeat to fill the last batches up count once.
         """
         self.eval_sums, self.eval_draws = Sums(), 0
         output = super().evaluation_loop(*arguments, **options)
