@@ -109,7 +109,9 @@ def show_study(content: dict[str, Any]) -> None:
             str(len(row["per_seed"])),
             f"{row['steps']:,}",
             f"{row['seconds']:,.0f}",
-            "" if row["gap_closed"] is None else between(row["gap_closed"], *row["gap_closed_interval"], "%"),
+            ""
+            if row["gap_closed"] is None
+            else between(row["gap_closed"], row["gap_closed_interval"][0], row["gap_closed_interval"][1], "%"),
         )
     console.print(table)
     if content["differences"]:

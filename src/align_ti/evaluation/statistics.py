@@ -330,7 +330,9 @@ def hierarchical(of: Sequence[Metric], to: Sequence[Metric], *, level: float = L
     if clusters < 2:
         raise DataError("one cluster; at least 2 are needed to know how far questions differ.")
     effects = np.array([one.score - other.score for one, other in pairs])
-    return crossed(effects, np.stack([pseudo_values(one) - pseudo_values(other) for one, other in pairs]), level)
+    found = crossed(effects, np.stack([pseudo_values(one) - pseudo_values(other) for one, other in pairs]), level)
+    # All runs alike tell no more than one of them.
+    return replace(paired(*pairs[0], level=level), seeds=seeds) if found is None else found
 
 
 def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
@@ -345,17 +347,16 @@ def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
         alone = interval(of[0], level=level)
         return Difference(value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters)
     runs = on_same_clusters(of)
-    scores = {one.score for one in runs}
+    values = np.array([one.score for one in runs])
     if len(runs[0].clusters) < 2:
-        value = float(np.mean([one.score for one in runs]))
-        return Difference(value=value, low=nan, high=nan, p=nan, clusters=1, seeds=len(runs))
-    if len(scores) == 1 and scores <= {0.0, 100.0} and is_share(runs[0]):
-        # None or all in every run: the seeds add nothing to what one run's questions tell.
-        alone = interval(runs[0], level=level)
-        return Difference(
-            value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters, seeds=len(runs)
-        )
-    return crossed(np.array([one.score for one in runs]), np.stack([pseudo_values(one) for one in runs]), level)
+        return Difference(value=float(values.mean()), low=nan, high=nan, p=nan, clusters=1, seeds=len(runs))
+    found = crossed(values, np.stack([pseudo_values(one) for one in runs]), level)
+    if found is not None:
+        return found
+    alone = interval(runs[0], level=level)
+    return Difference(
+        value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters, seeds=len(runs)
+    )
 
 
 def gap_closed(
@@ -391,9 +392,9 @@ def gap_closed(
             for one, other in zip(ours, theirs, strict=True)
         ]
     )
-    if number < 2 or len(towards) < 2:
+    left = crossed(effects, pseudo, level) if number > 1 and len(towards) > 1 else None
+    if left is None:
         return Difference(value=100 * share, low=nan, high=nan, p=nan, clusters=len(towards), seeds=number)
-    left = crossed(effects, pseudo, level)
     reach = 100 * (left.high - left.low) / 2 / abs(way)
     return Difference(
         value=100 * share,
@@ -407,8 +408,8 @@ def gap_closed(
 
 def crossed(
     effects: Float[np.ndarray, " runs"], pseudo: Float[np.ndarray, "runs clusters"], level: float
-) -> Difference:
-    """The mean effect over runs, with the interval and test of two crossed samples, runs and clusters.
+) -> Difference | None:
+    """The mean effect over runs, with the interval and test of two crossed samples, runs and clusters; None if nothing varies.
 
     Args:
         effects: each run's.
@@ -425,8 +426,7 @@ def crossed(
     variance = from_seeds + from_clusters
     mean = float(effects.mean())
     if variance <= (1e-9 * max(1.0, abs(mean))) ** 2:
-        # All runs are alike, so that they tell no more than one of them.
-        return replace(paired(*pairs[0], level=level), seeds=seeds)
+        return None
     freedom = variance**2 / (from_seeds**2 / (seeds - 1) + from_clusters**2 / (clusters - 1))
     error = variance**0.5
     reach = float(stdtrit(freedom, (1 + level) / 2)) * error
