@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from align_ti.cli import main
+from align_ti.config import read_recipe
+from align_ti.errors import InterruptedRunError
+from align_ti.pipeline.training import distil
 from tests import small
 
 VERBS = [
@@ -35,14 +42,29 @@ VERBS = [
 ]
 
 
-def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "align_ti", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-    )
+@dataclass
+class Done:
+    """What a command said, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> Done:
+    """The entry point in this process, which has loaded the libraries already."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["align-ti", *map(str, arguments)]),
+        patch.dict("os.environ", {"COLUMNS": "200"}),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert end.value.code is None or isinstance(end.value.code, int)
+    return Done(end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def test_help_imports_no_torch_and_teaches_every_verb():
@@ -95,7 +117,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_an_error_is_one_message_without_a_traceback(folder):
-    done = run("train", folder / "recipe.yaml", "--set", "objective.tpa.candidates=0", "--set", "trainin.max_steps=1")
+    changes = ["--set", "objective.tpa.candidates=0", "--set", "trainin.max_steps=1"]
+    command = [sys.executable, "-m", "align_ti", "train", str(folder / "recipe.yaml"), *changes]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "objective.tpa.candidates is 0" in done.stderr
@@ -157,12 +181,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder, tmp_path):
     assert 1 <= step < 400
     # The recipe's number of steps is part of the run, so it goes on to the very end; here only a little is asked of it.
     stopped_at = len((out / "metrics.jsonl").read_text().splitlines())
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len((out / "metrics.jsonl").read_text().splitlines()) <= stopped_at and time.monotonic() < deadline:
-        time.sleep(0.05)
-    again.send_signal(signal.SIGINT)
-    again.communicate(timeout=120)
+    recipe = read_recipe(folder / "recipe.yaml", [part for part in command if "=" in part])
+    with pytest.raises(InterruptedRunError):
+        distil(recipe, steps=lambda done, _steps: signal.raise_signal(signal.SIGINT) if done > step else None)
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps[stopped_at] == step + 1
 

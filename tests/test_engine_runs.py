@@ -25,7 +25,7 @@ from align_ti.errors import RunError
 from align_ti.pipeline import training
 from align_ti.runs import RunFolder
 from tests import small
-from tests.launching import launched
+from tests.launching import launched, torchrun
 
 WORKER = """
 import json, sys
@@ -94,7 +94,9 @@ def run(engine: str, processes: int, recipe: dict[str, Any]) -> Path:
 
 def run_as(engine: str, processes: int, recipe: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """A run of so many processes, however it ends."""
-    return launched(processes, WORKER, engine, json.dumps(recipe), environment=told(engine, processes))
+    # DeepSpeed is imported by each process for itself.
+    start = torchrun if engine.startswith("zero") else launched
+    return start(processes, WORKER, engine, json.dumps(recipe), environment=told(engine, processes))
 
 
 def recipe_of(folder: Path, out: Path, batch: int, **options: Any) -> dict[str, Any]:

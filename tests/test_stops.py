@@ -20,7 +20,7 @@ from align_ti.pipeline.training import distil
 from align_ti.runs import WHOLE, RunFolder, write_json
 from align_ti.training.watch import REQUEUE, RunRecorder
 from tests import small
-from tests.launching import ROOT, launched
+from tests.launching import ROOT, torchrun
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
 
@@ -141,7 +141,7 @@ part_in_order()
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(folder, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small.recipe(folder, out=str(tmp_path / "run"))))
-    done = launched(2, WORKER, tmp_path / "recipe.yaml")
+    done = torchrun(2, WORKER, tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(done.stdout.splitlines())[-2:] == [f"stopped {rank} stopped at step 1 of 4" for rank in (0, 1)]
     assert RunFolder(tmp_path / "run").last_checkpoint() == tmp_path / "run" / "checkpoint-1"
