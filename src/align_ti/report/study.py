@@ -65,9 +65,7 @@ def study_figures(content: Content) -> dict[str, str]:
         if variants:
             scale, name = scaled(units, [one[by] for one in variants.values()])
             told_axes = (f"{words}, {name}", score)
-            figures[f"frontier-{by}"] = plots.frontier(
-                variants, labels, content["frontier"][by], by, scale, told_axes
-            )
+            figures[f"frontier-{by}"] = plots.frontier(variants, labels, content["frontier"][by], by, scale, told_axes)
     for benchmark in benchmarks_of_curves(content):
         curves = {name: found[benchmark] for name, found in content["curves"].items() if benchmark in found}
         scale, name = scaled(TIMES, [point["seconds"] for rows in curves.values() for point in rows])
@@ -126,12 +124,12 @@ def answer(content: Content) -> list[str]:
     told = variants[best]["accuracy"]
     score = f"{number(told['mean'], decimals_of_scores(content))} {unit_of_score(content)}"
     apart = bounds(told["low"], told["high"], decimals_of_scores(content))
-    if len(ranked) == 1:
-        first = f"{labels[best]} reaches {name_of_score(content)} {score} ({apart})"
-    else:
-        level = [name for name in ranked if means[name] == means[best]]
+    level = [name for name in ranked if means[name] == means[best]]
+    if len(level) > 1:
         names = " and ".join(labels[name] for name in level)
-        first = f"{names} {'is best' if len(level) == 1 else 'are level at the top'}: {name_of_score(content)} {score} ({apart})"
+        return [f"{names} are level at the top: {name_of_score(content)} {score} ({apart})."]
+    reached = "is best:" if len(ranked) > 1 else "reaches"
+    first = f"{labels[best]} {reached} {name_of_score(content)} {score} ({apart})"
     closed = gap_in_words(content, best)
     sentences = [f"{first}{closed}, {cost_in_words(content, best)}."]
     if len(ranked) > 1:
@@ -172,11 +170,15 @@ def lead(content: Content, best: str, second: str) -> str:
         if {one["of"], one["to"]} == {best, second}:
             turn = 1 if one["of"] == best else -1
             low, high = sorted_bounds(one["corrected_low"], one["corrected_high"], turn)
-            many = f", corrected for {len(content['differences'])} comparisons" if len(content["differences"]) > 1 else ""
-            places = decimals_of_differences(content)
-            told = f"{signed(turn * one['mean'], places)} {points(unit_of_score(content))} ({bounds(low, high, places, sign=True)}{many})"
+            several = len(content["differences"]) > 1
+            many = f", corrected for {len(content['differences'])} comparisons" if several else ""
+            places, unit = decimals_of_differences(content), points(unit_of_score(content))
+            apart = f"{bounds(low, high, places, sign=True)}{many}"
+            told = f"{signed(turn * one['mean'], places)} {unit} ({apart})"
             if low is None:
-                return f"Its lead over {labels[second]}, the next, is {told}: with what is there, no interval can be told."
+                return (
+                    f"Its lead over {labels[second]}, the next, is {told}: with what is there, no interval can be told."
+                )
             verdict = "" if plots.clear(low, high) else ": the study cannot tell the two apart"
             return f"Its lead over {labels[second]}, the next, is {told}{verdict}."
     return f"Its difference from {labels[second]}, the next, is not among the study's comparisons."
@@ -236,6 +238,7 @@ def variant_rows(content: Content) -> list[dict[str, Any]]:
             rows.append({"label": label, "there": False})
             continue
         told, gap = one["accuracy"], one["gap_closed"]
+        gap_low, gap_high = one["gap_closed_interval"] or (None, None)
         rows.append(
             {
                 "label": label,
@@ -249,7 +252,7 @@ def variant_rows(content: Content) -> list[dict[str, Any]]:
                 "flops": digits(one["flops"] / units["flops"][0]),
                 "memory": DASH if one["peak_memory_mib"] is None else f"{one['peak_memory_mib']:,.0f}",
                 "gap": None if gap is None else number(gap, 1),
-                "gap_interval": None if gap is None else bounds(*one["gap_closed_interval"], 1),
+                "gap_interval": None if gap is None else bounds(gap_low, gap_high, 1),
                 "start": name == content["gap_from"],
             }
         )
@@ -310,24 +313,25 @@ def table_of(content: Content, benchmark: str) -> dict[str, Any]:
     """The metrics of a benchmark: each variant's mean and each pair's difference, with intervals that are not corrected."""
     rows = [row for row in content["metrics"] if row["benchmark"] == benchmark]
     names = [name for name in content["labels"] if any(name in row["variants"] for row in rows)]
-    pairs = [(of, to) for of, to in pairs_of(content)]
+    pairs = pairs_of(content)
     # A tint compares differences of one unit.
     widest = {
         unit: max((abs(one["mean"]) for row in rows if row["unit"] == unit for one in row["differences"]), default=0.0)
         for unit in {row["unit"] for row in rows}
     }
+    unit = next(iter(widest)) if len(widest) == 1 else None
     return {
         "title": rows[0]["title"],
         "fidelity": benchmark == "fidelity",
+        "unit": unit,
+        "unit_of_differences": None if unit is None else points(unit),
         "names": [content["labels"][name] for name in names],
         "pairs": [plots.minus(content["labels"][of], content["labels"][to]) for of, to in pairs],
         "rows": [metric_row(row, names, pairs, widest[row["unit"]]) for row in rows],
     }
 
 
-def metric_row(
-    row: Content, names: Sequence[str], pairs: Sequence[tuple[str, str]], widest: float
-) -> dict[str, Any]:
+def metric_row(row: Content, names: Sequence[str], pairs: Sequence[tuple[str, str]], widest: float) -> dict[str, Any]:
     """A line of that table."""
     places = decimals(row["unit"], (one["mean"] for one in row["variants"].values()), 1)
     fine = decimals(row["unit"], (one["mean"] for one in row["differences"]), 2)
@@ -408,7 +412,8 @@ def pairs_of(content: Content) -> list[tuple[str, str]]:
 def headline_of(content: Content) -> Content | None:
     """The row of metrics that decides: that of the score's benchmark with the variants' own means."""
     own = {name: one["accuracy"]["mean"] for name, one in content["variants"].items()}
-    for row in content["metrics"]:
+    rows: Sequence[Content] = content["metrics"]
+    for row in rows:
         if row["benchmark"] == content["score"] and {name: one["mean"] for name, one in row["variants"].items()} == own:
             return row
     return None

@@ -11,9 +11,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxBase
 
 from align_ti.report.plots import COLOURS, STYLE, axes, svg
 
@@ -127,7 +126,9 @@ def drawn(figure: Figure, title: str) -> str:
         text = text.replace(light, f"var({name})")
     light_rules = "".join(f"{name}:{light};" for light, (name, _) in THEME.items())
     dark_rules = "".join(f"{name}:{dark};" for name, dark in THEME.values())
-    rules = f".study-figure{{{light_rules}}}@media screen and (prefers-color-scheme:dark){{.study-figure{{{dark_rules}}}}}"
+    rules = (
+        f".study-figure{{{light_rules}}}@media screen and (prefers-color-scheme:dark){{.study-figure{{{dark_rules}}}}}"
+    )
     return text.replace("<svg", '<svg class="study-figure" role="img"', 1).replace(
         "</title>", f"</title><style>{rules}</style>", 1
     )
@@ -254,7 +255,12 @@ def dot(ax: Axes, place: float, one: Row) -> None:
 
 
 def frontier(
-    variants: Mapping[str, Row], labels: Mapping[str, str], best: Sequence[str], by: str, scale: float, words: tuple[str, str]
+    variants: Mapping[str, Row],
+    labels: Mapping[str, str],
+    best: Sequence[str],
+    by: str,
+    scale: float,
+    words: tuple[str, str],
 ) -> str:
     """Accuracy over cost with intervals, and the line of the variants that no other one beats at their cost or a lower one.
 
@@ -289,7 +295,9 @@ def frontier(
         ax.set_ylim(*around(seen, 0.12))
         ax.set_xlabel(words[0])
         ax.set_ylabel(words[1])
-        bars = {name: spread(variants[name]["accuracy"]["low"], variants[name]["accuracy"]["high"]) for name in variants}
+        bars = {
+            name: spread(variants[name]["accuracy"]["low"], variants[name]["accuracy"]["high"]) for name in variants
+        }
         named = {name: (short(labels[name], 26), *places[name]) for name in variants}
         place_labels(figure, ax, named, bars, [places[name] for name in best])
         return drawn(figure, f"Accuracy over {by}")
@@ -311,7 +319,6 @@ def place_labels(
         bars: the ends of each point's interval.
         path: the corners of the line that is drawn.
     """
-    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     pixels = figure.dpi / 72
     taken: list[Bbox] = []
@@ -327,12 +334,12 @@ def place_labels(
         for share in range(1, 30):
             across, up = start + (end - start) * share / 30
             taken.append(Bbox.from_extents(across - pixels, up - pixels, across + pixels, up + pixels))
-    frame = ax.get_window_extent(renderer)
+    frame = ax.get_window_extent()
     for label, x, y in sorted(points.values(), key=lambda one: -one[2]):
         text = ax.annotate(
             label, (x, y), (0, 0), textcoords="offset points", fontsize=9, va="center", annotation_clip=False
         )
-        size = text.get_window_extent(renderer)
+        size = text.get_window_extent()
         text.remove()
         at = ax.transData.transform((x, y))
         found = []
@@ -340,7 +347,7 @@ def place_labels(
             left = at[0] + across * pixels - {"left": 0.0, "center": 0.5, "right": 1.0}[side] * size.width
             middle = at[1] + up * pixels
             box = Bbox.from_extents(left, middle - size.height / 2, left + size.width, middle + size.height / 2)
-            found.append((crowding(box, taken, frame) + 2 * order, order, box))
+            found.append((crowding(box, taken, frame) + order / 2, order, box))
         _, order, box = min(found, key=lambda one: one[:2])
         across, up, side = OFFSETS[order]
         far = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
@@ -359,12 +366,12 @@ def place_labels(
         taken.append(box)
 
 
-def crowding(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+def crowding(box: BboxBase, taken: Sequence[BboxBase], frame: BboxBase) -> float:
     """How much of a box, in square pixels, lies on others or outside the frame."""
     inside = Bbox.intersection(box, frame)
     outside = box.width * box.height - (0.0 if inside is None else inside.width * inside.height)
     met = (Bbox.intersection(box, other) for other in taken)
-    return outside + sum(one.width * one.height for one in met if one is not None)
+    return float(outside + sum(one.width * one.height for one in met if one is not None))
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------
