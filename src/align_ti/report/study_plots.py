@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox, BboxBase
 
 from align_ti.report.plots import COLOURS, STYLE, axes, svg
 
@@ -82,6 +83,11 @@ LOOK: dict[Any, Any] = STYLE | {
 }
 
 Row = Mapping[str, Any]
+
+Box = tuple[float, ...]
+"""Left, bottom, right, top, in pixels."""
+
+Boxes = Float[np.ndarray, "_ 4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +295,7 @@ def frontier(
             ax.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
         else:
             # Equal costs would stretch what the clock's noise is over the whole width.
-            reach = max(0.35 * (max(costs) - min(costs)), 0.15 * max(costs))
+            reach = max(0.35 * (max(costs) - min(costs)), 0.15 * max(costs)) or 1.0
             ax.set_xlim(max(0.0, min(costs) - reach), max(costs) + reach)
         seen = [value for one in variants.values() for value in spread(*one["accuracy"].values())]
         ax.set_ylim(*around(seen, 0.12))
@@ -321,20 +327,20 @@ def place_labels(
     """
     figure.draw_without_rendering()
     pixels = figure.dpi / 72
-    taken: list[Bbox] = []
+    taken: list[Box] = []
     for name, (_, x, y) in points.items():
         across, up = ax.transData.transform((x, y))
         reach = 6 * pixels
-        taken.append(Bbox.from_extents(across - reach, up - reach, across + reach, up + reach))
+        taken.append((across - reach, up - reach, across + reach, up + reach))
         if bars[name]:
             ends = [ax.transData.transform((x, end))[1] for end in (min(bars[name]), max(bars[name]))]
-            taken.append(Bbox.from_extents(across - 2 * pixels, ends[0], across + 2 * pixels, ends[1]))
+            taken.append((across - 2 * pixels, ends[0], across + 2 * pixels, ends[1]))
     corners = [ax.transData.transform(corner) for corner in path]
     for start, end in itertools.pairwise(corners):
         for share in range(1, 30):
             across, up = start + (end - start) * share / 30
-            taken.append(Bbox.from_extents(across - pixels, up - pixels, across + pixels, up + pixels))
-    frame = ax.get_window_extent()
+            taken.append((across - pixels, up - pixels, across + pixels, up + pixels))
+    frame = tuple(ax.get_window_extent().extents)
     for label, x, y in sorted(points.values(), key=lambda one: -one[2]):
         text = ax.annotate(
             label, (x, y), (0, 0), textcoords="offset points", fontsize=9, va="center", annotation_clip=False
@@ -346,7 +352,7 @@ def place_labels(
         for order, (across, up, side) in enumerate(OFFSETS):
             left = at[0] + across * pixels - {"left": 0.0, "center": 0.5, "right": 1.0}[side] * size.width
             middle = at[1] + up * pixels
-            box = Bbox.from_extents(left, middle - size.height / 2, left + size.width, middle + size.height / 2)
+            box = (left, middle - size.height / 2, left + size.width, middle + size.height / 2)
             found.append((crowding(box, taken, frame) + order / 2, order, box))
         _, order, box = min(found, key=lambda one: one[:2])
         across, up, side = OFFSETS[order]
@@ -366,12 +372,17 @@ def place_labels(
         taken.append(box)
 
 
-def crowding(box: BboxBase, taken: Sequence[BboxBase], frame: BboxBase) -> float:
+def crowding(box: Box, taken: Sequence[Box], frame: Box) -> float:
     """How much of a box, in square pixels, lies on others or outside the frame."""
-    inside = Bbox.intersection(box, frame)
-    outside = box.width * box.height - (0.0 if inside is None else inside.width * inside.height)
-    met = (Bbox.intersection(box, other) for other in taken)
-    return float(outside + sum(one.width * one.height for one in met if one is not None))
+    own = np.array([box])
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return float(area - met(own, np.array([frame])).sum() + met(own, np.array(taken)).sum())
+
+
+def met(one: Boxes, others: Boxes) -> Float[np.ndarray, " boxes"]:
+    """The area that a box has in common with each other one."""
+    low, high = np.maximum(one[:, :2], others[:, :2]), np.minimum(one[:, 2:], others[:, 2:])
+    return np.asarray(np.clip(high - low, 0, None).prod(axis=1))
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------
