@@ -231,7 +231,8 @@ def equal_in_words(content: Content) -> str:
 def variant_rows(content: Content) -> list[dict[str, Any]]:
     """The table of variants, in the study's order; one without a finished run has nothing but its name."""
     places, units, rows = decimals_of_scores(content), cost_units(content), []
-    best = max((one["accuracy"]["mean"] for one in content["variants"].values()), default=None)
+    means = sorted(one["accuracy"]["mean"] for one in content["variants"].values())
+    best = means[-1] if len(means) > 1 and means[-1] > means[-2] else None
     for name, label in content["labels"].items():
         one = content["variants"].get(name)
         if one is None:

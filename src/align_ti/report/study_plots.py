@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from align_ti.report.plots import COLOURS, STYLE, axes, svg
 
@@ -242,6 +243,9 @@ def kinds(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], labels: Mapping
             ax.set_title(minus(labels[of], labels[to], 26 if columns == 2 else 50, "\n"), fontsize=9, loc="left")
             ax.set_yticks(range(len(rows)), [short(row["metric"], 16) for row in rows], fontsize=9)
             ax.set_ylim(len(rows) - 0.4, -0.6)
+            ax.tick_params("x", labelsize=9)
+            # Two panels stand side by side: their outer numbers must not meet.
+            ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         for ax in list(panels)[len(pairs) :]:
             ax.set_axis_off()
         figure.supxlabel(f"difference, {unit}; lines: 95 % intervals, not corrected", fontsize=9)
