@@ -177,7 +177,7 @@ def test_the_first_sentence_tells_the_best_its_gap_and_its_cost(whole, tmp_path)
     content["variants"]["sft"] |= {"seconds": 3600.0, "flops": 1.0e15}
     best["accuracy"]["mean"] = 99.0
     words = told(content, tmp_path)
-    assert "Align-TI is best: Digits 99.0 %" in words
+    assert "Align-TI is best: Digits accuracy 99.0 %" in words
     assert "it closed 42 % (30 to 55) of the gap between SFT and the teacher" in words
     assert "at 2.00 h of training and 3.00 PFLOP a run, 2.00 and 3.00 times those of SFT." in words
 

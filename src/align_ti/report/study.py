@@ -410,16 +410,6 @@ def pairs_of(content: Content) -> list[tuple[str, str]]:
     return [(one["of"], one["to"]) for one in content["differences"]]
 
 
-def headline_of(content: Content) -> Content | None:
-    """The row of metrics that decides: that of the score's benchmark with the variants' own means."""
-    own = {name: one["accuracy"]["mean"] for name, one in content["variants"].items()}
-    rows: Sequence[Content] = content["metrics"]
-    for row in rows:
-        if row["benchmark"] == content["score"] and {name: one["mean"] for name, one in row["variants"].items()} == own:
-            return row
-    return None
-
-
 def parts(content: Content) -> list[Content]:
     """The rows of the score's benchmark that are in the headline's unit: kinds of questions, the headline first."""
     unit = unit_of_score(content)
@@ -428,14 +418,13 @@ def parts(content: Content) -> list[Content]:
 
 def unit_of_score(content: Content) -> str:
     """The headline's unit."""
-    row = headline_of(content)
-    return "%" if row is None else str(row["unit"])
+    return str(content["unit"])
 
 
 def name_of_score(content: Content) -> str:
     """The benchmark and its headline in words."""
-    row, title = headline_of(content), str(content["title"])
-    return title if row is None or row["metric"] in (title, "overall") else f"{title} {row['metric']}"
+    title, metric = str(content["title"]), str(content["metric"])
+    return title if metric in ("", title, "overall") else f"{title} {metric}"
 
 
 def points(unit: str) -> str:

@@ -3,7 +3,7 @@
 study.yaml                  the study, with the recipes of all variants
 costs.json                  what a step of each variant costs, and how many steps it makes
 teacher.json                the teacher's scores
-runs/VARIANT/SEED.json      one finished or failed run: cost, curve, scores
+records/VARIANT/SEED.json   one finished or failed run: cost, curve, scores
 study.json, study.html      what it comes to
 work/                       runs under way; nothing in it is needed once all are finished
 """

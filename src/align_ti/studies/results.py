@@ -69,7 +69,7 @@ def summary_of(
     return {
         "format": "align-ti study 1",
         "score": benchmark,
-        "title": next((runs[seed][benchmark].title for runs in scores.values() for seed in runs), benchmark),
+        **headline_in(scores, benchmark),
         "equal": study.file.equal,
         "budget": study.budget if study.file.equal in ("time", "flops") else None,
         "seeds": list(study.file.seeds),
@@ -99,6 +99,13 @@ def summary_of(
 def scores_in(record: Mapping[str, Any]) -> dict[str, Scores]:
     """The scores of a record by benchmark."""
     return {name: of_content(Path(name), content) for name, content in record["scores"].items()}
+
+
+def headline_in(scores: Mapping[str, Mapping[int, Mapping[str, Scores]]], benchmark: str) -> dict[str, str]:
+    """What decides: the benchmark's name for people, the metric and its unit."""
+    for one in (one[benchmark] for runs in scores.values() for one in runs.values()):
+        return {"title": one.title, "metric": one.headline, "unit": one.metrics[one.headline].unit}
+    return {"title": benchmark, "metric": "", "unit": "%"}
 
 
 def headlines(runs: Mapping[int, Mapping[str, Scores]], benchmark: str) -> dict[int, Metric]:
