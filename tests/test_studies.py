@@ -351,6 +351,11 @@ def test_a_folder_of_another_study_is_refused_and_a_larger_one_goes_on(folder, t
             "new": {"training.weight_decay": 0.1},
         }
     )
+    # An option that is newer than the folder has its default there.
+    kept = yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())
+    del kept["recipes"]["kd"]["training"]["weight_decay"]
+    (tmp_path / "s" / "study.yaml").write_text(yaml.safe_dump(kept))
+    claim()
     for more in ({"changes": {"training.weight_decay": 0.3}}, {"equal": "flops"}):
         with pytest.raises(RunError, match="other settings"):
             claim(**more)

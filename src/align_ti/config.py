@@ -404,6 +404,8 @@ class Training(Knobs):
     """Steps over which the learning rate rises; below 1: a share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled weight decay."""
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    """AdamW's memory of squared gradients; lower (0.98) for runs of few steps."""
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this norm."""
     per_device_train_batch_size: int = Field(default=8, ge=1)

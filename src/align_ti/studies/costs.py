@@ -20,7 +20,7 @@ from align_ti.errors import RunError
 from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.studies.design import Study
-from align_ti.studies.folder import StudyFolder, plain
+from align_ti.studies.folder import StudyFolder
 
 TIMED = 25
 """Steps of a run that is timed; the first five are left out."""
@@ -108,8 +108,9 @@ def equal_steps(study: Study, costs: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 def digest_of(recipe: Recipe) -> str:
     """A digest of all of a recipe that a step's cost depends on: how long it runs and how it is measured have no part in it."""
-    content = {key: value for key, value in plain(recipe).items() if key != "evaluation"}
-    content["training"] = {key: value for key, value in content["training"].items() if key != "max_steps"}
+    # Without defaults: an option that is newer than a folder changes nothing in it.
+    content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluation", "out", "seed"})
+    content["training"] = {key: value for key, value in content.get("training", {}).items() if key != "max_steps"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

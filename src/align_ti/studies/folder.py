@@ -79,7 +79,8 @@ class StudyFolder:
         content = told(study)
         if self.study.exists():
             before = yaml.safe_load(self.study.read_text(encoding="utf-8"))
-            kept, now = before["recipes"], content["recipes"]
+            now = content["recipes"]
+            kept = {name: with_newer_defaults(recipe) for name, recipe in before["recipes"].items()}
             changed = [
                 f"variants.{name}: {option}"
                 for name in kept
@@ -132,6 +133,14 @@ def told(study: Study) -> dict[str, Any]:
         "data": data_digests(study),
         "recipes": {name: plain(study.templates[name]) for name in study.variants},
     }
+
+
+def with_newer_defaults(kept: dict[str, Any]) -> dict[str, Any]:
+    """A kept recipe with the defaults of options that are newer than it; as it is if it is no recipe any more."""
+    try:
+        return plain(Recipe.model_validate({**kept, "out": "study"}))
+    except ValueError:
+        return kept
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
