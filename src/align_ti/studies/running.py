@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
 import traceback
@@ -21,7 +22,7 @@ from align_ti.pipeline.asking import predict, score_tasks
 from align_ti.pipeline.measuring import evaluate_model, read_tasks
 from align_ti.pipeline.records import read_questions
 from align_ti.pipeline.training import distil
-from align_ti.runs import RunFolder, provenance, read_json, read_lines, write_json
+from align_ti.runs import RunFolder, provenance, read_json, read_lines, write_json, write_text
 from align_ti.studies.costs import Advance, Cost, measured_costs
 from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
@@ -156,12 +157,21 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
         record["trace"] = traceback.format_exc(limit=-8)
     record["wall_seconds"] = round(time.monotonic() - begun, 1)
     record["provenance"] = provenance()
-    write_json(folder.record(name, seed), record)
+    write_text(folder.record(name, seed), json.dumps(rounded(record), separators=(",", ":")) + "\n")
     shutil.rmtree(work, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return f"{label}: {'failed: ' + record['error'] if record['error'] else told_headline(record)}"
+
+
+def rounded(content: Any) -> Any:
+    """The content with numbers to nine digits, which records are kept and committed with; single precision has seven."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [rounded(value) for value in content]
+    return float(f"{content:.9g}") if isinstance(content, float) else content
 
 
 def told_headline(record: Mapping[str, Any]) -> str:
