@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,12 @@ def png_base64(number: int) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def digits_folder(evals: Path) -> dict[str, str]:
+def digits_folder(evals: Path, split: str = "test") -> dict[str, str]:
     """Two pictures of the digits benchmark with their questions, as `align-ti digits` writes them."""
     folder = evals / "digits"
-    write_benchmark(folder, sizes=Sizes(train=1, validation=1, test=2))
-    records = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+    if not folder.exists():
+        write_benchmark(folder, sizes=Sizes(train=1, validation=2, test=2))
+    records = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
     return {record["id"]: record["conversations"][1]["value"] for record in records}
 
 
@@ -313,6 +315,7 @@ MAKERS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "mme": mme_folder,
     "mmbench": mmbench_folder,
     "digits": digits_folder,
+    "digits_validation": partial(digits_folder, split="validation"),
     "own": own_folder,
 }
 """By the benchmarks' names."""

@@ -16,7 +16,7 @@ from align_ti.evaluation.predictions import questions_digest
 from tests import benchmark_folders as folders
 from tests.benchmark_folders import MAKERS
 
-FOLDERS = {"sqa": "scienceqa", "mme": "MME"}
+FOLDERS = {"sqa": "scienceqa", "mme": "MME", "digits_validation": "digits"}
 """The task's folder where it is not called by the benchmark's name."""
 
 
@@ -520,7 +520,9 @@ def test_the_file_of_one_s_own_is_found(tmp_path):
 def test_an_unknown_benchmark():
     with pytest.raises(ConfigError, match=r"no benchmark is named 'mmbnch'; accepted: gqa, .*; did you mean 'mmbench'"):
         benchmark("mmbnch")
-    with pytest.raises(ConfigError, match=r"accepted: gqa, sqa, textvqa, pope, mme, mmbench, digits, own$"):
+    with pytest.raises(
+        ConfigError, match=r"accepted: gqa, sqa, textvqa, pope, mme, mmbench, digits, digits_validation, own$"
+    ):
         benchmark("zzz")
     with pytest.raises(ConfigError, match="no benchmark is named 'gqa:anls'"):
         benchmark("gqa:anls")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from align_ti.cli import main
+from align_ti.cli import main, terminal
 from align_ti.config import read_recipe
 from align_ti.errors import InterruptedRunError
 from align_ti.pipeline.training import distil
@@ -56,7 +56,8 @@ def run(*arguments: str | Path, cwd: Path | None = None) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["align-ti", *map(str, arguments)]),
-        patch.dict("os.environ", {"COLUMNS": "200"}),
+        # Test workers have terminals of 80 columns.
+        patch.object(terminal.console, "_width", 200),
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

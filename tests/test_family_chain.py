@@ -21,7 +21,7 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import RESPONSE, encode, image_id, model_inputs
 from align_ti.data.sources import read_conversations
 from align_ti.errors import CheckError, ConfigError, DataError, ModelError
-from align_ti.evaluation.fidelity import divergence
+from align_ti.evaluation.fidelity import along_responses
 from align_ti.evaluation.runner import answer
 from align_ti.evaluation.tasks import question
 from align_ti.interactions.visual import visual_weights
@@ -330,7 +330,7 @@ def test_different_responses_have_no_divergence():
     theirs = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.VICUNA, tower="clip")
     student, teacher = (tiny_model("llava-llama3", ours, seed).float() for seed in (1, 2))
     with pytest.raises(DataError, match="student and teacher read different response tokens"):
-        divergence(student, teacher, ours, records(), Evaluation(), teacher_processor=theirs)
+        along_responses(student, teacher, ours, records(), Evaluation(), teacher_processor=theirs)
 
 
 class Samples(torch.utils.data.Dataset):

@@ -76,12 +76,14 @@ class TaskWatch(TrainerCallback):
         # Any log counts as the step's own, whose terms are still to come.
         control.should_log = due
 
-    def measure(self, student: PreTrainedModel, trainer: AlignTITrainer, tasks: Sequence[Task]) -> dict[str, float]:
-        """The headlines of the benchmarks by name, the same on all processes."""
+    def measure(
+        self, student: PreTrainedModel, trainer: AlignTITrainer, tasks: Sequence[Task] | None = None
+    ) -> dict[str, float]:
+        """The headlines of the benchmarks, by default of all, by name; the same on all processes."""
         was = {module: module.training for module in student.modules()}
         found: dict[str, float] = {}
         try:
-            for task in tasks:
+            for task in self.tasks if tasks is None else tasks:
                 found |= self.headline(task, self.answers(student, task, trainer))
         finally:
             for module, training in was.items():
