@@ -44,7 +44,7 @@ TRAINING = Training(
     save_steps=200,
     save_total_limit=1,
 )
-EVALUATION = Evaluation(batch_size=100, max_new_tokens=40, fidelity_records=128)
+EVALUATION = Evaluation(batch_size=100, max_new_tokens=40, fidelity_records=48)
 SCORES = Scores(images=64, instructions=4)
 
 
