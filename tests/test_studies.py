@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Recipe
+from align_ti.config import Recipe, read_recipe
 from align_ti.errors import ConfigError, RunError
 from align_ti.evaluation.metrics import Metric, ratio
 from align_ti.evaluation.results import FORMAT, name_of
@@ -27,6 +27,7 @@ from align_ti.studies.folder import StudyFolder
 from align_ti.studies.results import differences, first_at, frontier, summary_of, with_costs
 from align_ti.studies.running import Shard, run_study
 from tests import small
+from tests.launching import ROOT
 
 # --- what a study's numbers are worth ---------------------------------------------------------------------------------
 
@@ -335,6 +336,15 @@ def test_a_study_file_is_read_strictly_with_all_errors_at_once(folder, tmp_path,
     assert str(tmp_path / "s.yaml") in str(caught.value)
     for message in messages:
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_campaigns_studies_are_well_formed(path):
+    if path.stem == "base":
+        read_recipe(path)
+    else:
+        study = read_study(path)
+        assert study.out == Path("results/quality") / path.stem and study.pairs
 
 
 def test_a_folder_of_another_study_is_refused_and_a_larger_one_goes_on(folder, tmp_path):
