@@ -129,6 +129,10 @@ def show_study(content: dict[str, Any]) -> None:
         console.print(
             f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry runs it again)"
         )
+    if any(len(one["per_seed"]) == 1 for one in content["variants"].values()):
+        console.print(
+            "of variants with a single seed, nothing is known of how runs differ by chance; their intervals leave it out."
+        )
     if content["missing"]:
         console.print(f"missing: {len(content['missing'])} runs; the same command makes them.")
 

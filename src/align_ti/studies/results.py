@@ -132,6 +132,8 @@ def variant(
     if goal is not None and seeds:
         gap = gap_closed([heads[name][seed] for seed in seeds], [start[seed] for seed in seeds], goal)
     closed = None if gap is None else told_interval(gap)
+    if closed is not None and name == study.gap_from:
+        closed |= {"low": 0.0, "high": 0.0}  # by definition
     return {
         "accuracy": {"mean": mean.value, "low": known(mean.low), "high": known(mean.high)},
         "per_seed": {str(seed): metric.score for seed, metric in heads[name].items()},
