@@ -1,5 +1,5 @@
-"""The tables of docs/performance.md, docs/scaling.md, docs/teacher-cache.md and of what the README says about cost, from the files
-under results/: none is typed by hand.
+"""The tables of docs/performance.md, docs/scaling.md, docs/teacher-cache.md, docs/quality.md and of what the README says about cost,
+from the files under results/: none is typed by hand.
 
 python -m benchmarks.tables            # writes them into the page
 python -m benchmarks.tables --check    # fails if the page says anything else
@@ -11,14 +11,18 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.quality import tables as study_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SCALING = ROOT / "docs" / "scaling.md"
 CACHE = ROOT / "docs" / "teacher-cache.md"
-PAGES = (PAGE, README, SCALING, CACHE)
+QUALITY = ROOT / "docs" / "quality.md"
+PAGES = (PAGE, README, SCALING, CACHE, QUALITY)
 """The pages that have tables."""
 
 RESULTS = ROOT / "results"
@@ -395,6 +399,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-remedies": plan_remedies_table,
     "plan-work": plan_work_table,
     "topk": topk_table,
+    "budget-variants": partial(study_tables.variants, "budget"),
+    "budget-differences": partial(study_tables.differences, "budget"),
 }
 
 

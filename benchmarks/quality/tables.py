@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +94,3 @@ def times(name: str) -> str:
             for one in content["time_to_quality"]
         ],
     )
-
-
-def of_study(name: str) -> dict[str, Callable[[], str]]:
-    """The tables of a study by their names in the page."""
-    return {
-        f"{name}-variants": partial(variants, name),
-        f"{name}-differences": partial(differences, name),
-        f"{name}-kinds": partial(metrics, name, "exact match"),
-        f"{name}-fidelity": partial(metrics, name, "fidelity"),
-        f"{name}-time": partial(times, name),
-    }

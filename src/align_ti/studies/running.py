@@ -22,7 +22,7 @@ from align_ti.pipeline.asking import predict, score_tasks
 from align_ti.pipeline.measuring import evaluate_model, read_tasks
 from align_ti.pipeline.records import read_questions
 from align_ti.pipeline.training import distil
-from align_ti.runs import RunFolder, provenance, read_json, read_lines, write_json, write_text
+from align_ti.runs import RunFolder, provenance, read_json, read_lines, write_text
 from align_ti.studies.costs import Advance, Cost, measured_costs
 from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
@@ -107,7 +107,7 @@ def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Co
                     out = folder.root / "work" / "teacher"
                     # KL to itself would say nothing.
                     scores = scores_of(teacher, recipe, out, compared_with=None)[0]
-                    write_json(folder.teacher, {"path": Path(teacher.path).name, "scores": scores})
+                    write_record(folder.teacher, {"path": Path(teacher.path).name, "scores": scores})
                     advance("measure the teacher", 1, 1)
                 return costs
         advance("wait for another process, which measures costs", 0, 1)
@@ -157,7 +157,7 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
         record["trace"] = traceback.format_exc(limit=-8)
     record["wall_seconds"] = round(time.monotonic() - begun, 1)
     record["provenance"] = provenance()
-    write_text(folder.record(name, seed), json.dumps(rounded(record), separators=(",", ":")) + "\n")
+    write_record(folder.record(name, seed), record)
     shutil.rmtree(work, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():
@@ -165,9 +165,14 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
     return f"{label}: {'failed: ' + record['error'] if record['error'] else told_headline(record)}"
 
 
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a record whole, without blanks and with rounded numbers."""
+    write_text(path, json.dumps(rounded(content), separators=(",", ":")) + "\n")
+
+
 def rounded(content: Any) -> Any:
-    """The content with numbers to nine digits, which records are kept and committed with; single precision has seven."""
-    if isinstance(content, dict):
+    """The content with numbers to nine digits; single precision has seven."""
+    if isinstance(content, Mapping):
         return {key: rounded(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [rounded(value) for value in content]
