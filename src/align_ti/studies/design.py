@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from align_ti.config import Recipe, find_recipe, lay_over, put, read_mapping, read_recipe
 from align_ti.errors import ConfigError
+from align_ti.evaluation.results import EXACT_MATCH
 from align_ti.options import Knobs, explain
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -47,8 +48,7 @@ class StudyFile(Knobs):
     gap_from: str | None = None
     """The variant whose distance to the teacher is the gap to close; by default `sft` where there is one, else the first."""
     compare: tuple[tuple[str, str], ...] = ()
-    """Pairs of variants whose difference is told (the first is what the second is compared with: [align_ti, kd]); by default every
-    other one with `gap_from`."""
+    """Pairs [A, B] of variants: what A's score is above B's is told; by default every other variant against `gap_from`."""
     keep_students: bool = False
     """Keep the students; by default they are removed once they are measured."""
 
@@ -243,7 +243,7 @@ def complaints(study: Study) -> list[str]:
 
 def measured_on(recipe: Recipe) -> list[str]:
     """The benchmarks that decide, by name, in the order in which they count."""
-    own = ["exact match"] if recipe.data.eval is not None else []
+    own = [EXACT_MATCH] if recipe.data.eval is not None else []
     return [*recipe.evaluation.tasks, *own]
 
 

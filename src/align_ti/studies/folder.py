@@ -46,10 +46,6 @@ class StudyFolder:
     def summary(self) -> Path:
         return self.root / "study.json"
 
-    @property
-    def page(self) -> Path:
-        return self.root / "study.html"
-
     def record(self, variant: str, seed: int) -> Path:
         """The record of a run."""
         return self.root / "records" / variant / f"{seed}.json"

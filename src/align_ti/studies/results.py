@@ -10,11 +10,21 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from align_ti.evaluation.comparison import told_difference
 from align_ti.evaluation.metrics import Metric
 from align_ti.evaluation.results import Scores, of_content
-from align_ti.evaluation.statistics import Difference, compared, gap_closed, hierarchical, interval, over_seeds, paired
+from align_ti.evaluation.statistics import (
+    LEVEL,
+    Difference,
+    compared,
+    gap_closed,
+    hierarchical,
+    interval,
+    over_seeds,
+    paired,
+)
 from align_ti.evaluation.statistics import told as told_interval
 from align_ti.runs import provenance, read_json, write_json
 from align_ti.studies.design import Study, measured_on
@@ -224,7 +234,7 @@ def metric_table(
                         {"of": of, "to": to, "mean": one.value, "low": known(one.low), "high": known(one.high)}
                         for of, to in pairs
                         if common(by_variant[of], by_variant[to])
-                        for one in [difference(by_variant[of], by_variant[to], 0.95)]
+                        for one in [difference(by_variant[of], by_variant[to], LEVEL)]
                     ],
                 }
             )
@@ -272,10 +282,8 @@ def points(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, dict[in
     return found
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float | None, float | None]:
+def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float | None, float | None]:
     """Student's interval of a mean over seeds; unknown for one."""
-    from scipy.special import stdtrit
-
     if len(values) < 2:
         return None, None
     mean, error = fmean(values), float(np.std(values, ddof=1)) / len(values) ** 0.5

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from align_ti.config import Evaluation, Recipe, Teacher
+from align_ti.config import Recipe, Teacher
 from align_ti.errors import InterruptedRunError
 from align_ti.evaluation.benchmarks.base import Report
 from align_ti.evaluation.results import EXACT_MATCH, of_answers, scored
@@ -211,11 +211,10 @@ def scores_of(
     by_position: dict[str, Any] = {}
     if questions:
         layer = recipe.objective.iva.layer
-        settings: Evaluation = recipe.evaluation
         told = evaluate_model(
             model,
             questions,
-            settings,
+            recipe.evaluation,
             teacher=compared_with,
             layer=layer if isinstance(layer, int) else None,
         )
