@@ -19,11 +19,11 @@ from align_ti.errors import ConfigError, RunError
 from align_ti.evaluation.metrics import Metric, ratio
 from align_ti.evaluation.results import FORMAT, name_of
 from align_ti.evaluation.statistics import gap_closed, hierarchical, over_seeds
-from align_ti.runs import locked, read_json
+from align_ti.runs import locked, read_json, write_json
 from align_ti.studies import costs, running
 from align_ti.studies.costs import Cost, equal_steps
 from align_ti.studies.design import Study, StudyFile, read_study
-from align_ti.studies.folder import StudyFolder
+from align_ti.studies.folder import StudyFolder, told
 from align_ti.studies.results import differences, first_at, frontier, summary_of, with_costs
 from align_ti.studies.running import Shard, run_study
 from tests import small
@@ -455,6 +455,56 @@ def test_a_run_that_another_process_is_at_is_passed_over(folder, tmp_path, cheap
     assert watch.steps == {"train: align_ti, seed 0": 4}
     assert content["missing"] == [{"variant": "kd", "seed": 0}] and content["differences"] == []
     assert (study.out / "students" / "align_ti" / "0" / "model.safetensors").exists()
+
+
+def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, cheap):
+    made = read_study(write_study(folder, tmp_path / "made.yaml", seeds=[0]))
+    StudyFolder(made.out).claim(made)
+    accuracy = shares(np.array([8, 0]))
+    for name in made.variants:
+        content = record(name, 0, accuracy, steps=4)
+        write_json(StudyFolder(made.out).record(name, 0), content)
+    # Under other names, and with other steps of its own, which equal compute replaces.
+    variants = {"align_ti": {"training.max_steps": 9}, "kd": {"objective.iva.weight": 0, "objective.tpa.weight": 0}}
+    taken = {"records_from": [str(made.out)], "equal": "nothing"}
+    study = read_study(write_study(folder, tmp_path / "s.yaml", seeds=[0], variants=variants, **taken))
+    StudyFolder(study.out).claim(study)
+    teacher = record("teacher", 0, shares(np.array([8, 8])))["scores"]
+    write_json(StudyFolder(study.out).teacher, {"path": "teacher", "scores": teacher})
+    watch, said = Watch(), []
+    content = run_study(study, advance=watch, said=said.append)
+    assert not watch.steps and len(said) == 2 and all("taken from" in line for line in said)
+    assert content["variants"]["align_ti"]["per_seed"] == {"0": 50.0} and not content["missing"]
+    assert read_json(StudyFolder(study.out).record("kd", 0))["taken_from"] == str(made.out)
+
+    def found(study, variant="kd", seed=0, steps=4):
+        return StudyFolder(study.out).made_elsewhere(study, variant, seed, steps)
+
+    assert found(study) is not None
+    assert found(study, steps=5) is None
+    other = write_study(folder, tmp_path / "t.yaml", changes={"training.weight_decay": 0.3}, **taken)
+    assert found(read_study(other)) is None
+    assert found(read_study(write_study(folder, tmp_path / "t.yaml", **taken)), seed=1) is None
+    with pytest.raises(RunError, match="holds no study"):
+        found(read_study(write_study(folder, tmp_path / "t.yaml", records_from=[str(tmp_path / "nothing")])))
+    train = folder / "train-0.json"
+    before = train.read_text()
+    try:
+        train.write_text(before + " ")
+        assert found(study) is None
+    finally:
+        train.write_text(before)
+    failed = StudyFolder(made.out).record("kd", 0)
+    write_json(failed, {**read_json(failed), "error": "no room left"})
+    assert found(study) is None
+
+
+def test_runs_of_other_steps_than_the_costs_give_are_refused(folder, tmp_path, cheap):
+    study = read_study(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
+    write_json(StudyFolder(study.out).record("kd", 0), record("kd", 0, shares(np.array([1, 0])), steps=5))
+    StudyFolder(study.out).root.joinpath("study.yaml").write_text(yaml.safe_dump(told(study)))
+    with pytest.raises(RunError, match=r"0\.json has 5 steps, and .*costs\.json gives kd 4"):
+        run_study(study)
 
 
 @given(st.integers(1, 7), st.integers(0, 40))

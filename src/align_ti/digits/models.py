@@ -48,6 +48,8 @@ class LanguageSize:
 
 TEACHER = LanguageSize(hidden=144, layers=5, heads=6, feed_forward=432)
 STUDENT = LanguageSize(hidden=48, layers=3, heads=4, feed_forward=128)
+LARGE = LanguageSize(hidden=136, layers=4, heads=4, feed_forward=428)
+"""A student of 3.5 times as many parameters, tower included, which is not shipped (docs/quality.md)."""
 
 
 def tower_config() -> SiglipVisionConfig:

@@ -4,15 +4,17 @@
     python -m align_ti.digits.pretraining teacher --out DIR [--steps N]
     python -m align_ti.digits.pretraining polish  --out DIR --seed 1
     python -m align_ti.digits.pretraining student --out DIR [--steps N]
+    python -m align_ti.digits.pretraining large   --out DIR [--steps N]
 
-Each stage draws fresh scenes from the training scans for every batch, so the number of steps, not the data, is the limit. The
-benchmark itself never imports this module.
+`large` is a student of 3.5 times the size, for docs/quality.md; it is not shipped. Each stage draws fresh scenes from the training
+scans for every batch, so the number of steps, not the data, is the limit. The benchmark itself never imports this module.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, SiglipVisionModel
 
-from align_ti.digits.models import IMAGE_TOKENS, PATCH, STUDENT, TEACHER, build_model, build_processor, tower_config
+from align_ti.digits.files import copy_model
+from align_ti.digits.models import (
+    IMAGE_TOKENS,
+    LARGE,
+    PATCH,
+    STUDENT,
+    TEACHER,
+    build_model,
+    build_processor,
+    tower_config,
+)
 from align_ti.digits.questions import KINDS, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import CELL, COLOURS, GRID, Scene, draw_scene
@@ -37,6 +49,7 @@ CURRICULA = {
     # What the teacher is slowest to learn: finding a digit by its name, and weighing two.
     "polish": (*KINDS, "where", "where", "where", "compare", "compare"),
     "student": ("reading",),
+    "large": ("reading",),
 }
 """The kinds of questions that the batches of a stage cycle through."""
 
@@ -55,7 +68,16 @@ STAGES = {
     "teacher": Stage(steps=4000, batch=64, learning_rate=1.5e-3),
     "polish": Stage(steps=2000, batch=64, learning_rate=1e-3),
     "student": Stage(steps=3000, batch=64, learning_rate=2e-3),
+    "large": Stage(steps=3000, batch=64, learning_rate=2e-3),
 }
+
+MODELS = {
+    "teacher": ("teacher", TEACHER),
+    "polish": ("teacher", TEACHER),
+    "student": ("student", STUDENT),
+    "large": ("large", LARGE),
+}
+"""The folder that a stage's model is saved in, and the size of its language model."""
 
 
 def pixels(scenes: list[Scene]) -> Float[Tensor, "scenes 3 height width"]:
@@ -178,19 +200,20 @@ def dialogue_batch(
 
 
 def train_language(name: str, out: Path, stage: Stage, seed: int) -> None:
-    """Trains the teacher on every kind of question, or the student's start on captions; saves model and processor.
+    """Trains the teacher on every kind of question, or a student's start on captions; saves model and processor.
 
     `polish` goes on with the teacher that is there.
     """
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     processor = build_processor()
-    folder = out / ("student" if name == "student" else "teacher")
-    model = build_model(STUDENT if name == "student" else TEACHER, processor.tokenizer)
+    part, size = MODELS[name]
+    folder = out / part
+    model = build_model(size, processor.tokenizer)
     if name == "polish":
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     else:
-        model.model.vision_tower.load_state_dict(load_file(out / "tower.safetensors"))
+        model.model.vision_tower.load_state_dict(tower_weights(out))
     model.train()
     model.model.vision_tower.requires_grad_(False)
     kinds, scans = CURRICULA[name], load_scans("train")
@@ -202,6 +225,17 @@ def train_language(name: str, out: Path, stage: Stage, seed: int) -> None:
 
     optimize(name, [p for p in model.parameters() if p.requires_grad], losses(), stage)
     save(model, processor, folder)
+
+
+def tower_weights(out: Path) -> dict[str, Tensor]:
+    """The weights of the tower that was trained in the folder, or else of the shipped one."""
+    trained = out / "tower.safetensors"
+    if trained.exists():
+        return load_file(trained)
+    with tempfile.TemporaryDirectory() as shipped:
+        copy_model("student", Path(shipped))
+        model = LlavaForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
+    return model.model.vision_tower.state_dict()
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

@@ -49,6 +49,8 @@ class StudyFile(Knobs):
     """The variant whose distance to the teacher is the gap to close; by default `sft` where there is one, else the first."""
     compare: tuple[tuple[str, str], ...] = ()
     """Pairs [A, B] of variants: what A's score is above B's is told; by default every other variant against `gap_from`."""
+    records_from: tuple[str, ...] = ()
+    """Folders of other studies: a run that one of them has made, with the same recipe, seed, data and steps, is not made again."""
     keep_students: bool = False
     """Keep the students; by default they are removed once they are measured."""
 

@@ -101,6 +101,33 @@ class StudyFolder:
         """What lies in the folder that a study that has not begun would not have written."""
         return [path for path in self.root.iterdir() if path not in (self.costs, self.root / "work")]
 
+    def made_elsewhere(self, study: Study, variant: str, seed: int, steps: int) -> dict[str, Any] | None:
+        """This run's record as another study's folder of `records_from` has it, or None.
+
+        It counts if the other's run had the same recipe, seed and steps, on data of the same content, and did not fail. The record
+        then names that folder as `taken_from`.
+
+        Raises:
+            RunError: a folder of `records_from` holds no study.
+        """
+        wanted, data = without_steps(plain(study.templates[variant])), data_digests(study)
+        for root in study.file.records_from:
+            other = StudyFolder(Path(root))
+            if not other.study.exists():
+                raise RunError(
+                    f"records_from names {root}, which holds no study ({other.study.name}); name a study's folder."
+                )
+            theirs = yaml.safe_load(other.study.read_text(encoding="utf-8"))
+            if any(theirs["data"].get(path) != data.get(path) for path in data_paths(study.recipes[variant][seed])):
+                continue
+            for name, recipe in theirs["recipes"].items():
+                path = other.record(name, seed)
+                if without_steps(with_newer_defaults(recipe)) == wanted and path.exists():
+                    record = read_json(path)
+                    if not record["error"] and record["steps"] == steps:
+                        return {**record, "variant": variant, "taken_from": record.get("taken_from", root)}
+        return None
+
     def records(self, study: Study) -> dict[str, dict[int, dict[str, Any]]]:
         """The records that are there, by variant and seed.
 
@@ -123,7 +150,9 @@ class StudyFolder:
 
 def told(study: Study) -> dict[str, Any]:
     """What the folder keeps of a study: what all runs have in common, and the recipes without seeds and folders."""
-    content: dict[str, Any] = study.file.model_dump(mode="json", exclude={"variants", "changes", "base"})
+    content: dict[str, Any] = study.file.model_dump(
+        mode="json", exclude={"variants", "changes", "base", "records_from"}
+    )
     return content | {
         "budget": study.budget if study.file.equal in ("time", "flops") else None,
         "data": data_digests(study),
@@ -144,12 +173,19 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.model_dump(mode="json").items() if key not in ("out", "seed")}
 
 
+def without_steps(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The content without its number of steps, which equal time or operations may replace."""
+    return {**recipe, "training": {key: value for key, value in recipe["training"].items() if key != "max_steps"}}
+
+
+def data_paths(recipe: Recipe) -> list[str]:
+    """The data files that a run reads."""
+    named = recipe.data
+    return [*(source.path for source in named.sources), *(named.answers or ()), *([named.eval] if named.eval else [])]
+
+
 def data_digests(study: Study) -> dict[str, str]:
     """A digest of each data file that runs read, by which a study notices that it would go on with other data."""
-    named: dict[str, None] = {}
-    for recipes in study.recipes.values():
-        for recipe in recipes.values():
-            sources = [source.path for source in recipe.data.sources]
-            for path in [*sources, *(recipe.data.answers or ()), *([recipe.data.eval] if recipe.data.eval else [])]:
-                named.setdefault(path)
+    every = [recipe for recipes in study.recipes.values() for recipe in recipes.values()]
+    named = dict.fromkeys(path for recipe in every for path in data_paths(recipe))
     return {path: digest(Path(path))[:32] for path in named if Path(path).is_file()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from align_ti.config import Recipe, Teacher
-from align_ti.errors import InterruptedRunError
+from align_ti.errors import InterruptedRunError, RunError
 from align_ti.evaluation.benchmarks.base import Report
 from align_ti.evaluation.results import EXACT_MATCH, of_answers, scored
 from align_ti.pipeline.asking import predict, score_tasks
@@ -70,6 +70,7 @@ def run_study(
     """
     folder = StudyFolder(study.out)
     costs = prepare(study, folder, advance)
+    check_steps(study, folder, costs)
     mine = [run for number, run in enumerate(study.runs) if shard.has(number)]
     if retry:
         for name, seed in mine:
@@ -84,7 +85,12 @@ def run_study(
             # Another process may have finished it between the look and the lock.
             if owner is not None or folder.record(name, seed).exists():
                 continue
-            said(do_run(study, folder, name, seed, costs[name], advance))
+            made = folder.made_elsewhere(study, name, seed, costs[name].steps)
+            if made is not None:
+                write_record(folder.record(name, seed), made)
+                said(f"{study.label(name)}, seed {seed}: taken from {made['taken_from']}, {told_headline(made)}")
+            else:
+                said(do_run(study, folder, name, seed, costs[name], advance))
     advance("runs", len(mine), len(mine))
     return write_summary(study, folder)
 
@@ -112,6 +118,22 @@ def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Co
                 return costs
         advance("wait for another process, which measures costs", 0, 1)
         time.sleep(WAIT)
+
+
+def check_steps(study: Study, folder: StudyFolder, costs: Mapping[str, Cost]) -> None:
+    """A variant's runs must all have made the steps that its cost gives now, or their mean would be of nothing.
+
+    Raises:
+        RunError: one made another number.
+    """
+    for name, runs in folder.records(study).items():
+        for seed, one in runs.items():
+            if not one["error"] and one["steps"] != costs[name].steps:
+                raise RunError(
+                    f"{folder.record(name, seed)} has {one['steps']} steps, and {folder.costs} gives {name} {costs[name].steps}: costs "
+                    "were measured again since, or files of two studies are mixed; put the costs back that those runs were made "
+                    "with, or remove the records."
+                )
 
 
 def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, advance: Advance) -> str:
