@@ -22,7 +22,7 @@ from align_ti.runs import new_folder
 class Sizes:
     """Pictures of each split; each has one question of every kind that it can answer (eight at most)."""
 
-    train: int = 250
+    train: int = 2500
     validation: int = 100
     test: int = 150
 

@@ -25,8 +25,9 @@ from align_ti.studies.folder import StudyFolder
 TIMED = 25
 """Steps of a run that is timed; the first five are left out."""
 
-ROUNDS = 2
-"""Timed runs of each variant, in turn with the others', so that a machine that slows down slows all of them."""
+ROUNDS = 5
+"""Timed runs of each variant where time is what is equal, in turn with the others', so that a machine that slows down slows all of
+them. One such run may be a third off: the median of five is what steps are set from."""
 
 COUNTED = (2, 10)
 """Steps of the two short runs whose difference in operations is that of the steps between them."""
