@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/align-ti demo --out runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 40
 
 check: $(READY)
 	$(BIN)/ruff check .
