@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from align_ti.config import Recipe
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -60,3 +61,28 @@ def test_a_reader_who_follows_the_page_gets_what_it_says(tmp_path, page, least, 
     assert len(named(page)) >= least
     assert [name for name in sorted(named(page)) if not (tmp_path / name).exists()] == []
     assert says in printed and "0 fail" in printed and "'" * 3 not in printed
+
+
+def test_troubleshooting_names_checks_and_options_that_exist():
+    page, check = ((DOCS / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "check.md"))
+    said = [
+        name for cell in re.findall(r"check (`.*?) \|", page) for name in re.findall(r"`([a-z_]+(?:\.[a-z*]+)?)`", cell)
+    ]
+    explained = set(re.findall(r"`([a-z_]+(?:\.\*)?)`", check))
+    unknown = [name for name in said if name not in explained and f"{name.partition('.')[0]}.*" not in explained]
+    assert len(said) > 15 and unknown == []
+    options = re.findall(r"`((?:data|training|student|teacher|objective|evaluation)\.[a-z_.]+)", page)
+    assert len(options) > 10
+    for option in options:
+        group, *rest = option.rstrip(".").split(".")
+        section = Recipe.section(group)
+        for part in rest:
+            assert section is not None and part in section.known(), option
+            section = section.section(part)
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (DOCS.parent / "src").rglob("*.py"))
+    quoted = re.findall(r"^\| \"([^\"]+)\"", page, re.MULTILINE)
+    assert len(quoted) >= 3 and [message for message in quoted if message not in source] == []
