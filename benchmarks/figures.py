@@ -154,7 +154,7 @@ def ribbon() -> Figure:
     ax.set(xlim=(0, len(tokens)), ylim=(len(tokens), 0), aspect="equal", xlabel="token that is seen (key)")
     ax.set_ylabel("token that sees (query), with its position")
     names = [name for name, _ in tokens]
-    ax.set_xticks(np.arange(len(tokens)) + 0.5, names)
+    ax.set_xticks(np.arange(len(tokens)) + 0.5, names, fontsize=7)
     ax.set_yticks(
         np.arange(len(tokens)) + 0.5, [f"{name}  {place:>2}" for name, place in zip(names, places, strict=True)]
     )
@@ -229,7 +229,7 @@ def iva(shipped: Shipped) -> Figure:
     with watching(shipped.teacher, instruction, (LAYER,)) as watch:
         read(shipped.teacher, model_inputs(batch), keep_cache=False)
     weights = visual_weights(watch.means[LAYER], visual, instruction)[visual].view(len(records), 6, 6).numpy()
-    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     grid = figure.subplots(2, len(records) + 1, gridspec_kw={"height_ratios": (3, 1)})
     show(grid[0, 0], records[0].pictures()[0])
     grid[0, 0].set_title("the picture,\n36 visual tokens", fontsize=9)
@@ -255,12 +255,12 @@ def halves(text: str) -> tuple[str, str]:
 def tpa(shipped: Shipped) -> Figure:
     """Four tokens drawn from the student at one step, and both models' distributions behind each.
 
-    The step is the one of the first ten of the answer where the student is least sure.
+    The student has not learnt to answer such questions; the step is the one of the answer where it is least sure.
     """
-    (record,) = [record for record in shipped.picture(0) if record.kind == "reading"]
+    (record,) = [record for record in shipped.picture(0) if record.kind == "digit"]
     batch = shipped.batch([record])
     inputs = model_inputs(batch)
-    steps = (batch["roles"][0] == RESPONSE).nonzero()[:10, 0]
+    steps = (batch["roles"][0] == RESPONSE).nonzero()[:, 0]
     first = shipped.student(**inputs).logits[0, steps - 1].log_softmax(-1)
     entropy = -(first.exp() * first).sum(-1)
     step = int(steps[entropy.argmax()])
