@@ -60,14 +60,13 @@ def test_a_reader_who_follows_the_page_gets_what_it_says(tmp_path, page, least, 
     printed = followed(page, tmp_path)
     assert len(named(page)) >= least
     assert [name for name in sorted(named(page)) if not (tmp_path / name).exists()] == []
-    assert says in printed and "0 fail" in printed and "'" * 3 not in printed
+    assert says in printed and "0 fail" in printed
 
 
 def test_troubleshooting_names_checks_and_options_that_exist():
     page, check = ((DOCS / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "check.md"))
-    said = [
-        name for cell in re.findall(r"check (`.*?) \|", page) for name in re.findall(r"`([a-z_]+(?:\.[a-z*]+)?)`", cell)
-    ]
+    cells = re.findall(r"check (`.*?) \|", page.replace("`check.html`", "the page"))
+    said = [name for cell in cells for name in re.findall(r"`([a-z_]+(?:\.[a-z*]+)?)`", cell)]
     explained = set(re.findall(r"`([a-z_]+(?:\.\*)?)`", check))
     unknown = [name for name in said if name not in explained and f"{name.partition('.')[0]}.*" not in explained]
     assert len(said) > 15 and unknown == []
