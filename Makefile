@@ -2,6 +2,7 @@
 # demo    the main job on real data: report in runs/demo/report.html
 # test    the tests: CPU, offline
 # check   lint, format, types, architecture
+# docs    the documentation site in build/site; a broken link is an error
 # engines the tests of several processes, with DeepSpeed, which it installs
 # kills   20 runs killed at random moments end with the same weights; minutes
 # lmms-eval  an environment with lmms-eval in build/lmms, and the plug-in's test in it
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 LMMS := build/lmms
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check engines kills lmms-eval wheel clean
+.PHONY: setup demo test check docs engines kills lmms-eval wheel clean
 
 setup: $(READY)
 
@@ -36,6 +37,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # DeepSpeed is built against the torch that is there, without its own kernels.
 engines: $(READY)

@@ -1,0 +1,327 @@
+"""Draws the pictures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
+
+`rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured: the shipped teacher and
+student on the benchmark's own test pictures, seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from align_ti.data.collator import Collator
+from align_ti.data.conversation import Conversation
+from align_ti.data.roles import INSTRUCTION, RESPONSE, VISUAL, encode, model_inputs
+from align_ti.data.sources import read_conversations
+from align_ti.digits.files import Sizes, write_benchmark
+from align_ti.interactions.visual import visual_weights
+from align_ti.models.attention import watching
+from align_ti.models.continuation import read
+from align_ti.models.loading import load_model, load_processor
+
+ROLES = {
+    "other": "#c4c4c4",
+    "visual": "#cc79a7",
+    "instruction": "#56b4e9",
+    "response": "#009e73",
+    "candidate": "#e69f00",
+}
+"""A colour for each role, and for candidates; told apart by colour-blind readers too (Okabe and Ito)."""
+
+LAYER = 4
+"""The teacher's layer whose attention is shown: the shipped teacher's highest IRS."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "align-ti",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+SEQUENCE = (
+    ("<", "other"),
+    *((f"v{index}", "visual") for index in range(1, 6)),
+    *((f"q{index}", "instruction") for index in range(1, 4)),
+    (">", "other"),
+    *((f"y{index}", "response") for index in range(1, 5)),
+)
+"""The scheme's sequence: each token with its role; template tokens around picture, instruction and answer."""
+
+TRIED = {1: ("a", "b"), 2: ("a",), 3: ("a", "b")}
+"""The scheme's candidates by the response step that they stand in for; those of the fourth step end the turn, or are the gold token."""
+
+
+def first_response() -> int:
+    """The place of the scheme's first response token."""
+    return [role for _, role in SEQUENCE].index("response")
+
+
+def candidates() -> list[tuple[str, int]]:
+    """The scheme's candidates: a name, and the step that each stands in for."""
+    return [(f"u{step}{letter}", step) for step, letters in TRIED.items() for letter in letters]
+
+
+def visible() -> np.ndarray:
+    """Which token (column) each token (row) sees: gold tokens causally, a candidate the gold tokens before its step and itself."""
+    gold, tried = len(SEQUENCE), candidates()
+    seen = np.zeros((gold + len(tried), gold + len(tried)), dtype=bool)
+    seen[:gold, :gold] = np.tri(gold, dtype=bool)
+    for number, (_, step) in enumerate(tried, start=gold):
+        seen[number, : first_response() + step - 1] = True
+        seen[number, number] = True
+    return seen
+
+
+# --- schemes ----------------------------------------------------------------------------------------------------------
+
+
+def box(ax: Axes, x: float, y: float, colour: str, text: str = "", height: float = 0.8, alpha: float = 1.0) -> None:
+    """One token, or one row of it, at a column."""
+    ax.add_patch(
+        Rectangle((x - 0.42, y), 0.84, height, facecolor=colour, alpha=alpha, edgecolor="#444444", linewidth=0.6)
+    )
+    ax.text(x, y + height / 2, text, ha="center", va="center")
+
+
+def rows() -> Figure:
+    """Which positions each term compares, and with what weight."""
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    ax, start = figure.subplots(), first_response()
+    last = start + len(TRIED) + 1
+    for x, (name, role) in enumerate(SEQUENCE):
+        box(ax, x, 4.4, ROLES[role], name)
+    lanes = (("SFT, KD", 3.2), ("IVA", 2.0), ("TPA", 0.4))
+    for x in range(start - 1, last - 1):
+        box(ax, x, lanes[0][1], ROLES["response"], f"→ y{x - start + 2}")
+    heights = {1: 0.12, 2: 0.25, 3: 0.8, 4: 0.45, 5: 0.12}
+    for x, height in heights.items():
+        box(ax, x, lanes[1][1], ROLES["visual"], height=height)
+        ax.text(x, lanes[1][1] - 0.08, f"w{x}", ha="center", va="top")
+    for step, letters in TRIED.items():
+        for depth, letter in enumerate(letters):
+            height = 0.9 / len(letters)
+            box(
+                ax,
+                start + step - 1,
+                lanes[2][1] + depth * height,
+                ROLES["candidate"],
+                f"u{step}{letter} →",
+                height * 0.94,
+            )
+    notes = (
+        "the position before each\nresponse token, weight 1",
+        "each visual token, weight w: the share of\nthe teacher's attention that it gets",
+        "each candidate in place of the gold token,\nits position's weight shared out",
+    )
+    for (name, y), note in zip(lanes, notes, strict=True):
+        ax.text(-0.9, y + 0.4, name, ha="right", va="center", weight="bold")
+        ax.text(len(SEQUENCE) + 0.1, y + 0.4, note, va="center")
+    ax.text(-0.9, 4.8, "sequence", ha="right", va="center", weight="bold")
+    ax.set(xlim=(-2.6, len(SEQUENCE) + 6.5), ylim=(0, 5.9))
+    for x, role in ((3, "visual"), (7, "instruction"), (start + 1.5, "response")):
+        ax.text(x, 5.35, role, ha="center")
+    ax.axis("off")
+    return figure
+
+
+def ribbon() -> Figure:
+    """Candidates behind the gold sequence: what each token sees, and which position it has."""
+    figure = Figure(figsize=(7.2, 6.2), layout="constrained")
+    ax, seen = figure.subplots(), visible()
+    tokens = [*SEQUENCE, *((name, "candidate") for name, _ in candidates())]
+    places = [*range(len(SEQUENCE)), *(first_response() + step - 1 for _, step in candidates())]
+    for row, column in zip(*np.nonzero(seen), strict=True):
+        colour = ROLES[tokens[column][1]]
+        ax.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
+    ax.axhline(len(SEQUENCE), color="#444444", linewidth=1)
+    ax.axvline(len(SEQUENCE), color="#444444", linewidth=1)
+    ax.set(xlim=(0, len(tokens)), ylim=(len(tokens), 0), aspect="equal", xlabel="token that is seen (key)")
+    ax.set_ylabel("token that sees (query), with its position")
+    names = [name for name, _ in tokens]
+    ax.set_xticks(np.arange(len(tokens)) + 0.5, names, fontsize=7)
+    ax.set_yticks(
+        np.arange(len(tokens)) + 0.5, [f"{name}  {place:>2}" for name, place in zip(names, places, strict=True)]
+    )
+    ax.tick_params(length=0)
+    ax.text(len(tokens) + 0.2, len(SEQUENCE) / 2, "gold sequence:\none causal pass", va="center")
+    ax.text(
+        len(tokens) + 0.2,
+        (len(SEQUENCE) + len(tokens)) / 2,
+        "candidates: the gold\ntokens before their\nstep, and themselves",
+        va="center",
+    )
+    return figure
+
+
+# --- measured ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shipped:
+    """The shipped pair, and records about the benchmark's test pictures."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    processor: ProcessorMixin
+    records: Sequence[Conversation]
+
+    @classmethod
+    def written_to(cls, folder: Path) -> Shipped:
+        write_benchmark(folder, sizes=Sizes(train=1, validation=1, test=3))
+        teacher, student = (load_model(str(folder / name), "float32").eval() for name in ("teacher", "student"))
+        return cls(teacher, student, load_processor(str(folder / "student")), read_conversations(folder / "test.json"))
+
+    def picture(self, number: int) -> list[Conversation]:
+        """The records about one picture."""
+        names = list(dict.fromkeys(record.images[0] for record in self.records))
+        return [record for record in self.records if record.images[0] == names[number]]
+
+    def batch(self, records: Sequence[Conversation]) -> dict[str, Tensor]:
+        """Records as tensors."""
+        return Collator(self.processor.tokenizer.pad_token_id)([encode(record, self.processor) for record in records])
+
+
+def words(record: Conversation) -> tuple[str, str]:
+    """A record's question and answer."""
+    return record.turns[0].text.replace("<image>", "").strip(), record.turns[-1].text
+
+
+def digits(shipped: Shipped) -> Figure:
+    """Three pictures of the benchmark, each with a question and its answer."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for number, ax in enumerate(figure.subplots(1, 3)):
+        record = shipped.picture(number)[number]
+        question, answer = words(record)
+        show(ax, record.pictures()[0])
+        ax.set_title(f"{question}\n{answer}", fontsize=9)
+    return figure
+
+
+def show(ax: Axes, picture: Image.Image, alpha: float = 1.0) -> None:
+    """A picture with its pixels as they are."""
+    ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest", alpha=alpha, extent=(0, 6, 6, 0))
+    ax.set(xticks=[], yticks=[])
+    ax.set_frame_on(False)
+
+
+@torch.no_grad()
+def iva(shipped: Shipped) -> Figure:
+    """Where each of three instructions looks in one picture, and the weights that its visual rows get."""
+    records = [record for record in shipped.picture(0) if record.kind in {"digit", "where", "row"}]
+    batch = shipped.batch(records)
+    visual, instruction = batch["roles"] == VISUAL, batch["roles"] == INSTRUCTION
+    with watching(shipped.teacher, instruction, (LAYER,)) as watch:
+        read(shipped.teacher, model_inputs(batch), keep_cache=False)
+    weights = visual_weights(watch.means[LAYER], visual, instruction)[visual].view(len(records), 6, 6).numpy()
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    grid = figure.subplots(2, len(records) + 1, gridspec_kw={"height_ratios": (3, 1)})
+    show(grid[0, 0], records[0].pictures()[0])
+    grid[0, 0].set_title("the picture,\n36 visual tokens", fontsize=9)
+    grid[1, 0].axis("off")
+    for column, (record, weight) in enumerate(zip(records, weights, strict=True), start=1):
+        show(grid[0, column], record.pictures()[0])
+        grid[0, column].imshow(weight, cmap="magma", alpha=0.7, extent=(0, 6, 6, 0), vmin=0, vmax=weights.max())
+        grid[0, column].set_title("\n".join(halves(words(record)[0])), fontsize=9)
+        grid[1, column].bar(np.arange(1, 37), weight.ravel(), color=ROLES["visual"])
+        grid[1, column].set(ylim=(0, weights.max() * 1.05), xlabel="visual token")
+    grid[1, 1].set_ylabel("weight w")
+    return figure
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A sentence in two lines of like length."""
+    parts = text.split()
+    cut = min(range(1, len(parts)), key=lambda at: abs(len(" ".join(parts[:at])) - len(text) / 2))
+    return " ".join(parts[:cut]), " ".join(parts[cut:])
+
+
+@torch.no_grad()
+def tpa(shipped: Shipped) -> Figure:
+    """Four tokens drawn from the student at one step, and both models' distributions behind each.
+
+    The student has not learnt to answer such questions; the step is the one of the answer where it is least sure.
+    """
+    (record,) = [record for record in shipped.picture(0) if record.kind == "digit"]
+    batch = shipped.batch([record])
+    inputs = model_inputs(batch)
+    steps = (batch["roles"][0] == RESPONSE).nonzero()[:, 0]
+    first = shipped.student(**inputs).logits[0, steps - 1].log_softmax(-1)
+    entropy = -(first.exp() * first).sum(-1)
+    step = int(steps[entropy.argmax()])
+    drawn = torch.multinomial(
+        first[entropy.argmax()].exp(), 4, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    counts = {int(token): int((drawn == token).sum()) for token in drawn.unique()}
+    tokenizer = shipped.processor.tokenizer
+    before = tokenizer.decode(batch["input_ids"][0, steps[0] : step])
+    figure = Figure(figsize=(9.5, 1.2 + 1.7 * len(counts)), layout="constrained")
+    figure.suptitle(
+        f"{words(record)[0]}  {before} …   gold: {tokenizer.decode(batch['input_ids'][0, step])!r}", fontsize=9
+    )
+    for ax, (token, count) in zip(np.atleast_1d(figure.subplots(len(counts), 1)), counts.items(), strict=True):
+        ids = torch.cat([batch["input_ids"][:, :step], torch.tensor([[token]])], dim=1)
+        seen = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        teacher, student = (model(**seen).logits[0, -1].softmax(-1) for model in (shipped.teacher, shipped.student))
+        top = torch.maximum(teacher, student).topk(6).indices
+        places = np.arange(len(top))
+        ax.bar(places - 0.2, teacher[top], 0.4, color="#7f7f7f", label="teacher")
+        ax.bar(
+            places + 0.2, student[top], 0.4, color=ROLES["response"], hatch="///", edgecolor="white", label="student"
+        )
+        ax.set_xticks(places, [repr(tokenizer.decode(index)) for index in top])
+        divergence = (teacher * (teacher.log() - student.log())).nansum()
+        ax.set(ylim=(0, 1.05), ylabel="probability")
+        ax.set_title(
+            f"behind the candidate {tokenizer.decode(token)!r} (drawn {count} of 4 times): KL {divergence:.2f} nats",
+            fontsize=9,
+            loc="left",
+        )
+    figure.axes[0].legend(loc="upper right", frameon=False)
+    return figure
+
+
+SCHEMES: dict[str, Callable[[], Figure]] = {"rows": rows, "ribbon": ribbon}
+MEASURED: dict[str, Callable[[Shipped], Figure]] = {"digits": digits, "iva": iva, "tpa": tpa}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A figure as SVG; the same figure gives the same file."""
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
+    # Matplotlib leaves blanks at the ends of lines.
+    path.write_text(
+        "\n".join(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()) + "\n", encoding="utf-8"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE), tempfile.TemporaryDirectory() as folder:
+        shipped = Shipped.written_to(Path(folder) / "digits")
+        drawn = {name: draw() for name, draw in SCHEMES.items()} | {
+            name: draw(shipped) for name, draw in MEASURED.items()
+        }
+        for name, figure in drawn.items():
+            save(figure, chosen.out / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
