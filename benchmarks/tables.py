@@ -399,6 +399,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-remedies": plan_remedies_table,
     "plan-work": plan_work_table,
     "topk": topk_table,
+    "ablation-variants": partial(study_tables.variants, "ablation"),
+    "ablation-differences": partial(study_tables.differences, "ablation"),
+    "ablation-kinds": partial(study_tables.metrics, "ablation", "exact match"),
+    "ablation-fidelity": partial(study_tables.metrics, "ablation", "fidelity"),
+    "ablation-times": partial(study_tables.times, "ablation"),
+    "equal-time-variants": partial(study_tables.variants, "equal-time"),
+    "equal-time-differences": partial(study_tables.differences, "equal-time"),
     "budget-variants": partial(study_tables.variants, "budget"),
     "budget-differences": partial(study_tables.differences, "budget"),
 }
