@@ -16,18 +16,10 @@ from xml.etree import ElementTree
 import pytest
 
 from align_ti.errors import RunError
-from align_ti.report.study import (
-    OPERATIONS,
-    TIMES,
-    amount,
-    bounds,
-    number,
-    options,
-    signed,
-    study_figures,
-    write_study_page,
-)
-from align_ti.report.study_plots import crowding, looks
+from align_ti.report.drawing import looks
+from align_ti.report.numbers import OPERATIONS, TIMES, amount, bounds, number, signed
+from align_ti.report.study import options, study_figures, write_study_page
+from align_ti.report.study_plots import crowding
 from tests.study_content import study_content
 
 PICTURES = (

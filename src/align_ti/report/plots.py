@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from align_ti.phases import phase_names
+from align_ti.report.drawing import COLOURS, STYLE, axes, svg
 
-# Okabe-Ito: told apart by colour-blind readers too.
-COLOURS = {
-    "teacher": "#7f7f7f",
-    "start": "#c4c4c4",
-    "before": "#c4c4c4",
-    "sft": "#e69f00",
-    "kd": "#56b4e9",
-    "align_ti": "#009e73",
-    "student": "#009e73",
-}
 TERMS = {"sft": "#e69f00", "kd": "#56b4e9", "iva": "#cc79a7", "tpa": "#009e73"}
 OTHER_TERMS = ("#0072b2", "#d55e00", "#f0e442", "#7f7f7f", "#000000")
 CYCLE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2")
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "align-ti",
-    "font.family": "sans-serif",
-}
-
-
-def svg(figure: Figure, title: str) -> str:
-    """The figure as an inline SVG element with a title for screen readers; the same figure gives the same text."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # Fixed sizes would overflow narrow windows.
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
-    return re.sub(r"(<svg[^>]*>)", rf"\1<title>{title}</title>", text, count=1)
-
-
-def axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 def accuracy_bars(summary: Mapping[str, Any]) -> str:
