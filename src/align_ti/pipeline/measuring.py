@@ -29,6 +29,7 @@ from align_ti.pipeline.checking import Seen, log_warnings
 from align_ti.pipeline.fidelity import fidelity
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
+from align_ti.pipeline.showing import show_inside
 from align_ti.pipeline.training import distil
 from align_ti.processes import part_in_order
 from align_ti.report.card import write_card
@@ -282,7 +283,8 @@ def train_and_measure(
 def measure_questions(
     run: RunFolder, recipe: Recipe, advance: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Any]]:
-    """What `evaluate_model` finds for each of the run's models on the recipe's own questions; each is written to the run folder too.
+    """What `evaluate_model` finds for each of the run's models on the recipe's own questions; each is written to the run folder too,
+    and so is what the report shows of the inside of the models.
 
     Args:
         run: the run, whose student is there.
@@ -291,6 +293,7 @@ def measure_questions(
     """
     conversations = read_questions(recipe.data)
     models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
+    layer = recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None
     results = {}
     for name, model in models.items():
         if model is not None:
@@ -306,8 +309,23 @@ def measure_questions(
                 recipe.evaluation,
                 teacher=None if name == "teacher" else recipe.teacher,
                 dtype=recipe.student.dtype,
-                layer=recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None,
+                layer=layer,
                 advance=answered,
             )
             write_json(run.evaluation(name), results[name])
+    named = {
+        name: Teacher(path=model, dtype=recipe.student.dtype) if isinstance(model, str) else model
+        for name, model in models.items()
+        if model is not None
+    }
+    right = {name: [one["right"] for one in result["answers"]] for name, result in results.items()}
+    show_inside(
+        run,
+        named,
+        conversations,
+        right,
+        recipe.evaluation.shown,
+        read_json(run.layer_scores)["layer"] if run.layer_scores.exists() else layer,
+        advance=partial(advance, "inside the models"),
+    )
     return results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
 import io
 import re
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -168,3 +171,41 @@ def axes(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure with one pair of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A picture on a page, with the numbers that it shows as a table to download."""
+
+    name: str
+    """Of the file that is downloaded, without its ending."""
+    svg: Markup
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+    @property
+    def csv(self) -> str:
+        """The table as a data URL; text that a spreadsheet would compute is marked as text."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(map(as_text, self.header))
+        writer.writerows([["" if cell is None else as_text(cell) for cell in row] for row in self.rows])
+        return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(buffer.getvalue().encode()).decode()}"
+
+
+def as_text(cell: Cell) -> Cell:
+    """The cell, with an apostrophe before text that begins as a formula does."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t")) else cell
+
+
+def picture_of(
+    name: str, svg_text: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = ""
+) -> Drawing:
+    """A picture that was drawn here, and so is markup, with its numbers."""
+    # HTML knows the namespace of SVG.
+    inline = svg_text.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
+    return Drawing(name, Markup(inline), tuple(header), rows, caption)

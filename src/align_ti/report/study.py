@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from align_ti.report import study_plots as plots
-from align_ti.report.drawing import minus
+from align_ti.report.drawing import Cell, Drawing, minus, picture_of
 from align_ti.report.numbers import (
     DASH,
     OPERATIONS,
@@ -28,9 +27,16 @@ from align_ti.report.numbers import (
     signed,
     with_interval,
 )
+from align_ti.report.templates import environment
 from align_ti.runs import read_json, write_text
 
 Content = Mapping[str, Any]
+
+CAPTIONS = {
+    "differences": "A filled point: the corrected interval leaves out 0. A hollow one: it does not, or is unknown. Beside the names: "
+    "the difference and its own 95 % interval."
+}
+"""What stands beneath pictures."""
 
 
 def write_study_page(root: Path) -> Path:
@@ -41,15 +47,52 @@ def write_study_page(root: Path) -> Path:
     """
     root = Path(root)
     content = read_json(root / "study.json")
-    # Everything from data is escaped; only our own SVG is markup.
-    environment = Environment(
-        loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    figures = {name: Markup(inline(figure)) for name, figure in study_figures(content).items()}
-    page = environment.get_template("study.html.j2").render(view(content), figures=figures)
+    page = environment().get_template("study.html.j2").render(view(content), figures=study_drawings(content))
     path = root / "study.html"
     write_text(path, page)
     return path
+
+
+def study_body(content: Content) -> Markup:
+    """The study as a part of a page: all of its own page but the title and the answer, headings two levels lower."""
+    body = environment().get_template("study_body.html.j2")
+    return Markup(body.render(view(content), figures=study_drawings(content), h="h3", sub="h4"))
+
+
+def study_drawings(content: Content) -> dict[str, Drawing]:
+    """The study's pictures with the numbers that they show."""
+    return {
+        name: picture_of(name, figure, *study_numbers(content, name), caption=CAPTIONS.get(name, ""))
+        for name, figure in study_figures(content).items()
+    }
+
+
+def study_numbers(content: Content, name: str) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+    """The header and the rows of the numbers that a picture shows."""
+    labels, unit = content["labels"], unit_of_score(content)
+    if name == "differences":
+        keys = ("mean", "low", "high", "corrected_low", "corrected_high", "corrected_p")
+        rows = [(labels[one["of"]], labels[one["to"]], *(one[key] for key in keys)) for one in content["differences"]]
+        return ("of", "to", f"difference, {points(unit)}", *(key.replace("_", " ") for key in keys[1:])), rows
+    if name == "kinds":
+        every = [(row["metric"], one) for row in parts(content) for one in row["differences"]]
+        rows = [
+            (kind, labels[one["of"]], labels[one["to"]], one["mean"], one["low"], one["high"]) for kind, one in every
+        ]
+        return ("kind", "of", "to", f"difference, {points(unit)}", "low", "high"), rows
+    if name.startswith("frontier"):
+        rows = [
+            (labels[of], one["seconds"], one["flops"], *(one["accuracy"][key] for key in ("mean", "low", "high")))
+            for of, one in content["variants"].items()
+        ]
+        return ("variant", "seconds", "operations", f"mean, {unit}", "low", "high"), rows
+    benchmark = name.split("-", 2)[2]
+    rows = [
+        (labels[of], *(point[key] for key in ("step", "seconds", "mean", "low", "high")))
+        for of, found in content["curves"].items()
+        for point in found.get(benchmark, ())
+    ]
+    return ("variant", "step", "seconds", "mean", "low", "high"), rows
 
 
 def study_figures(content: Content) -> dict[str, str]:
@@ -82,11 +125,6 @@ def study_figures(content: Content) -> dict[str, str]:
         for by, divisor, words in (("step", 1.0, "step"), ("seconds", scale, f"training time, {name}")):
             figures[f"learning-{by}-{benchmark}"] = plots.learning(curves, labels, by, divisor, (words, benchmark))
     return figures
-
-
-def inline(figure: str) -> str:
-    """The SVG for use inside HTML, which knows its namespace."""
-    return figure.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
 
 
 # --- what the page says -----------------------------------------------------------------------------------------------
