@@ -83,9 +83,9 @@ def show_inside(
     notes: list[str] = []
     try:
         groups = same_image_groups(conversations, count, INSTRUCTIONS)
-    except DataError as error:
+    except DataError:
         groups = []
-        notes.append(f"No picture is shown: {error}")
+        notes.append("No picture of these records has two different instructions, so where models look is not shown.")
     answers = [Answer(conversations[index]) for index in chosen_records(conversations, right, count)]
     students = [name for name in models if name != "teacher"]
     focus: dict[str, Focus] = {}

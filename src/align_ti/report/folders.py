@@ -170,8 +170,8 @@ def models_in(folder: Folder, *, several: bool) -> Iterator[Model]:
         RunError: the folder's summary names no model.
     """
     summary = folder.summary
-    measured = [*summary.get("accuracy", {}), *summary.get("benchmarks", {}), *summary.get("seconds_per_step", {})]
-    names = sorted(dict.fromkeys(measured), key=list(summary["labels"]).index)
+    measured = {name for part in ("accuracy", "benchmarks", "fidelity", "seconds_per_step") for name in summary.get(part, {})}
+    names = [name for name in summary["labels"] if name in measured]
     if not names:
         raise RunError(f"{folder.run.summary} names no model; finish the run first, or name the right run folder.")
     trained = [name for name in names if name not in ROLES]

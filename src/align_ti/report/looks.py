@@ -24,6 +24,9 @@ Told = Mapping[str, Any]
 def looks_of(models: Sequence[Model], folder: Folder, pictures: Pictures) -> dict[str, Any] | None:
     """What the part of the page shows of a folder; None if nothing was measured."""
     told = content(folder.run.looks)
+    scored = content(folder.run.layer_scores)
+    if not told.get("models") and scored.get("scores") and "teacher" in folder.summary["labels"]:
+        told = {"models": {"teacher": scored}, "pictures": []}
     own = {model.name: model.label for model in models if model.folder is folder}
     names = [name for name in folder.summary["labels"] if name in told.get("models", {})]
     if not names:
