@@ -16,6 +16,7 @@ from align_ti.errors import RunError
 from align_ti.report.drawing import Drawing
 from align_ti.report.examples import spread
 from align_ti.report.folders import distinct_names
+from align_ti.report.numbers import DASH, MINUS
 from align_ti.report.page import inline_script, write_report
 from tests.study_content import study_content
 
@@ -112,7 +113,7 @@ def compared_folder(root: Path, right: dict[str, tuple[int, ...]] | None = None,
         weights = {"sft": 1.0} if name == "sft" else {"sft": 1.0, "tpa": 0.5}
         lines = [
             {"step": step, "loss": 2.0, "learning_rate": 0.1 / step, "grad_norm": 1.0}
-            | {term: 1.0 / step for term in weights}
+            | dict.fromkeys(weights, 1.0 / step)
             | {f"{term}_weight": weight for term, weight in weights.items()}
             for step in (1, 2, 3)
         ]
@@ -128,7 +129,9 @@ def compared_folder(root: Path, right: dict[str, tuple[int, ...]] | None = None,
         (root / name / "check.json").write_text(json.dumps({"verdicts": [verdict]}))
         story = {"used": 9, "records": 10, "skipped": 1, "truncated": 0}
         (root / name / "data.json").write_text(json.dumps(story))
-        (root / name / "skipped.jsonl").write_text(json.dumps({"place": "/secret/place/data.json, record 3", "reason": "<b>"}))
+        (root / name / "skipped.jsonl").write_text(
+            json.dumps({"place": "/secret/place/data.json, record 3", "reason": "<b>"})
+        )
     write_inside(root, list(names))
     return root
 
@@ -186,13 +189,15 @@ def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
     for part in ("scores", "looks", "transitions", "examples", "training", "cost", "origin"):
         assert f'<section id="{part}">' in page and f'href="#{part}"' in page
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
-    assert "Align-TI − SFT" in words and "Corrected intervals" in words
+    assert f"Align-TI {MINUS} SFT" in words and "Corrected intervals" in words
     assert "Where is &lt;b&gt;it&lt;/b&gt;?" in page and "a &lt;i&gt;note&lt;/i&gt;" in page and "layer 1" in words
     # Of six cells the first has half of the weight; in the second map the last has all.
     assert "top left 50 %" in words and "bottom right 100 %" in words
     assert "What &lt;b&gt;colour&lt;/b&gt;?" in page and "&lt;s&gt;" in page and "Align-TI -0.50" in words
     assert "1,000 of 1,200" in words and "tpa x 0.5" in words and "align-ti demo" not in words
-    assert "9 of 10 records used, 1 skipped" in words and "data.json, record 3: &lt;b&gt;" in words and "! warn" in words
+    assert (
+        "9 of 10 records used, 1 skipped" in words and "data.json, record 3: &lt;b&gt;" in words and "! warn" in words
+    )
     assert "/secret" not in page
 
 
@@ -212,7 +217,9 @@ def test_a_study_stands_beside_runs_and_alone(tmp_path):
     (tmp_path / "study" / "study.json").write_text(json.dumps(study_content(curves=False, fidelity=False)))
     alone = write_report(tmp_path / "study").read_text()
     assert "of the gap" in alone and '<section id="study-0">' in alone and "Scores by seed" in alone
-    beside = write_report(compared_folder(tmp_path / "demo"), tmp_path / "study", out=tmp_path / "both.html").read_text()
+    beside = write_report(
+        compared_folder(tmp_path / "demo"), tmp_path / "study", out=tmp_path / "both.html"
+    ).read_text()
     assert "1 run folder and 1 study" in beside and "Align-TI closed" in beside and "Scores by seed" in beside
 
 
@@ -257,7 +264,7 @@ def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
     page = write_report(run_folder(tmp_path, fidelity=own, fidelity_notes=notes, labels=labels)).read_text()
     assert page.count("0.512") == 2 and page.count("0.400 to 0.600") == 2 and "KL, response tokens" in page
     row = next(line for line in page.splitlines() if line.startswith("<tr><td>agreement, own answers"))
-    assert "61.3" in row and "interval unknown" in row and "<td>–</td>" in row
+    assert "61.3" in row and "interval unknown" in row and f"<td>{DASH}</td>" in row
     assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page
 
 
@@ -273,7 +280,9 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 def test_two_hundred_photographs_stay_small_and_rare_patterns_are_shown(tmp_path):
     root, rng = compared_folder(tmp_path, pictures=1), np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(
+        (1024, 768), Image.Resampling.BICUBIC
+    )
     smooth.save(root / "photo.jpg")
     for path in root.glob("evaluation-*.json"):
         (one, *_) = json.loads(path.read_text())["answers"]
@@ -305,7 +314,9 @@ def test_folders_are_called_by_as_little_of_their_path_as_tells_them_apart():
 def test_a_run_without_questions_has_a_page_of_its_training(tmp_path):
     root = compared_folder(tmp_path / "demo") / "align_ti"
     (root / "student").mkdir()
-    (root / "cost.json").write_text(json.dumps({"seconds_per_step": 0.2, "peak_memory_mib": None, "memory": "resident"}))
+    (root / "cost.json").write_text(
+        json.dumps({"seconds_per_step": 0.2, "peak_memory_mib": None, "memory": "resident"})
+    )
     page = write_report(root).read_text()
     assert "have not been asked any question" in page and '<section id="training">' in page
     assert '<section id="scores">' not in page and "12.0 s" in page
@@ -334,7 +345,7 @@ def test_what_was_not_measured_is_a_dash_not_a_zero(tmp_path):
         run_folder(tmp_path, peak_memory_mib={"align_ti": None}, seconds_per_step={"align_ti": None})
     ).read_text()
     row = next(line for line in page.splitlines() if line.startswith("<tr><td>Align-TI"))
-    assert row.count("<td>–</td>") == 7
+    assert row.count(f"<td>{DASH}</td>") == 7
     assert "None" not in page
 
 

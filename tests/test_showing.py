@@ -52,10 +52,15 @@ def test_what_comes_next_is_what_the_model_says_behind_the_candidate(pair, recor
     told, processor = read_json(shown.transitions), load_processor(str(pair / "student"))
     assert not told["notes"] and len(told["answers"]) == 2
     by_words = {one.turns[-2].text.replace("<image>", ""): one for one in records if one.kind}
-    models = {"teacher": load_model(str(pair / "teacher"), "float32"), "before": load_model(str(pair / "student"), "float32")}
+    models = {
+        "teacher": load_model(str(pair / "teacher"), "float32"),
+        "before": load_model(str(pair / "student"), "float32"),
+    }
     for answer in told["answers"]:
         assert 1 <= len(answer["steps"]) <= STEPS
-        record = next(one for one in records if one.turns[-1].text == answer["answer"] and answer["question"] in one.turns[0].text)
+        record = next(
+            one for one in records if one.turns[-1].text == answer["answer"] and answer["question"] in one.turns[0].text
+        )
         assert answer["question"] in by_words
         batch = Collator(processor.tokenizer.pad_token_id)([encode(record, processor)])
         start, inputs = last_response(batch["roles"][0]), model_inputs(batch)
@@ -100,7 +105,9 @@ def test_where_models_look_has_the_layers_that_are_scored(pair, records, shown):
     groups, collate = same_image_groups(records, 2, 4), Collator(processor.tokenizer.pad_token_id)
     batches = [collate([encode(one, processor, train=False) for one in group]) for group in groups]
     scores = score_layers(load_model(str(pair / "teacher"), "float32"), batches)
-    assert {int(layer): pytest.approx(value, abs=1e-4) for layer, value in told["models"]["teacher"]["scores"].items()} == scores
+    assert {
+        int(layer): pytest.approx(value, abs=1e-4) for layer, value in told["models"]["teacher"]["scores"].items()
+    } == scores
     assert told["models"]["teacher"]["layer"] == 0
     students = told["models"]["before"]["scores"]
     assert str(told["models"]["before"]["layer"]) == max(students, key=students.get)
@@ -120,7 +127,10 @@ def test_nothing_is_written_if_nothing_is_asked_for(pair, records, tmp_path):
 
 
 def test_records_without_a_second_instruction_are_told_in_a_note(pair, records, tmp_path):
-    run, one = RunFolder(tmp_path), [dataclasses.replace(records[0], turns=(*records[0].turns[:1], Turn("assistant", "Red.")))]
+    run, one = (
+        RunFolder(tmp_path),
+        [dataclasses.replace(records[0], turns=(*records[0].turns[:1], Turn("assistant", "Red.")))],
+    )
     show_inside(run, {"student": named(pair, "student")}, one, {"student": [True]}, count=3)
     assert "two different instructions" in read_json(run.looks)["notes"][0]
     # Without a teacher there is nothing to diverge from.

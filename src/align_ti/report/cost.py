@@ -9,7 +9,7 @@ from align_ti.evaluation.statistics import interval, told
 from align_ti.phases import phase_names
 from align_ti.report import plots, study_plots
 from align_ti.report.drawing import Drawing, picture_of
-from align_ti.report.folders import Model, content, folders_of
+from align_ti.report.folders import Model, content, folders_of, names_in_colour
 from align_ti.report.headline import contest_of, title_of
 from align_ti.report.numbers import DASH, TIMES, amount, digits, scaled
 
@@ -72,12 +72,12 @@ def frontier(trained: Sequence[Model], models: Sequence[Model]) -> Drawing | Non
     if found is None or len(timed) < 2:
         return None
     scale, unit = scaled(TIMES, [model.seconds or 0.0 for model in timed])
-    variants = {}
+    variants, names = {}, names_in_colour(models)
     for model in timed:
         one = told(interval(found.metric(model)))
         accuracy = {"mean": one["value"], "low": one["low"], "high": one["high"]}
-        variants[model.key] = {"accuracy": accuracy, "seconds": model.seconds}
-    labels = {model.key: model.label for model in timed}
+        variants[names[model.key]] = {"accuracy": accuracy, "seconds": model.seconds}
+    labels = {names[model.key]: model.label for model in timed}
     title, of = title_of(found.scores[timed[0].key]), found.metric(timed[0]).unit
     text = study_plots.frontier(
         variants, labels, unbeaten(variants), "seconds", scale, (f"training time, {unit}", f"{title}, {of}")
@@ -99,11 +99,9 @@ def unbeaten(variants: Mapping[str, Row]) -> list[str]:
 def phase_figure(phases: Mapping[str, Row], models: Sequence[Model]) -> Drawing:
     """Mean milliseconds of each phase of a step."""
     by_key = {model.key: model for model in models}
-    names = [by_key[key].name for key in phases]
-    # Runs of one name would share a bar's colour and place.
-    keys = names if len(set(names)) == len(names) else list(phases)
-    renamed = dict(zip(keys, phases.values(), strict=True))
-    labels = {key: by_key[own].label for key, own in zip(keys, phases, strict=True)}
+    names = names_in_colour(models)
+    renamed = {names[key]: found for key, found in phases.items()}
+    labels = {names[key]: by_key[key].label for key in phases}
     rows = [
         (by_key[key].label, name, 1000 * one["mean_seconds"], 1000 * one["median_seconds"], one["share"])
         for key, found in phases.items()

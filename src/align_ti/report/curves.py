@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator
+
 from align_ti.report import study_plots
-from align_ti.report.drawing import COLOURS, INK, WIDTH, Drawing, axes, drawn, look, looks, picture_of, short
-from align_ti.report.folders import Model
+from align_ti.report.drawing import INK, WIDTH, Drawing, axes, drawn, look, looks, picture_of, short
+from align_ti.report.folders import Model, names_in_colour
 from align_ti.report.plots import colours_of, terms_in
 from align_ti.runs import read_lines
 
@@ -28,7 +30,7 @@ def curves_of(models: Sequence[Model]) -> dict[str, Any] | None:
     if not logs:
         return None
     labels = {model.key: model.label for model in models}
-    names = {model.key: model.name for model in models}
+    names = names_in_colour(models)
     return {
         "terms": [
             {"label": labels[key], "figures": term_figures(log, key, labels[key]), "same": all_ones(log)}
@@ -90,6 +92,10 @@ def terms(log: Log, key: str, title: str, *, weighted: bool) -> Drawing:
                 ax.plot(*zip(*loss, strict=True), color=INK, linewidth=1.0, label="loss")
         if rows:
             ax.set_yscale("log")
+            # Numbers as they are, in place of formulas of powers.
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+            ax.yaxis.set_minor_formatter("{x:g}")
             ax.legend(frameon=False, fontsize=9, ncols=2)
         ax.set_xlabel("step")
         ax.set_ylabel("weighted value" if weighted else "value")
@@ -106,7 +112,9 @@ def lines(
     rows: list[tuple[Any, ...]] = []
     with look():
         figure, ax = axes(WIDTH, 2.7)
-        for key, style in styles_of(list(logs), names).items():
+        styles = looks([names[key] for key in logs])
+        for key in logs:
+            style = styles[names[key]]
             points = [(line["step"], line[name]) for line in logs[key] if line.get(name) is not None]
             rows += [(labels[key], *point) for point in points]
             if points:
@@ -120,20 +128,14 @@ def lines(
                     markevery=every,
                     label=short(labels[key], 24),
                 )
+        ax.margins(y=0.08)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("step")
-        ax.set_ylabel(short(words, 34))
+        ax.set_ylabel("share" if name.endswith("_share") else words)
         if len(logs) > 1:
             ax.legend(frameon=False, fontsize=9)
         text = drawn(figure, words)
     return picture_of(name.replace("_", "-"), text, ("model", "step", words), rows, words[:1].upper() + words[1:])
-
-
-def styles_of(keys: Sequence[str], names: Mapping[str, str]) -> dict[str, Any]:
-    """Each model's look: its own colour where its name in its folder has one that no other model takes."""
-    own = [names[key] for key in keys]
-    known = [name if own.count(name) == 1 and name in COLOURS else key for key, name in zip(keys, own, strict=True)]
-    return dict(zip(keys, looks(known).values(), strict=True))
 
 
 def task_figures(models: Sequence[Model], labels: Mapping[str, str]) -> list[Drawing]:

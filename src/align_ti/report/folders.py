@@ -170,7 +170,9 @@ def models_in(folder: Folder, *, several: bool) -> Iterator[Model]:
         RunError: the folder's summary names no model.
     """
     summary = folder.summary
-    measured = {name for part in ("accuracy", "benchmarks", "fidelity", "seconds_per_step") for name in summary.get(part, {})}
+    measured = {
+        name for part in ("accuracy", "benchmarks", "fidelity", "seconds_per_step") for name in summary.get(part, {})
+    }
     names = [name for name in summary["labels"] if name in measured]
     if not names:
         raise RunError(f"{folder.run.summary} names no model; finish the run first, or name the right run folder.")
@@ -225,3 +227,9 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 def folders_of(models: Sequence[Model]) -> list[Folder]:
     """The folders of the models, each once."""
     return list({model.folder.run.root: model.folder for model in models}.values())
+
+
+def names_in_colour(models: Sequence[Model]) -> dict[str, str]:
+    """By key the name that a model's colour goes by: its own in its folder where no other model is called so, else its key."""
+    own = [model.name for model in models]
+    return {model.key: model.name if own.count(model.name) == 1 else model.key for model in models}

@@ -25,7 +25,7 @@ from align_ti.report.drawing import (
     picture_of,
     short,
 )
-from align_ti.report.folders import Model
+from align_ti.report.folders import Model, names_in_colour
 from align_ti.report.numbers import MINUS, TIMES, amount, bounds, decimals, number, points, signed
 
 
@@ -191,12 +191,12 @@ def cost_in_words(best: Model, base: Model | None) -> str:
 
 def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
     """The chart of run folders."""
-    rungs = []
+    rungs, names = [], names_in_colour(found.models)
     for model in found.models:
         one = interval(found.metric(model))
         low, high = (None if isnan(end) else end for end in (one.low, one.high))
         cost = "" if model.role != "trained" or model.seconds is None else amount(TIMES, model.seconds)
-        rungs.append(Rung(model.name if model.name else model.key, model.label, model.role, one.value, low, high, cost))
+        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, cost))
     of = found.models
     marks = tuple(None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
@@ -221,11 +221,11 @@ def ladder(
     places = decimals(unit, (one.value for one in rungs), 1)
     with look():
         figure, ax = axes(WIDTH, 0.75 + 0.47 * len(rungs) + (0.3 if share else 0.0))
-        styles = looks([rung.key for rung in rungs]) if len({rung.key for rung in rungs}) == len(rungs) else {}
+        styles = looks([rung.key for rung in rungs])
         line = ax.get_yaxis_transform()
         for row, place in enumerate(order):
             rung = rungs[place]
-            colour = styles[rung.key].colour if styles else INK
+            colour = styles[rung.key].colour
             if rung.low is not None and rung.high is not None:
                 ax.plot([rung.low, rung.high], [row, row], color=INK, linewidth=2.2, solid_capstyle="butt")
             marker = {"teacher": "D", "start": "s"}.get(rung.role, "o")
