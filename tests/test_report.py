@@ -208,7 +208,7 @@ def test_several_folders_are_one_page_and_their_teacher_is_one_model(tmp_path):
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
     assert "2 run folders" in words and "two: Align-TI closed 100 %" in words
     assert "one: Align-TI" in words and "teacher (one)" not in words and "start (two)" not in words
-    assert "best of 4 students" in words
+    assert "best of 2 students" in words
     assert not (first / "report.html").exists()
 
 

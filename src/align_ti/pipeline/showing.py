@@ -191,7 +191,9 @@ def told_looks(
         chosen |= dict.fromkeys(alike, best)
     if "teacher" in focus:
         scores = focus["teacher"].scores
-        chosen["teacher"] = layer if layer in scores else max(scores, key=lambda index: scores[index])
+        chosen["teacher"] = (
+            layer if layer is not None and layer in scores else max(scores, key=lambda index: scores[index])
+        )
     pictures = []
     for number, group in enumerate(groups):
         shown = {}

@@ -35,8 +35,8 @@ class Folder:
     @property
     def demo(self) -> Told | None:
         """The choices that a demo was made with."""
-        path = self.run.root / "demo.json"
-        return read_json(path) if path.exists() else None
+        told: Told = content(self.run.root / "demo.json")
+        return told or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,10 @@ class Model:
     @property
     def recipe(self) -> Told:
         """The recipe that it was trained by."""
-        path = self.run.recipe
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if self.role == "trained" and path.exists() else {}
+        if self.role != "trained" or not self.run.recipe.exists():
+            return {}
+        told: Told = yaml.safe_load(self.run.recipe.read_text(encoding="utf-8"))
+        return told
 
     @property
     def terms(self) -> dict[str, float]:
@@ -79,7 +81,8 @@ class Model:
     @property
     def trained_on(self) -> Told:
         """Steps, records, and parameters by part."""
-        return content(self.run.training) if self.role == "trained" else {}
+        told: Told = content(self.run.training) if self.role == "trained" else {}
+        return told
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -62,6 +62,8 @@ class Contest:
     """The student that the gap is counted from: one trained by SFT alone, or the untouched one."""
     best: Model | None
     teacher: Model | None
+    candidates: int
+    """Students among which the best one is the best."""
 
     def metric(self, model: Model) -> Metric:
         """A model's headline."""
@@ -91,11 +93,11 @@ def contest(benchmark: str, models: Sequence[Model]) -> Contest:
     trained = [model for model in models if model.role == "trained"]
     by_sft = [model for model in trained if set(model.terms) == {"sft"}]
     others = [model for model in trained if model not in by_sft]
-    base = (by_sft or starts or [None])[0] if others else (starts or [None])[0]  # type: ignore[list-item]
+    base = next(iter([*(by_sft if others else []), *starts]), None)
     candidates = others or trained
     best = max(candidates, key=lambda model: value[model.key]) if candidates else None
     teacher = next((model for model in models if model.role == "teacher"), None)
-    return Contest(benchmark, scores, models, base, best, teacher)
+    return Contest(benchmark, scores, models, base, best, teacher, len(candidates))
 
 
 def headline_of_runs(models: Sequence[Model]) -> Headline:
@@ -149,8 +151,8 @@ def cautions(found: Contest, models: Sequence[Model]) -> list[str]:
         said.append(
             "The teacher is not clearly better than what the gap would be counted from, so no share of a gap is told."
         )
-    if len(trained) > 2:
-        said.append(f"It is the best of {len(trained)} students; the interval does not allow for that choice.")
+    if found.candidates > 1:
+        said.append(f"It is the best of {found.candidates} students; the interval does not allow for that choice.")
     elsewhere = [model.label for model in models if model.role == "trained" and model not in trained]
     if elsewhere:
         said.append(f"Not in the chart, because they were asked other questions: {', '.join(elsewhere)}.")
@@ -198,10 +200,10 @@ def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
         cost = "" if model.role != "trained" or model.seconds is None else amount(TIMES, model.seconds)
         rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, cost))
     of = found.models
-    marks = tuple(None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
+    base, best, teacher = (None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
     unit = found.metric(found.models[0]).unit
-    return ladder(rungs, marks, share, title_of(found.scores[of[0].key]), unit)
+    return ladder(rungs, (base, best, teacher), share, title_of(found.scores[of[0].key]), unit)
 
 
 def ladder(

@@ -68,7 +68,8 @@ def heat(weights: np.ndarray, most: float) -> str:
 
 def in_words(weights: np.ndarray) -> str:
     """Where most of the attention is, and how much of it: the picture's ninth that has most."""
-    rows, columns = (np.minimum(np.arange(size) * 3 // size, 2) for size in weights.shape)
+    # By the middle of each cell, so that two rows are top and bottom.
+    rows, columns = ((2 * np.arange(size) + 1) * 3 // (2 * size) for size in weights.shape)
     ninths = np.zeros((3, 3))
     np.add.at(ninths, (rows[:, None], columns[None, :]), weights)
     row, column = np.unravel_index(int(ninths.argmax()), (3, 3))

@@ -59,14 +59,10 @@ def page_of(roots: Sequence[Path]) -> str:
     pictures, script = Pictures(), inline_script()
     parts = parts_of_runs(models, pictures) if models else []
     for number, (root, content) in enumerate(studies.items()):
-        title = f"Study: {root.resolve().name}"
-        parts.append(
-            Part(
-                f"study-{number}",
-                title,
-                rendered("study.part.html.j2", answer=study.answer(content)) + study.study_body(content),
-            )
-        )
+        # Alone on the page, its answer stands at the top already.
+        answer = study.answer(content) if models or number else []
+        body = rendered("study.part.html.j2", answer=answer) + study.study_body(content)
+        parts.append(Part(f"study-{number}", f"Study: {root.resolve().name}", body))
     page = environment().get_template("page.html.j2")
     return page.render(
         title=title_of(models, studies),
