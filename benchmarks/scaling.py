@@ -22,7 +22,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from align_ti.cli import quiet
-from align_ti.report.plots import COLOURS, STYLE
+from align_ti.report.drawing import COLOURS, STYLE
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, mib_of, seconds_by_round, summary
 from benchmarks.shapes import CPU, Shape

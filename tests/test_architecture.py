@@ -40,7 +40,7 @@ ALLOWED = {
         "terms",
         "errors",
     },
-    "report": {"phases", "runs"},
+    "report": {"evaluation", "phases", "runs", "errors"},
     "preflight": {
         "allocator",
         "config",

@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from align_ti.errors import RunError
-from align_ti.report.page import write_report
+from align_ti.report.drawing import Drawing
+from align_ti.report.examples import spread
+from align_ti.report.folders import distinct_names
+from align_ti.report.numbers import DASH, MINUS
+from align_ti.report.page import inline_script, write_report
+from tests.study_content import study_content
 
 KINDS = {"overall": 4, "digit": 2, "colour": 2}
 
@@ -59,9 +65,169 @@ def run_folder(root: Path, **changes: object) -> Path:
     return root
 
 
+ANSWERS = {"teacher": (1, 1, 1, 1), "start": (0, 0, 1, 0), "sft": (1, 0, 1, 0), "align_ti": (1, 1, 1, 0)}
+"""Who is right, question by question."""
+
+
+def compared_folder(root: Path, right: dict[str, tuple[int, ...]] | None = None, pictures: int = 10) -> Path:
+    """A demo of four models, of which each question is about a picture of its own; the pattern of answers comes again and again."""
+    root.mkdir(parents=True, exist_ok=True)
+    names = {"teacher": "teacher", "start": "start", "sft": "SFT", "align_ti": "Align-TI"}
+    share = {name: 25.0 * sum(of) for name, of in (right or ANSWERS).items()}
+    kinds = {"overall": 4 * pictures, "digit": 2 * pictures, "colour": 2 * pictures}
+    trained = ("sft", "align_ti")
+    summary = {
+        "title": "A demo",
+        "seed": 3,
+        "labels": names,
+        "questions": 4 * pictures,
+        "accuracy": {name: dict.fromkeys(kinds, share[name]) for name in names},
+        "interval_95": {name: {kind: [share[name] - 5, share[name] + 5] for kind in kinds} for name in names},
+        "questions_by_kind": kinds,
+        "seconds_per_step": {"sft": 0.1, "align_ti": 0.25},
+        "peak_memory_mib": dict.fromkeys(trained, 120.0),
+        "memory": "resident",
+        "steps": 60,
+    }
+    (root / "summary.json").write_text(json.dumps(summary))
+    for name, pattern in (right or ANSWERS).items():
+        answers = []
+        for number in range(pictures):
+            path = root / f"{number}.png"
+            if not path.exists():
+                Image.new("RGB", (12, 8), (20 * number, 90, 60)).save(path)
+            answers += [
+                {
+                    "kind": kind,
+                    "image": str(path),
+                    "question": f"<image>Question {number}, {kind}?",
+                    "expected": "Yes.",
+                    "answer": "Yes." if hit else f"{name} says no",
+                    "right": bool(hit),
+                }
+                for kind, hit in zip(("digit", "colour", "digit", "colour"), pattern, strict=True)
+            ]
+        (root / f"evaluation-{name}.json").write_text(json.dumps({"answers": answers}))
+    for name in trained:
+        (root / name).mkdir(exist_ok=True)
+        weights = {"sft": 1.0} if name == "sft" else {"sft": 1.0, "tpa": 0.5}
+        lines = [
+            {"step": step, "loss": 2.0, "learning_rate": 0.1 / step, "grad_norm": 1.0}
+            | dict.fromkeys(weights, 1.0 / step)
+            | {f"{term}_weight": weight for term, weight in weights.items()}
+            for step in (1, 2, 3)
+        ]
+        (root / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        recipe = {
+            "objective": {term: {"weight": weight} for term, weight in weights.items()},
+            "training": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
+            "student": {"path": "/secret/place/start"},
+        }
+        (root / name / "recipe.yaml").write_text(json.dumps(recipe))
+        (root / name / "training.json").write_text(json.dumps({"steps": 60, "parameters": {"head": [1000, 1200]}}))
+        verdict = {"name": "pixels", "state": "warn", "measured": "/secret/place/x.png is dark", "expected": "light"}
+        (root / name / "check.json").write_text(json.dumps({"verdicts": [verdict]}))
+        story = {"used": 9, "records": 10, "skipped": 1, "truncated": 0}
+        (root / name / "data.json").write_text(json.dumps(story))
+        (root / name / "skipped.jsonl").write_text(
+            json.dumps({"place": "/secret/place/data.json, record 3", "reason": "<b>"})
+        )
+    write_inside(root, list(names))
+    return root
+
+
+def write_inside(root: Path, names: list[str]) -> None:
+    """What was measured of the inside of the models, with words that are dangerous in HTML."""
+    (root / "shown").mkdir(exist_ok=True)
+    Image.new("RGB", (12, 8), "navy").save(root / "shown" / "look-0.png")
+    maps = {name: {"grid": [2, 3], "weights": [[0.5, 0.1, 0.1, 0.1, 0.1, 0.1], [0, 0, 0, 0, 0, 1.0]]} for name in names}
+    models = {name: {"layer": 1, "scores": {"0": 0.1, "1": 0.3}} for name in names}
+    picture = {"picture": "look-0.png", "instructions": ["Where is <b>it</b>?", "And this?"], "models": maps}
+    looks = {"models": models, "pictures": [picture], "notes": ["a <i>note</i>"]}
+    (root / "looks.json").write_text(json.dumps(looks))
+    chance = {name: 0.9 if name == "teacher" else 0.2 + 0.1 * place for place, name in enumerate(names)}
+    candidate = {
+        "token": " red",
+        "own": True,
+        "probability": chance,
+        "kl": {name: 2.5 - place for place, name in enumerate(names) if name != "teacher"},
+        "next": [{"token": "<s>", "probability": chance}],
+    }
+    answer = {
+        "picture": "../../a.png",
+        "kind": "colour",
+        "question": "What <b>colour</b>?",
+        "answer": "It is red.",
+        "steps": [{"token": " red", "candidates": [candidate]}] * 2,
+    }
+    (root / "transitions.json").write_text(json.dumps({"answers": [answer], "notes": []}))
+
+
+# --- what is on the page ----------------------------------------------------------------------------------------------
+
+
+def test_the_top_says_how_much_of_the_gap_was_closed_and_at_what_cost(tmp_path):
+    page = write_report(compared_folder(tmp_path / "demo")).read_text()
+    told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
+    # SFT has half of the questions right, the teacher all, Align-TI three quarters; the patterns are the same for all pictures.
+    assert told.startswith("Align-TI closed 50 % (")
+    assert "of the gap between SFT (50.0 %) and the teacher (100.0 %)" in told
+    assert "at 15.0 s of training, 2.50 times that of SFT" in told
+    assert "50 % of the gap" in page and 'download="headline.csv"' in page
+
+
+def test_without_a_clear_gap_the_difference_is_told(tmp_path):
+    weak = {**ANSWERS, "teacher": (0, 0, 1, 0)}
+    page = write_report(compared_folder(tmp_path / "demo", weak)).read_text()
+    told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
+    assert "% of the gap" not in page and "+25.0 points" in told and "from SFT" in told
+    assert "not clearly better" in page
+
+
+def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
+    page = write_report(compared_folder(tmp_path / "demo")).read_text()
+    for part in ("scores", "looks", "transitions", "examples", "training", "cost", "origin"):
+        assert f'<section id="{part}">' in page and f'href="#{part}"' in page
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    assert f"Align-TI {MINUS} SFT" in words and "Corrected intervals" in words
+    assert "Where is &lt;b&gt;it&lt;/b&gt;?" in page and "a &lt;i&gt;note&lt;/i&gt;" in page and "layer 1" in words
+    # Of six cells the first has half of the weight; in the second map the last has all.
+    assert "top left 50 %" in words and "bottom right 100 %" in words
+    assert "What &lt;b&gt;colour&lt;/b&gt;?" in page and "&lt;s&gt;" in page and "Align-TI -0.50" in words
+    assert "1,000 of 1,200" in words and "tpa x 0.5" in words and "align-ti demo" not in words
+    assert (
+        "9 of 10 records used, 1 skipped" in words and "data.json, record 3: &lt;b&gt;" in words and "! warn" in words
+    )
+    assert "/secret" not in page
+
+
+def test_several_folders_are_one_page_and_their_teacher_is_one_model(tmp_path):
+    first = compared_folder(tmp_path / "one")
+    second = compared_folder(tmp_path / "two", {**ANSWERS, "align_ti": (1, 1, 1, 1)})
+    page = write_report(first, second, out=tmp_path / "both.html").read_text()
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    assert "2 run folders" in words and "two: Align-TI closed 100 %" in words
+    assert "one: Align-TI" in words and "teacher (one)" not in words and "start (two)" not in words
+    assert "best of 2 students" in words
+    assert not (first / "report.html").exists()
+
+
+def test_a_study_stands_beside_runs_and_alone(tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text(json.dumps(study_content(curves=False, fidelity=False)))
+    alone = write_report(tmp_path / "study").read_text()
+    assert "of the gap" in alone and '<section id="study-0">' in alone and "Scores by seed" in alone
+    beside = write_report(
+        compared_folder(tmp_path / "demo"), tmp_path / "study", out=tmp_path / "both.html"
+    ).read_text()
+    assert "1 run folder and 1 study" in beside and "Align-TI closed" in beside and "Scores by seed" in beside
+
+
 def test_what_comes_from_data_is_escaped(tmp_path):
     page = write_report(run_folder(tmp_path)).read_text()
-    assert "<script" not in page
+    # The one script is the page's own, and the policy lets no other run.
+    assert re.findall(r"<script.*?</script>", page, re.DOTALL) == [f"<script>{inline_script()}</script>"]
+    assert "script-src &#39;sha256-" in page
     assert "<img src=x>" not in page
     assert "&lt;i&gt;Q&lt;/i&gt;?" in page
     assert "Align-TI &lt;b&gt;" in page
@@ -69,13 +235,21 @@ def test_what_comes_from_data_is_escaped(tmp_path):
     assert not re.search(r"Align-TI <b>", page)
 
 
+def test_a_table_to_download_holds_no_formula():
+    import base64
+
+    drawn = Drawing("x", "", ("a", "=b"), [("=1+1", -2.5), (None, "+3")])  # type: ignore[arg-type]
+    text = base64.b64decode(drawn.csv.partition("base64,")[2]).decode()
+    assert text == "a,'=b\n'=1+1,-2.5\n,'+3\n"
+
+
 def test_benchmarks_stand_on_the_page_with_their_intervals(tmp_path):
     one = {"title": "POPE", "metric": "f1", "value": 81.26, "low": 79.0, "high": 83.5, "questions": 24}
     told = {"pope": {**one, "notes": ["<b>2</b> missing"]}, "own": {**one, "low": None, "high": None, "notes": []}}
     page = write_report(run_folder(tmp_path, benchmarks={"align_ti": told})).read_text()
     assert page.count("81.3") == 2 and page.count("79.0 to 83.5") == page.count("interval unknown") == 1
-    assert "f1, 24 questions" in page and "&lt;b&gt;2&lt;/b&gt; missing" in page
-    assert "By their own protocols" not in write_report(run_folder(tmp_path)).read_text()
+    assert "POPE (24 questions)" in page and "<td>f1</td>" in page and "&lt;b&gt;2&lt;/b&gt; missing" in page
+    assert "POPE" not in write_report(run_folder(tmp_path)).read_text()
 
 
 def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
@@ -88,19 +262,64 @@ def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
     labels = {"teacher": "teacher", "align_ti": "Align-TI", "start": "before"}
     notes = {"align_ti": ["<b>visual_kl</b> could not be measured"]}
     page = write_report(run_folder(tmp_path, fidelity=own, fidelity_notes=notes, labels=labels)).read_text()
-    for told in ("0.5123", "0.4000 to 0.6000", "KL, response tokens (nats)"):
-        assert told in page
-    row = next(line for line in page.splitlines() if line.startswith("<tr><td>before") and "0.5123" in line)
-    assert "61.3" in page and "interval unknown" in page and row.count("<td>") == 3 and "61.3" not in row
-    assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page and "KL from teacher" not in page
+    assert page.count("0.512") == 2 and page.count("0.400 to 0.600") == 2 and "KL, response tokens" in page
+    row = next(line for line in page.splitlines() if line.startswith("<tr><td>agreement, own answers"))
+    assert "61.3" in row and "interval unknown" in row and f"<td>{DASH}</td>" in row
+    assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    page = write_report(run_folder(tmp_path)).read_text()
+    page = write_report(compared_folder(tmp_path)).read_text()
     outside = [url for url in re.findall(r'(?:src|href)="([^"]*)"', page) if not url.startswith(("data:", "#"))]
     assert not outside
-    assert page.count("<svg") == 6
-    assert "data:image/png;base64," in page
+    assert "@import" not in page and not re.findall(r"url\((?!#)", page)
+    # Each picture is in the page once, though several questions are about it.
+    assert page.count('<image id="p') == 11
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_two_hundred_photographs_stay_small_and_rare_patterns_are_shown(tmp_path):
+    root, rng = compared_folder(tmp_path, pictures=1), np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(
+        (1024, 768), Image.Resampling.BICUBIC
+    )
+    smooth.save(root / "photo.jpg")
+    for path in root.glob("evaluation-*.json"):
+        (one, *_) = json.loads(path.read_text())["answers"]
+        answers = []
+        for number in range(300):
+            copy = root / f"photo-{number}.jpg"
+            if not copy.exists():
+                copy.hardlink_to(root / "photo.jpg")
+            answers.append({**one, "image": str(copy), "question": f"Question {number}?", "right": number == 299})
+        path.write_text(json.dumps({"answers": answers}))
+    page = write_report(root).read_text()
+    assert len(page) < 20e6
+    assert page.count("<article data-kind") == 200 and "200 of 300 questions" in page and "Question 299?" in page
+
+
+def test_a_sample_has_as_many_of_each_group_as_there_are():
+    groups = [("a", (True,))] * 50 + [("b", (False,))] * 3 + [("b", (True,))] * 50
+    chosen = spread(groups, 20)
+    assert len(chosen) == 20 and {50, 51, 52} <= set(chosen) and chosen == sorted(chosen)
+    assert spread(groups, 200) == list(range(103))
+
+
+def test_folders_are_called_by_as_little_of_their_path_as_tells_them_apart():
+    paths = [Path("/x/a/run"), Path("/x/b/run"), Path("/x/b/other")]
+    assert distinct_names(paths) == ["a/run", "b/run", "b/other"]
+    assert distinct_names(paths[1:]) == ["run", "other"]
+
+
+def test_a_run_without_questions_has_a_page_of_its_training(tmp_path):
+    root = compared_folder(tmp_path / "demo") / "align_ti"
+    (root / "student").mkdir()
+    (root / "cost.json").write_text(
+        json.dumps({"seconds_per_step": 0.2, "peak_memory_mib": None, "memory": "resident"})
+    )
+    page = write_report(root).read_text()
+    assert "have not been asked any question" in page and '<section id="training">' in page
+    assert '<section id="scores">' not in page and "12.0 s" in page
 
 
 def test_only_pixels_get_into_the_page(tmp_path):
@@ -125,7 +344,8 @@ def test_what_was_not_measured_is_a_dash_not_a_zero(tmp_path):
     page = write_report(
         run_folder(tmp_path, peak_memory_mib={"align_ti": None}, seconds_per_step={"align_ti": None})
     ).read_text()
-    assert page.count("<svg") == 4
+    row = next(line for line in page.splitlines() if line.startswith("<tr><td>Align-TI"))
+    assert row.count(f"<td>{DASH}</td>") == 7
     assert "None" not in page
 
 

@@ -28,6 +28,8 @@ def test_the_wheel_contains_everything_it_needs(tmp_path):
     for needed in (
         "align_ti/recipes/digits.yaml",
         "align_ti/report/page.html.j2",
+        "align_ti/report/page.js",
+        "align_ti/report/style.css",
         "align_ti/digits/assets/teacher/model.safetensors",
         "align_ti/digits/assets/student/chat_template.jinja",
     ):

@@ -467,6 +467,9 @@ class Evaluation(Knobs):
     fidelity_records: int | None = Field(default=256, ge=0)
     """Beside a teacher: records on which IVA's and TPA's measures are taken and the student's own answers read again, whole pictures of
     them; KL and agreement on the right answers are measured on all. null: all of them. 0: none."""
+    shown: int = Field(default=4, ge=0)
+    """Pictures for which the report shows where each model looks under several instructions, and answers along which it shows what each
+    model says next; each model is loaded once more for it. 0: none."""
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Benchmarks (gqa, sqa, textvqa, pope, mme, mmbench, digits, own:SCORER) that teacher, untouched student and student are measured
     on; a list, or names with commas."""

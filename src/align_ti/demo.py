@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align_ti.errors import RunError
 from align_ti.models.loading import load_processor
 from align_ti.phases import OTHER, Stopwatch, part
 from align_ti.pipeline.measuring import evaluate_model, score_teacher, summarise
+from align_ti.pipeline.showing import show_inside
 from align_ti.pipeline.training import distil
 from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, provenance, read_json, write_json
@@ -181,6 +183,17 @@ def compare_methods(
         with part(f"train: {LABELS[name]}"):
             runs[name] = distil(recipe, data=train, steps=stepped, check=False)
         measure(name, runs[name].student)
+    if not root.looks.exists():
+        paths = {
+            "teacher": data / "teacher",
+            "start": data / "student",
+            **{name: run.student for name, run in runs.items()},
+        }
+        models = {name: Teacher(path=str(path), dtype="float32") for name, path in paths.items()}
+        right = {name: [one["right"] for one in result["answers"]] for name, result in results.items()}
+        show_inside(
+            root, models, conversations, right, EVALUATION.shown, layer, partial(advance, "look inside the models")
+        )
 
     summary = summarise("Align-TI on real handwriting", seed, results, LABELS, runs)
     summary |= {

@@ -152,6 +152,21 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def looks(self) -> Path:
+        """Where the models look in a few pictures, under several instructions each; the pictures lie in the folder `shown`."""
+        return self.root / "looks.json"
+
+    @property
+    def transitions(self) -> Path:
+        """What the models say next behind a few candidates, along a few answers."""
+        return self.root / "transitions.json"
+
+    @property
+    def shown(self) -> Path:
+        """The pictures of `looks` and `transitions`, small."""
+        return self.root / "shown"
+
+    @property
     def spent(self) -> Path:
         """Seconds of each part of a demo, added up over the calls that it took."""
         return self.root / "spent.json"

@@ -1,4 +1,4 @@
-"""The verbs of a run: train, and its report again."""
+"""The verbs of a run: train, and the report of runs and studies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from align_ti.cli.checking import dry, show_troubles
 from align_ti.cli.tables import show_phases, show_summary, show_tasks
 from align_ti.cli.terminal import bars, console, quiet
 from align_ti.config import find_recipe, read_recipe
+from align_ti.errors import ConfigError
 from align_ti.processes import launch
 
 
@@ -71,8 +72,22 @@ def train(
         show_tasks({told["labels"][name]: scores for name, scores in told["benchmarks"].items()})
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a finished run or demo.")]) -> None:
-    """Write report.html again from what lies in a run folder."""
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs, demos or studies.", metavar="RUN|STUDY...")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the folder, if there is one folder.")
+    ] = None,
+) -> None:
+    """Write one page about runs and studies from what lies in their folders: scores, examples, what the models look at, cost.
+
+    The page is one file that needs nothing else. Runs that were asked the same questions are compared.
+    """
     from align_ti.report.page import write_report
 
-    console.print(f"report: {write_report(run)}")
+    if out is None and len(folders) > 1:
+        raise ConfigError(
+            f"--out is missing, and {len(folders)} folders are named; give the file of their page (--out report.html)."
+        )
+    console.print(f"report: {write_report(*folders, out=out)}")

@@ -365,7 +365,8 @@ def gap_closed(
     """How much of the way from one score to another a third has gone, in per cent, over seeds; None where there is no way to go.
 
     100 (of - start) / (goal - start), all means over the same seeds and questions. The interval is that of the ratio's linear part
-    (delta method), so it is good where the way is long beside its own uncertainty.
+    (delta method), so it is good where the way is long beside its own uncertainty. Of a single seed it is that of its questions alone,
+    by the bootstrap of `interval` with the same clusters drawn for all three.
 
     Args:
         of: a metric for each seed.
@@ -382,6 +383,11 @@ def gap_closed(
     if abs(way) < 1e-9:
         return None
     share = float(np.mean([one.score - other.score for one, other in zip(ours, theirs, strict=True)])) / way
+    if number == 1:
+        low, high = bounds(
+            np.concatenate([one.sums for one in runs + [last]], axis=1), part_of_the_way(*runs, last), level, RESAMPLES
+        )
+        return Difference(value=100 * share, low=low, high=high, p=nan, clusters=len(last.clusters))
     # Of - start - share (goal - start) is 0 on average; its spread over the way is the share's.
     scores = np.array([[one.score, other.score] for one, other in zip(ours, theirs, strict=True)])
     effects = scores[:, 0] - scores[:, 1] - share * (last.score - scores[:, 1])
@@ -392,7 +398,7 @@ def gap_closed(
             for one, other in zip(ours, theirs, strict=True)
         ]
     )
-    left = crossed(effects, pseudo, level) if number > 1 and len(towards) > 1 else None
+    left = crossed(effects, pseudo, level) if len(towards) > 1 else None
     if left is None:
         return Difference(value=100 * share, low=nan, high=nan, p=nan, clusters=len(towards), seeds=number)
     reach = 100 * (left.high - left.low) / 2 / abs(way)
@@ -404,6 +410,17 @@ def gap_closed(
         clusters=left.clusters,
         seeds=number,
     )
+
+
+def part_of_the_way(of: Metric, start: Metric, goal: Metric) -> Value:
+    """100 (of - start) / (goal - start) as a function of the three metrics' sums, one behind the other; 0 where there is no way."""
+    first, second = of.sums.shape[1], of.sums.shape[1] + start.sums.shape[1]
+
+    def share(sums: Float[np.ndarray, "*draws three"]) -> Float[np.ndarray, "*draws"]:
+        begin = start.value(sums[..., first:second])
+        return ratio(np.stack([of.value(sums[..., :first]) - begin, goal.value(sums[..., second:]) - begin], axis=-1))
+
+    return share
 
 
 def crossed(

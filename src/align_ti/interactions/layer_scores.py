@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,6 +53,17 @@ def pair_similarities(
     model: PreTrainedModel, group: Mapping[str, Tensor], layers: tuple[int, ...], name: str
 ) -> Tensor:
     """The cosine of visual attention for each layer and each pair of the group: [layers, pairs]."""
+    return similarities_of(visual_focus(model, group, layers, name))
+
+
+def visual_focus(
+    model: PreTrainedModel, group: Mapping[str, Tensor], layers: tuple[int, ...], name: str
+) -> Float[Tensor, "layers samples visual"]:
+    """The attention that each sample's instruction pays to its visual tokens, averaged over heads and instruction tokens.
+
+    Raises:
+        BatchError: as `score_layers`.
+    """
     roles = group["roles"]
     visual, instruction = roles == VISUAL, roles == INSTRUCTION
     counts = visual.sum(-1)
@@ -67,7 +79,11 @@ def pair_similarities(
         )
     with watching(model, instruction, layers) as watch:
         read(model, model_inputs(group), keep_cache=False)
-    focus = torch.stack([watch.means[layer][visual].view(len(roles), -1) for layer in layers])
+    return torch.stack([watch.means[layer][visual].view(len(roles), -1) for layer in layers])
+
+
+def similarities_of(focus: Float[Tensor, "layers samples visual"]) -> Float[Tensor, "layers pairs"]:
+    """The cosine of the focus of each pair of samples."""
     unit = torch.nn.functional.normalize(focus.double(), dim=-1)
-    one, two = torch.triu_indices(len(roles), len(roles), offset=1)
+    one, two = torch.triu_indices(focus.shape[1], focus.shape[1], offset=1)
     return (unit[:, one] * unit[:, two]).sum(-1)

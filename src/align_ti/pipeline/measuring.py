@@ -29,6 +29,7 @@ from align_ti.pipeline.checking import Seen, log_warnings
 from align_ti.pipeline.fidelity import fidelity
 from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.records import Steps, read_questions
+from align_ti.pipeline.showing import show_inside
 from align_ti.pipeline.training import distil
 from align_ti.processes import part_in_order
 from align_ti.report.card import write_card
@@ -204,12 +205,7 @@ def measure_tasks(
         names: the models, of `LABELS`; a teacher that the recipe does not name is left out.
         advance: called with what is asked of whom, the questions that are done, and those of this process.
     """
-    dtype = recipe.student.dtype
-    models = {
-        "teacher": recipe.teacher,
-        "before": Teacher(path=recipe.student.path, dtype=dtype),
-        "student": Teacher(path=str(run.student), dtype=dtype),
-    }
+    models = models_of(run, recipe)
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name in names:
         model = models[name]
@@ -275,7 +271,9 @@ def train_and_measure(
         if recipe.data.eval is None or not run.summary.exists():
             tell({})
     if recipe.data.eval is not None:
-        tell(measure_questions(run, recipe, advance))
+        results = measure_questions(run, recipe, advance)
+        tell(results)
+        show_run(run, recipe, results, advance)
     return run
 
 
@@ -290,9 +288,8 @@ def measure_questions(
         advance: called with the model's name, the questions that are done, and all of them.
     """
     conversations = read_questions(recipe.data)
-    models = {"teacher": recipe.teacher, "before": recipe.student.path, "student": str(run.student)}
     results = {}
-    for name, model in models.items():
+    for name, model in models_of(run, recipe).items():
         if model is not None:
             done = [0]
 
@@ -305,9 +302,46 @@ def measure_questions(
                 conversations,
                 recipe.evaluation,
                 teacher=None if name == "teacher" else recipe.teacher,
-                dtype=recipe.student.dtype,
-                layer=recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None,
+                layer=layer_of(recipe),
                 advance=answered,
             )
             write_json(run.evaluation(name), results[name])
     return results
+
+
+def show_run(
+    run: RunFolder, recipe: Recipe, results: Mapping[str, dict[str, Any]], advance: Callable[[str, int, int], None]
+) -> None:
+    """Writes what the report shows of the inside of the run's models.
+
+    Args:
+        run: the run, whose student is there.
+        recipe: its recipe.
+        results: what `measure_questions` found.
+        advance: called with what is done, how much of it, and all there is.
+    """
+    scored = read_json(run.layer_scores)["layer"] if run.layer_scores.exists() else layer_of(recipe)
+    show_inside(
+        run,
+        {name: model for name, model in models_of(run, recipe).items() if model is not None},
+        read_questions(recipe.data),
+        {name: [one["right"] for one in result["answers"]] for name, result in results.items()},
+        recipe.evaluation.shown,
+        scored,
+        advance=partial(advance, "inside the models"),
+    )
+
+
+def models_of(run: RunFolder, recipe: Recipe) -> dict[str, Teacher | None]:
+    """The run's models by their names in `LABELS`; None for a teacher that the recipe does not name."""
+    dtype = recipe.student.dtype
+    return {
+        "teacher": recipe.teacher,
+        "before": Teacher(path=recipe.student.path, dtype=dtype),
+        "student": Teacher(path=str(run.student), dtype=dtype),
+    }
+
+
+def layer_of(recipe: Recipe) -> int | None:
+    """The layer that the recipe names for IVA; None where it is chosen by IRS."""
+    return recipe.objective.iva.layer if isinstance(recipe.objective.iva.layer, int) else None

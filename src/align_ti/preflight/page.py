@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from align_ti.data.roles import ROLE_NAMES
 from align_ti.preflight.samples import Rendering
 from align_ti.preflight.verdicts import Verdict
-from align_ti.report.page import data_url
+from align_ti.report.pictures import data_url
 from align_ti.runs import write_text
 
 

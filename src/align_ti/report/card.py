@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from align_ti.report.folders import weights_of
 from align_ti.report.tables import benchmark_rows, bounds, fidelity_rows
 from align_ti.runs import RunFolder, read_json, write_text
 
@@ -57,12 +58,6 @@ def write_card(run: RunFolder, folder: Path) -> Path:
     path = folder / "README.md"
     write_text(path, text)
     return path
-
-
-def weights_of(objective: dict[str, Any]) -> dict[str, float]:
-    """The weight of each term that has one: a term is a section with a weight."""
-    sections = {name: options for name, options in objective.items() if isinstance(options, dict)}
-    return {name: options["weight"] for name, options in sections.items() if options.get("weight")}
 
 
 def front_matter(student: str, teacher: str | None, version: str, scores: Mapping[str, Mapping[str, Any]]) -> str:

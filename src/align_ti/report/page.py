@@ -1,144 +1,131 @@
-"""The self-contained HTML page of a run."""
+"""The self-contained page of one or several runs and studies; a pure function of their folders."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from align_ti.phases import phase_names
-from align_ti.report import plots
-from align_ti.report.tables import benchmark_rows, fidelity_rows
+from align_ti.report import study
+from align_ti.report.cost import cost_of
+from align_ti.report.curves import curves_of
+from align_ti.report.examples import examples_of
+from align_ti.report.folders import STUDY, Model, folders_of, is_study, read_runs
+from align_ti.report.headline import Headline, headline_of_runs, headline_of_study
+from align_ti.report.looks import looks_of
+from align_ti.report.origin import origins_of
+from align_ti.report.pictures import Pictures
+from align_ti.report.scores import scores_of
+from align_ti.report.templates import environment, rendered
+from align_ti.report.transitions import transitions_of
 from align_ti.runs import RunFolder, read_json, write_text
-
-EXAMPLES = 12
-"""Questions shown with every model's answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One question as the page shows it: picture as a data URL, answers by model."""
+class Part:
+    """A part of the page."""
 
-    picture: str | None
-    kind: str
-    question: str
-    expected: str
-    answers: list[tuple[str, str, bool]]
+    id: str
+    title: str
+    body: Markup
 
 
-def write_report(root: Path) -> Path:
-    """Writes `report.html` from what lies in the run folder and returns its path.
+def write_report(*roots: Path, out: Path | None = None) -> Path:
+    """Writes the page of run folders and study folders, and returns its path.
+
+    Args:
+        roots: the folders of finished runs, demos, and studies.
+        out: the page; by default `report.html` in the first folder.
 
     Raises:
-        RunError: the folder holds no finished run.
+        RunError: a folder holds neither a finished run nor a study.
+        DataError: a file of scores is damaged.
     """
-    run = RunFolder(Path(root))
-    summary = read_json(run.summary)
-    trained = {name: metrics_of(run, name) for name in summary["seconds_per_step"]}
-    main = list(trained)[-1]
-    costs = {name: value for name, value in summary["seconds_per_step"].items() if value is not None}
-    memory = {name: value for name, value in summary["peak_memory_mib"].items() if value is not None}
-    figures = {"accuracy": plots.accuracy_bars(summary)} if summary["accuracy"] else {}
-    if summary.get("layer_scores"):
-        figures["layers"] = plots.layer_curve(summary["layer_scores"], summary["layer"])
-    if trained[main]:
-        figures["terms"] = plots.term_curves(trained[main])
-    if any(line.get("branch_share") is not None for line in trained[main]):
-        figures["share"] = plots.share_curve(trained[main])
-    if costs:
-        figures["seconds"] = plots.cost_bars(costs, summary["labels"], "seconds a step (median)", "Seconds per step")
-    if memory:
-        figures["memory"] = plots.cost_bars(
-            memory, summary["labels"], f"MiB, {summary['memory']}, above the start", "Peak memory"
-        )
-    phases = phases_of(run, trained)
-    if phases:
-        figures["phases"] = plots.phase_bars(phases, summary["labels"])
-    # Everything from data is escaped; only our own SVG is markup.
-    environment = Environment(
-        loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    path = RunFolder(Path(roots[0])).report if out is None else out
+    write_text(path, page_of([Path(root) for root in roots]))
+    return path
+
+
+def page_of(roots: Sequence[Path]) -> str:
+    """The page of run folders and study folders."""
+    studies = {root: read_json(root / STUDY) for root in roots if is_study(root)}
+    runs = [root for root in roots if root not in studies]
+    models = read_runs(runs) if runs else []
+    pictures, script = Pictures(), inline_script()
+    parts = parts_of_runs(models, pictures) if models else []
+    for number, (root, content) in enumerate(studies.items()):
+        # Alone on the page, its answer stands at the top already.
+        answer = study.answer(content) if models or number else []
+        body = rendered("study.part.html.j2", answer=answer) + study.study_body(content)
+        parts.append(Part(f"study-{number}", f"Study: {root.resolve().name}", body))
+    page = environment().get_template("page.html.j2")
+    return page.render(
+        title=title_of(models, studies),
+        policy=policy(script),
+        headline=headline_of(models, list(studies.values())),
+        parts=parts,
+        pictures=pictures.markup,
+        script=Markup(script),
     )
-    page = environment.get_template("page.html.j2").render(
-        summary=summary,
-        figures={name: Markup(figure) for name, figure in figures.items()},
-        main=summary["labels"][main],
-        fidelity=fidelity_rows(summary),
-        benchmark_rows=benchmark_rows(summary.get("benchmarks", {})),
-        phases=phases,
-        phase_names=phase_names(phases.values()),
-        examples=examples(run, summary),
-        provenance=summary.get("provenance") or (read_json(run.provenance) if run.provenance.exists() else None),
-    )
-    write_text(run.report, page)
-    return run.report
 
 
-def metrics_of(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    """The training log of one method: in its own folder below a demo, in the run folder itself otherwise."""
-    below = RunFolder(run.root / name)
-    return (below if below.metrics.exists() else run).read_metrics()
+def parts_of_runs(models: Sequence[Model], pictures: Pictures) -> list[Part]:
+    """The parts about run folders that there is something to show in."""
+    parts = []
+    scores = scores_of(models)
+    if scores["tables"]:
+        parts.append(Part("scores", "Scores", rendered("scores.html.j2", scores=scores)))
+    folders = folders_of(models)
+    looks = [one for folder in folders if (one := looks_of(models, folder, pictures)) is not None]
+    if looks:
+        parts.append(Part("looks", "Where the models look", rendered("looks.html.j2", looks=looks)))
+    transitions = [one for folder in folders if (one := transitions_of(models, folder, pictures)) is not None]
+    if transitions:
+        body = rendered("transitions.html.j2", transitions=transitions)
+        parts.append(Part("transitions", "What comes next", body))
+    examples = examples_of(models, pictures)
+    if examples:
+        parts.append(Part("examples", "Examples", rendered("examples.html.j2", examples=examples)))
+    curves = curves_of(models)
+    if curves:
+        parts.append(Part("training", "Training", rendered("curves.html.j2", curves=curves)))
+    parts.append(Part("cost", "Cost", rendered("cost.html.j2", cost=cost_of(models))))
+    parts.append(Part("origin", "Where this comes from", rendered("origin.html.j2", origins=origins_of(models))))
+    return parts
 
 
-def phases_of(run: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Where a step's time goes, by method, for those that counted it; found where their logs are."""
-    folders = {name: RunFolder(run.root / name) for name in names}
-    found = {name: below if below.metrics.exists() else run for name, below in folders.items()}
-    return {name: read_json(folder.phases) for name, folder in found.items() if folder.phases.exists()}
+def headline_of(models: Sequence[Model], studies: Sequence[study.Content]) -> Headline:
+    """The top of the page: of the runs if there are some, else of the first study."""
+    return headline_of_runs(models) if models else headline_of_study(studies[0])
 
 
-def examples(run: RunFolder, summary: dict[str, Any]) -> list[Example]:
-    """Questions spread over the evaluation set, as many of each kind as of any other, with every model's answer; none without a set."""
-    results = {name: read_json(run.evaluation(name))["answers"] for name in summary["accuracy"]}
-    if not results:
-        return []
-    asked = next(iter(results.values()))
-    kinds = list(dict.fromkeys(one["kind"] for one in asked))
-    by_kind = {kind: [index for index, one in enumerate(asked) if one["kind"] == kind] for kind in kinds}
-    chosen = []
-    for turn in range(EXAMPLES):
-        of_kind = by_kind[kinds[turn % len(kinds)]]
-        # A different picture each time, and not only the first ones.
-        chosen.append(of_kind[(turn * 7) % len(of_kind)])
-    return [
-        Example(
-            picture=picture(asked[index].get("image")),
-            kind=asked[index]["kind"],
-            question=asked[index]["question"].replace("<image>", ""),
-            expected=asked[index]["expected"],
-            answers=[
-                (summary["labels"][name], answers[index]["answer"], answers[index]["right"])
-                for name, answers in results.items()
-            ],
-        )
-        for index in dict.fromkeys(chosen)
+def title_of(models: Sequence[Model], studies: dict[Path, study.Content]) -> str:
+    """The page's title: the one folder's own, or how many there are."""
+    folders = folders_of(models)
+    if len(folders) == 1 and not studies:
+        return str(folders[0].summary["title"])
+    if len(studies) == 1 and not folders:
+        return str(study.view(next(iter(studies.values())))["title"])
+    told = [
+        f"{len(of)} {word if len(of) == 1 else plural_of}"
+        for of, word, plural_of in ((folders, "run folder", "run folders"), (studies, "study", "studies"))
+        if len(of)
     ]
+    return " and ".join(told)
 
 
-def picture(path: str | None) -> str | None:
-    """The picture, small, as a data URL; None if the record has none, or the file is gone or no picture.
-
-    It is decoded and encoded anew, so that nothing but pixels gets into the page.
-    """
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as opened:
-            return data_url(opened)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
+def inline_script() -> str:
+    """The page's own script: it filters examples, and the page reads without it."""
+    return files("align_ti.report").joinpath("page.js").read_text(encoding="utf-8")
 
 
-def data_url(opened: Image.Image) -> str:
-    """The picture, small, as a data URL of its pixels alone."""
-    buffer = io.BytesIO()
-    small = opened.convert("RGB")
-    small.thumbnail((192, 192))
-    small.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def policy(script: str) -> str:
+    """What a browser may do with the page: nothing from outside, and no script but its own."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    return f"{nothing}; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

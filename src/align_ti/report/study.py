@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from math import floor, log10
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from align_ti.report import study_plots as plots
+from align_ti.report.drawing import Cell, Drawing, minus, picture_of
+from align_ti.report.numbers import (
+    DASH,
+    OPERATIONS,
+    TIMES,
+    amount,
+    bounds,
+    decimals,
+    digits,
+    number,
+    plural,
+    points,
+    probability,
+    scaled,
+    signed,
+    with_interval,
+)
+from align_ti.report.templates import environment
 from align_ti.runs import read_json, write_text
 
-MINUS = "\N{MINUS SIGN}"
-DASH = "\N{EN DASH}"
-
-TIMES = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
-OPERATIONS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-
 Content = Mapping[str, Any]
+
+CAPTIONS = {
+    "differences": "A filled point: the corrected interval leaves out 0. A hollow one: it does not, or is unknown. Beside the names: "
+    "the difference and its own 95 % interval."
+}
+"""What stands beneath pictures."""
 
 
 def write_study_page(root: Path) -> Path:
@@ -31,15 +47,52 @@ def write_study_page(root: Path) -> Path:
     """
     root = Path(root)
     content = read_json(root / "study.json")
-    # Everything from data is escaped; only our own SVG is markup.
-    environment = Environment(
-        loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    figures = {name: Markup(inline(figure)) for name, figure in study_figures(content).items()}
-    page = environment.get_template("study.html.j2").render(view(content), figures=figures)
+    page = environment().get_template("study.html.j2").render(view(content), figures=study_drawings(content))
     path = root / "study.html"
     write_text(path, page)
     return path
+
+
+def study_body(content: Content) -> Markup:
+    """The study as a part of a page: all of its own page but the title and the answer, headings two levels lower."""
+    body = environment().get_template("study_body.html.j2")
+    return Markup(body.render(view(content), figures=study_drawings(content), h="h3", sub="h4"))
+
+
+def study_drawings(content: Content) -> dict[str, Drawing]:
+    """The study's pictures with the numbers that they show."""
+    return {
+        name: picture_of(name, figure, *study_numbers(content, name), caption=CAPTIONS.get(name, ""))
+        for name, figure in study_figures(content).items()
+    }
+
+
+def study_numbers(content: Content, name: str) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+    """The header and the rows of the numbers that a picture shows."""
+    labels, unit = content["labels"], unit_of_score(content)
+    if name == "differences":
+        keys = ("mean", "low", "high", "corrected_low", "corrected_high", "corrected_p")
+        rows = [(labels[one["of"]], labels[one["to"]], *(one[key] for key in keys)) for one in content["differences"]]
+        return ("of", "to", f"difference, {points(unit)}", *(key.replace("_", " ") for key in keys[1:])), rows
+    if name == "kinds":
+        every = [(row["metric"], one) for row in parts(content) for one in row["differences"]]
+        rows = [
+            (kind, labels[one["of"]], labels[one["to"]], one["mean"], one["low"], one["high"]) for kind, one in every
+        ]
+        return ("kind", "of", "to", f"difference, {points(unit)}", "low", "high"), rows
+    if name.startswith("frontier"):
+        rows = [
+            (labels[of], one["seconds"], one["flops"], *(one["accuracy"][key] for key in ("mean", "low", "high")))
+            for of, one in content["variants"].items()
+        ]
+        return ("variant", "seconds", "operations", f"mean, {unit}", "low", "high"), rows
+    benchmark = name.split("-", 2)[2]
+    rows = [
+        (labels[of], *(point[key] for key in ("step", "seconds", "mean", "low", "high")))
+        for of, found in content["curves"].items()
+        for point in found.get(benchmark, ())
+    ]
+    return ("variant", "step", "seconds", "mean", "low", "high"), rows
 
 
 def study_figures(content: Content) -> dict[str, str]:
@@ -72,11 +125,6 @@ def study_figures(content: Content) -> dict[str, str]:
         for by, divisor, words in (("step", 1.0, "step"), ("seconds", scale, f"training time, {name}")):
             figures[f"learning-{by}-{benchmark}"] = plots.learning(curves, labels, by, divisor, (words, benchmark))
     return figures
-
-
-def inline(figure: str) -> str:
-    """The SVG for use inside HTML, which knows its namespace."""
-    return figure.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
 
 
 # --- what the page says -----------------------------------------------------------------------------------------------
@@ -327,7 +375,7 @@ def table_of(content: Content, benchmark: str) -> dict[str, Any]:
         "unit": unit,
         "unit_of_differences": None if unit is None else points(unit),
         "names": [content["labels"][name] for name in names],
-        "pairs": [plots.minus(content["labels"][of], content["labels"][to]) for of, to in pairs],
+        "pairs": [minus(content["labels"][of], content["labels"][to]) for of, to in pairs],
         "rows": [metric_row(row, names, pairs, widest[row["unit"]]) for row in rows],
     }
 
@@ -427,11 +475,6 @@ def name_of_score(content: Content) -> str:
     return title if metric in ("", title, "overall") else f"{title} {metric}"
 
 
-def points(unit: str) -> str:
-    """The unit of a difference: of per cents, points."""
-    return "points" if unit == "%" else unit
-
-
 def benchmarks_of_curves(content: Content) -> list[str]:
     """The benchmarks that there are learning curves of."""
     return list(dict.fromkeys(name for curves in content["curves"].values() for name, rows in curves.items() if rows))
@@ -449,9 +492,6 @@ def cost_units(content: Content) -> dict[str, tuple[float, str]]:
     return {by: scaled(of, [one[by] for one in content["variants"].values()]) for by, of in units.items()}
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
 def decimals_of_scores(content: Content) -> int:
     """Decimals of the score."""
     return decimals(unit_of_score(content), (one["accuracy"]["mean"] for one in content["variants"].values()), 1)
@@ -460,67 +500,3 @@ def decimals_of_scores(content: Content) -> int:
 def decimals_of_differences(content: Content) -> int:
     """Decimals of its differences."""
     return decimals(unit_of_score(content), (one["mean"] for one in content["differences"]), 2)
-
-
-def decimals(unit: str, values: Iterable[float], of_per_cent: int) -> int:
-    """Decimals that values of a unit are told with: as many for per cents as given, else three digits of the largest."""
-    if unit == "%":
-        return of_per_cent
-    largest = max((abs(value) for value in values), default=0.0)
-    return 1 if largest == 0 else min(6, max(0, 2 - floor(log10(largest))))
-
-
-def number(value: float, places: int) -> str:
-    """The number with so many decimals, and a minus sign that lines up with digits."""
-    told = f"{value:,.{places}f}"
-    if float(told.replace(",", "")) == 0:
-        told = told.removeprefix("-")
-    return told.replace("-", MINUS)
-
-
-def signed(value: float, places: int) -> str:
-    """The number with its sign; none for what rounds to 0."""
-    told = number(value, places)
-    return f"+{told}" if value > 0 and float(told.replace(",", "")) != 0 else told
-
-
-def bounds(low: float | None, high: float | None, places: int, *, sign: bool = False) -> str:
-    """An interval in words."""
-    if low is None or high is None:
-        return "interval unknown"
-    write = signed if sign else number
-    return f"{write(low, places)} to {write(high, places)}"
-
-
-def with_interval(one: Content, places: int) -> str:
-    """A difference and its interval."""
-    return f"{signed(one['mean'], places)} ({bounds(one['low'], one['high'], places, sign=True)})"
-
-
-def probability(value: float | None) -> str:
-    """A p value; below a thousandth it says no more than that."""
-    if value is None:
-        return DASH
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def digits(value: float) -> str:
-    """The number to three digits, or to the unit if it has more."""
-    return "0" if value == 0 else f"{value:,.{max(0, 2 - floor(log10(abs(value))))}f}"
-
-
-def scaled(units: Sequence[tuple[float, str]], values: Sequence[float]) -> tuple[float, str]:
-    """The largest unit that the largest value is at least two of; the smallest if there is none."""
-    largest = max(values, default=0.0)
-    return next((one for one in units if largest >= 2 * one[0]), units[-1])
-
-
-def amount(units: Sequence[tuple[float, str]], value: float) -> str:
-    """The value in a unit that suits it."""
-    scale, name = scaled(units, [value])
-    return f"{digits(value / scale)} {name}"
-
-
-def plural(of: Sequence[Any] | Mapping[Any, Any], word: str) -> str:
-    """The word for so many."""
-    return word if len(of) == 1 else f"{word}s"

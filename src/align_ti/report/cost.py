@@ -1,0 +1,121 @@
+"""What training cost: parameters, steps, time, memory; where a step's time goes; accuracy against cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align_ti.evaluation.statistics import interval, told
+from align_ti.phases import phase_names
+from align_ti.report import plots, study_plots
+from align_ti.report.drawing import Drawing, picture_of
+from align_ti.report.folders import Model, content, folders_of, names_in_colour
+from align_ti.report.headline import contest_of, title_of
+from align_ti.report.numbers import DASH, TIMES, amount, digits, scaled
+
+Row = dict[str, Any]
+
+REPORT = "write the report"
+"""The part of a demo whose time is not known yet while its page is written."""
+
+
+def cost_of(models: Sequence[Model]) -> dict[str, Any]:
+    """What the part of the page shows."""
+    trained = [model for model in models if model.role == "trained"]
+    phases = {model.key: found for model in trained if (found := content(model.run.phases))}
+    labels = {model.key: model.label for model in models}
+    return {
+        "rows": [cost_row(model) for model in trained],
+        "memory": next((of for model in trained if (of := model.folder.summary.get("memory"))), ""),
+        "frontier": frontier(trained, models),
+        "phases": phases,
+        "phase_names": phase_names(phases.values()),
+        "phase_figure": phase_figure(phases, models) if phases else None,
+        "labels": labels,
+        "spent": [spent for folder in folders_of(models) if (spent := spent_in(folder.summary)) is not None],
+    }
+
+
+def cost_row(model: Model) -> Row:
+    """A line of the table."""
+    parameters = model.trained_on.get("parameters", {})
+    learnt, every = (sum(of[place] for of in parameters.values()) for place in (0, 1))
+    records = records_per_step(model)
+    second = model.seconds_per_step
+    return {
+        "label": model.label,
+        "terms": ", ".join(f"{name} x {weight:g}" if weight != 1 else name for name, weight in model.terms.items())
+        or DASH,
+        "parameters": f"{learnt:,} of {every:,}" if every else DASH,
+        "steps": f"{model.trained_on['steps']:,}" if "steps" in model.trained_on else DASH,
+        "records": DASH if records is None else f"{records:,}",
+        "second": DASH if second is None else f"{second:.3f}",
+        "throughput": DASH if records is None or not second else digits(records / second),
+        "seconds": DASH if model.seconds is None else amount(TIMES, model.seconds),
+        "memory": DASH if model.peak_memory_mib is None else f"{model.peak_memory_mib:,.0f}",
+    }
+
+
+def records_per_step(model: Model) -> int | None:
+    """Records of an optimizer step, over all processes; None where the recipe is not kept."""
+    training = model.recipe.get("training")
+    if training is None:
+        return None
+    processes = content(model.run.provenance).get("processes", 1)
+    return int(training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * processes)
+
+
+def frontier(trained: Sequence[Model], models: Sequence[Model]) -> Drawing | None:
+    """Accuracy against training time of the students that were asked the same questions; None for fewer than two."""
+    found = contest_of(models)
+    timed = [] if found is None else [model for model in found.models if model in trained and model.seconds]
+    if found is None or len(timed) < 2:
+        return None
+    scale, unit = scaled(TIMES, [model.seconds or 0.0 for model in timed])
+    variants, names = {}, names_in_colour(models)
+    for model in timed:
+        one = told(interval(found.metric(model)))
+        accuracy = {"mean": one["value"], "low": one["low"], "high": one["high"]}
+        variants[names[model.key]] = {"accuracy": accuracy, "seconds": model.seconds}
+    labels = {names[model.key]: model.label for model in timed}
+    title, of = title_of(found.scores[timed[0].key]), found.metric(timed[0]).unit
+    text = study_plots.frontier(
+        variants, labels, unbeaten(variants), "seconds", scale, (f"training time, {unit}", f"{title}, {of}")
+    )
+    rows = [(labels[key], one["seconds"], *one["accuracy"].values()) for key, one in variants.items()]
+    caption = "Bars: 95 % intervals. Dashed: the students that no other one beats in the same or less time."
+    return picture_of("accuracy-and-cost", text, ("model", "seconds", f"{title}, {of}", "low", "high"), rows, caption)
+
+
+def unbeaten(variants: Mapping[str, Row]) -> list[str]:
+    """Those that no other one reaches at the same or a lower cost, cheapest first."""
+    found: list[str] = []
+    for name in sorted(variants, key=lambda name: (variants[name]["seconds"], -variants[name]["accuracy"]["mean"])):
+        if not found or variants[name]["accuracy"]["mean"] > variants[found[-1]]["accuracy"]["mean"]:
+            found.append(name)
+    return found
+
+
+def phase_figure(phases: Mapping[str, Row], models: Sequence[Model]) -> Drawing:
+    """Mean milliseconds of each phase of a step."""
+    by_key = {model.key: model for model in models}
+    names = names_in_colour(models)
+    renamed = {names[key]: found for key, found in phases.items()}
+    labels = {names[key]: by_key[key].label for key in phases}
+    rows = [
+        (by_key[key].label, name, 1000 * one["mean_seconds"], 1000 * one["median_seconds"], one["share"])
+        for key, found in phases.items()
+        for name, one in found["phases"].items()
+    ]
+    return picture_of(
+        "phases", plots.phase_bars(renamed, labels), ("model", "phase", "mean ms", "median ms", "share"), rows
+    )
+
+
+def spent_in(summary: Mapping[str, Any]) -> Row | None:
+    """What a demo spent its time on; None for other runs."""
+    spent = {name: seconds for name, seconds in summary.get("spent_seconds", {}).items() if name != REPORT}
+    if not spent:
+        return None
+    whole = sum(spent.values())
+    return {"title": summary["title"], "parts": spent, "whole": whole}
