@@ -40,7 +40,7 @@ ALLOWED = {
         "terms",
         "errors",
     },
-    "report": {"phases", "runs"},
+    "report": {"phases", "runs", "errors"},
     "preflight": {
         "allocator",
         "config",

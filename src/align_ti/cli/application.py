@@ -18,6 +18,7 @@ from align_ti.cli.recipes import copy_recipe, list_recipes, show_recipe
 from align_ti.cli.studies import study
 from align_ti.cli.terms import terms
 from align_ti.cli.training import report, train
+from align_ti.cli.watching import watch
 from align_ti.errors import AlignTIError, InterruptedRunError, RequeueError
 from align_ti.processes import part_in_order
 
@@ -37,6 +38,7 @@ app.add_typer(recipes, name="recipes")
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
+    "watch": watch,
     "cache": cache,
     "plan": plan,
     "check": check,
