@@ -101,7 +101,8 @@ def steps_of(training: Mapping[str, Any], lines: Sequence[Line]) -> int | None:
         return int(training["max_steps"])
     if not lines or not lines[-1].get("epoch"):
         return None
-    return int(round(training.get("num_train_epochs", 1.0) * lines[-1]["step"] / lines[-1]["epoch"]))
+    passes: float = training.get("num_train_epochs", 1.0)
+    return round(passes * lines[-1]["step"] / lines[-1]["epoch"])
 
 
 def pace_of(lines: Sequence[Line]) -> float | None:
