@@ -5,6 +5,8 @@
 # docs    the documentation site in build/site; a broken link is an error
 # engines the tests of several processes, with DeepSpeed, which it installs
 # kills   20 runs killed at random moments end with the same weights; minutes
+# wheel   wheel and source archive in dist
+# notebook  the example notebook run, and its outputs written into it
 # lmms-eval  an environment with lmms-eval in build/lmms, and the plug-in's test in it
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ READY := $(VENV)/.ready
 LMMS := build/lmms
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check docs engines kills lmms-eval wheel clean
+.PHONY: setup demo test check docs engines kills lmms-eval wheel notebook clean
 
 setup: $(READY)
 
@@ -60,8 +62,12 @@ $(LMMS)/.ready: requirements/lmms.txt requirements/constraints.txt pyproject.tom
 lmms-eval: $(LMMS)/.ready
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/test_lmms_eval.py
 
+# The wheel is built from the source archive, so that both are whole.
 wheel: $(READY)
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --no-isolation
+
+notebook: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.notebook examples/digits.ipynb
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -18,10 +18,11 @@ ALLOWED = {
     "registry": {"errors"},
     "losses": {"options", "registry"},
     "phases": set(),
+    "notebooks": set(),
     "processes": set(),
     "config": {"options", "registry", "errors"},
     "runs": {"config", "errors"},
-    "data": {"config", "errors"},
+    "data": {"config", "notebooks", "errors"},
     "models": {"phases", "errors"},
     "digits": {"models", "runs", "errors"},
     "checkpoints": {"config", "data", "models", "runs", "errors"},
@@ -35,6 +36,7 @@ ALLOWED = {
         "interactions",
         "losses",
         "models",
+        "notebooks",
         "phases",
         "runs",
         "terms",
@@ -59,6 +61,7 @@ ALLOWED = {
         "data",
         "losses",
         "models",
+        "notebooks",
         "phases",
         "terms",
         "training",
@@ -105,8 +108,19 @@ ALLOWED = {
 """What each part may import of ours: the table of docs/architecture.md."""
 
 WITHOUT = {
-    "torch": {"allocator", "errors", "options", "registry", "config", "runs", "report", "processes", "cli"},
-    "transformers": {"allocator", "errors", "options", "registry", "config", "runs", "report", "losses"},
+    "torch": {
+        "allocator",
+        "errors",
+        "options",
+        "registry",
+        "config",
+        "runs",
+        "report",
+        "processes",
+        "cli",
+        "notebooks",
+    },
+    "transformers": {"allocator", "errors", "options", "registry", "config", "runs", "report", "losses", "notebooks"},
 }
 
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from align_ti.cli import main, terminal
 from align_ti.config import read_recipe
 from align_ti.errors import InterruptedRunError
 from align_ti.pipeline.training import distil
 from tests import small
+from tests.command import run
 
 VERBS = [
     "demo",
     "train",
+    "watch",
     "check",
     "plan",
     "score-layers",
@@ -40,32 +37,6 @@ VERBS = [
     "import",
     "recipes",
 ]
-
-
-@dataclass
-class Done:
-    """What a command said, and its exit code."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: str | Path, cwd: Path | None = None) -> Done:
-    """The entry point in this process, which has loaded the libraries already."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        patch.object(sys, "argv", ["align-ti", *map(str, arguments)]),
-        # Test workers have terminals of 80 columns.
-        patch.object(terminal.console, "_width", 200),
-        contextlib.chdir(cwd or Path.cwd()),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
-    ):
-        main()
-    assert end.value.code is None or isinstance(end.value.code, int)
-    return Done(end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def test_help_imports_no_torch_and_teaches_every_verb():

@@ -475,9 +475,9 @@ def test_samples_and_verdicts_are_shown_as_text_and_not_obeyed(setting, tmp_path
     record = Conversation(turns, setting.records[0].images, "<b>place</b>")
     verdict = Verdict(name="roles", state="warn", measured="[bold]<i>x</i>", expected="y", way_out="z", values={})
     report = report_on([verdict], setting.processor, [record])
-    pieces = report.renderings[0].pieces
-    assert [piece.role for piece in pieces] == ["other", "visual", "instruction", "other", "response"]
-    assert pieces[1].text == "[36 visual tokens]"
+    spans = report.renderings[0].spans
+    assert [span.role for span in spans] == ["other", "visual", "instruction", "other", "response"]
+    assert spans[1].text == "[36 visual tokens]"
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         console.print(verdict_table([verdict]))
@@ -494,7 +494,7 @@ def test_samples_and_verdicts_are_shown_as_text_and_not_obeyed(setting, tmp_path
 def test_a_rendering_holds_every_word_of_the_record(setting):
     record = setting.records[0]
     text = rendering(Sample(record, preflight_samples.encode(record, setting.processor)), setting.processor)
-    assert "".join(p.text for p in text.pieces if p.role == "response").startswith(record.turns[1].text)
+    assert "".join(p.text for p in text.spans if p.role == "response").startswith(record.turns[1].text)
 
 
 def test_a_warning_needs_a_way_out():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,17 @@ def test_half_a_line_of_metrics_does_not_swallow_the_next(tmp_path):
         file.write('{"step": 2, "lo')
     run.append_metrics({"step": 2, "loss": 2.0})
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
+
+
+def test_each_line_of_metrics_tells_when_it_was_written_and_the_memory_so_far(tmp_path):
+    run = RunFolder(tmp_path)
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    before = time.time()
+    RunRecorder(run).on_log(arguments, TrainerState(global_step=3), TrainerControl(), {"loss": 1.0})
+    (line,) = run.read_metrics()
+    assert line["step"] == 3 and before - 0.001 <= line["time"] <= time.time() + 0.001
+    # More than the interpreter with torch in it, where the system tells.
+    assert line["memory_mib"] is None or line["memory_mib"] > 50
 
 
 WORKER = """

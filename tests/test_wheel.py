@@ -1,23 +1,42 @@
-"""What `pip install align-ti` puts on a machine."""
+"""What `pip install align-ti` puts on a machine, and that it works there."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
+
+from align_ti import __version__
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_contains_everything_it_needs(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+def done(*command: str | Path, **options: object) -> str:
+    """What a command prints; it has to succeed."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> tuple[Path, Path]:
+    """The source archive, and the wheel that is built from it alone."""
+    out = tmp_path_factory.mktemp("dist")
+    done(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT)
+    (source,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return source, wheel
+
+
+def test_the_wheel_contains_everything_it_needs(archives):
+    with zipfile.ZipFile(archives[1]) as archive:
         names = set(archive.namelist())
         entry = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     source = ROOT / "src"
     tracked = {
         str(path.relative_to(source))
@@ -26,13 +45,43 @@ def test_the_wheel_contains_everything_it_needs(tmp_path):
     }
     assert tracked <= names
     for needed in (
+        "align_ti/py.typed",
         "align_ti/recipes/digits.yaml",
         "align_ti/report/page.html.j2",
         "align_ti/report/page.js",
         "align_ti/report/style.css",
+        "align_ti/report/progress.html.j2",
         "align_ti/digits/assets/teacher/model.safetensors",
         "align_ti/digits/assets/student/chat_template.jinja",
     ):
         assert needed in names
     assert "align-ti = align_ti.cli:main" in entry
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
+    assert f"\nVersion: {__version__}\n" in metadata
+    assert {line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
+        "deepspeed",
+        "dev",
+        "lmms-eval",
+    }
+
+
+def test_the_source_archive_has_the_tests_and_no_measurements(archives):
+    with tarfile.open(archives[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "CHANGELOG.md", "pyproject.toml", "src/align_ti/py.typed", "tests/test_wheel.py"} <= names
+    assert not any(name.startswith(("results/", "benchmarks/", "runs/")) for name in names)
+
+
+def test_the_installed_wheel_runs(archives, tmp_path):
+    # Its dependencies are those of the environment that tests run in; downloading them again would take minutes.
+    site = tmp_path / "site"
+    install = ("install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-compile")
+    done(sys.executable, "-m", "pip", *install, "--target", site, archives[1])
+    environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120"}
+    command = (sys.executable, site / "bin" / "align-ti")
+    assert done(*command, "--version", env=environment, cwd=tmp_path) == f"align-ti {__version__}\n"
+    told = done(*command, "demo", "--help", env=environment, cwd=tmp_path)
+    assert "three ways" in told
+    where = "import align_ti, importlib.metadata as m; print(align_ti.__file__, m.version('align-ti'))"
+    file, version = done(sys.executable, "-c", where, env=environment, cwd=tmp_path).split()
+    assert Path(file).is_relative_to(site) and version == __version__

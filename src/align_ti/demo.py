@@ -21,19 +21,14 @@ from align_ti.phases import OTHER, Stopwatch, part
 from align_ti.pipeline.measuring import evaluate_model, score_teacher, summarise
 from align_ti.pipeline.showing import show_inside
 from align_ti.pipeline.training import distil
+from align_ti.report.folder_progress import METHODS
 from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, provenance, read_json, write_json
 
 Advance = Callable[[str, int, int], None]
 """Called with the name of the stage, what is done, and all there is, for progress bars."""
 
-LABELS = {
-    "teacher": "teacher",
-    "start": "start",
-    "sft": "SFT",
-    "kd": "SFT + vanilla KD",
-    "align_ti": "Align-TI",
-}
+LABELS = {"teacher": "teacher", "start": "start", **METHODS}
 
 # Chosen once, on the validation split (docs/benchmark.md tells how); the test split and the seed had no say.
 TRAINING = Training(

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,10 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line for every log of training; a resumed run may repeat steps, the later line counts."""
+        """One JSON object a line for every log of training: `step`, `time` (seconds since 1970) and numbers by name.
+
+        A resumed run may repeat steps, the later line counts.
+        """
         return self.root / "metrics.jsonl"
 
     @property
@@ -310,6 +314,9 @@ class RunFolder:
         ]
 
 
+OWNER = re.compile(r"(\d{1,9}) on (.+)")
+"""What a lock file says of the process that last held it: its number and the machine's name."""
+
 HELD: set[int] = set()
 """The open lock files of this process."""
 
@@ -356,6 +363,32 @@ def take(handle: int, until: float) -> str | None:
             return None
 
 
+def owner_lives(path: Path) -> bool | None:
+    """Whether the process lives that last held the lock file; None where that cannot be known. The lock is not touched.
+
+    Taking it for a moment would tell more, but a process that looks for the lock in that moment would find it held.
+    """
+    match = OWNER.fullmatch(first_line(path))
+    if fcntl is None or match is None or match[2] != platform.node():
+        return None
+    try:
+        os.kill(int(match[1]), 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def first_line(path: Path) -> str:
+    """The first line of a small file, empty if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
+
+
 def let_go() -> None:
     """Closes the lock files in a forked process, such as a worker of a data loader, which may outlive the run's own."""
     while HELD:
@@ -390,8 +423,8 @@ def has_state(checkpoint: Path) -> bool:
     return not (checkpoint / WHOLE).exists()
 
 
-def whole_line(line: str) -> dict[str, Any] | None:
-    """The JSON object of a line, or None for the half of one that a kill can leave behind."""
+def whole_line(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, or None for the half of one that a kill can leave behind; a character may be cut in half too."""
     try:
         content = json.loads(line)
     except ValueError:
@@ -401,9 +434,11 @@ def whole_line(line: str) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, halves that a kill has left aside; none if there is no file."""
-    if not path.exists():
+    try:
+        # Of bytes only line ends split; of text, characters inside a string would too.
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     return [parsed for line in lines if (parsed := whole_line(line))]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,8 +20,17 @@ from align_ti.cli.recipes import copy_recipe, list_recipes, show_recipe
 from align_ti.cli.studies import study
 from align_ti.cli.terms import terms
 from align_ti.cli.training import report, train
+from align_ti.cli.watching import watch
 from align_ti.errors import AlignTIError, InterruptedRunError, RequeueError
 from align_ti.processes import part_in_order
+
+
+def print_version(asked: bool) -> None:
+    """Prints the version, if it was asked for, and ends."""
+    if asked:
+        typer.echo(f"align-ti {version('align-ti')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="align-ti",
@@ -37,6 +48,7 @@ app.add_typer(recipes, name="recipes")
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
+    "watch": watch,
     "cache": cache,
     "plan": plan,
     "check": check,
@@ -57,6 +69,16 @@ VERBS: dict[str, Callable[..., None]] = {
 
 RECIPE_VERBS: dict[str, Callable[..., None]] = {"list": list_recipes, "show": show_recipe, "copy": copy_recipe}
 """The verbs of `align-ti recipes`."""
+
+
+@app.callback()
+def options(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What may stand in front of a verb."""
+
 
 for typed, verb in VERBS.items():
     app.command(typed)(verb)

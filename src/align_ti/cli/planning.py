@@ -64,7 +64,7 @@ def plan(
 
 def show_plan(plan: Plan, limit: int | None) -> None:
     """Memory of a device and bytes sent as tables, then what was assumed, and what to change if it does not fit."""
-    from align_ti.planning.plan import FILLED, shown_mapping
+    from align_ti.planning.plan import FILLED, NOTHING_FITS, shown_mapping
 
     layout = plan.case.layout
     table = Table("part", "GB", title=f"memory of a device: {layout.engine}, {layout.devices} device(s)")
@@ -93,8 +93,4 @@ def show_plan(plan: Plan, limit: int | None) -> None:
         saved = plan.memory.total - one.total
         options.add_row(one.change, f"{one.total / 1e9:,.3f}", f"{saved / 1e9:,.3f}", "yes" if one.fits else "no")
     console.print(options)
-    console.print(
-        f"change first: {plan.first}."
-        if plan.first
-        else "no option here makes it fit: take smaller models or larger devices."
-    )
+    console.print(f"change first: {plan.first}." if plan.first else NOTHING_FITS)

@@ -12,6 +12,7 @@ from rich.table import Table
 from align_ti.cli.arguments import AllowExtensions, Changes
 from align_ti.cli.terminal import bars, console, quiet
 from align_ti.errors import ConfigError
+from align_ti.report.progress import duration
 
 if TYPE_CHECKING:
     from align_ti.studies.design import Study
@@ -146,10 +147,3 @@ def between(value: float, low: float | None, high: float | None, unit: str, sign
 def ends(low: float | None, high: float | None, form: str) -> str:
     """The ends of an interval, or that they are not known."""
     return "interval unknown" if low is None or high is None else f"{low:{form}} to {high:{form}}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -9,12 +9,53 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from align_ti.data.roles import INSTRUCTION, NO_LABEL, RESPONSE, VISUAL
+from align_ti.data.spans import spans
 from align_ti.errors import BatchError
+from align_ti.notebooks import marked, paragraph, table
 
 FIELDS = ("input_ids", "labels", "roles", "pictures", "student_written")
 """The fields of a batch that `Tokens` holds."""
+
+
+SHOWN, LETTERS = 8, 400
+"""Samples of a batch that a notebook shows, and letters of each span of them."""
+
+
+class Batch(dict[str, Any]):
+    """What the collator returns: a dict of tensors, which a notebook shows with the roles of its tokens.
+
+    `tokenizer` spells the tokens there. A batch that is pickled, copied or moved to a device is without it, so that no worker process
+    sends a tokenizer with every batch.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def _repr_html_(self) -> str:
+        """The first samples without their padding, each span labelled with its role, and the shape of every field."""
+        lines = []
+        for index in range(min(SHOWN, len(self["input_ids"]))):
+            ids, roles = self["input_ids"][index], self["roles"][index]
+            real = self["attention_mask"][index].bool() if "attention_mask" in self else torch.ones_like(ids).bool()
+            told = "".join(
+                marked(span.role, f"{span.role} {span.tokens}", span.text[:LETTERS])
+                for span in spans(ids[real].tolist(), roles[real].tolist(), self.tokenizer)
+            )
+            lines.append(f"<p><b>{index}</b> {told}</p>")
+        left = len(self["input_ids"]) - len(lines)
+        if left > 0:
+            lines.append(paragraph(f"and {left} more samples"))
+        fields = {name: value for name, value in self.items() if isinstance(value, Tensor)}
+        shapes = [[name, str(list(value.shape)), str(value.dtype)] for name, value in fields.items()]
+        lines.append(table(("field", "shape", "type"), shapes))
+        if isinstance(self.get("teacher"), Batch):
+            lines += [paragraph("what the teacher reads:"), self["teacher"]._repr_html_()]
+        return "".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

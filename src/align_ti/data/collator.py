@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from align_ti.data.batch import Batch
 from align_ti.data.cache import SampleCache
 from align_ti.data.conversation import IMAGE_TAG, Conversation, Turn
 from align_ti.data.lengths import TooLong, estimated_lengths, fit, paired
@@ -127,8 +128,10 @@ class Collator:
     """The pad token of a teacher that reads inputs of its own; by default the student's."""
     blank: Sample | None = None
     """A sample of no weight with a picture, which a batch without any picture gets at its end; by default none does."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Spells the tokens where a notebook shows the batch; by default they are numbers."""
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch; what the samples hold for a teacher alone (`teacher`) becomes a batch of its own in it.
 
         Raises:
@@ -140,9 +143,12 @@ class Collator:
                 samples = [*samples, self.blank]
         if "teacher" in samples[0]:
             theirs = self.pad_token if self.teacher_pad_token is None else self.teacher_pad_token
-            teacher = replace(self, pad_token=theirs, blank=None)([sample["teacher"] for sample in samples])
+            # Its tokens may be another tokenizer's.
+            teacher = replace(self, pad_token=theirs, blank=None, tokenizer=None)(
+                [sample["teacher"] for sample in samples]
+            )
             own = [{name: value for name, value in sample.items() if name != "teacher"} for sample in samples]
-            return {**replace(self, blank=None)(own), "teacher": teacher}
+            return self.made({**replace(self, blank=None)(own), "teacher": teacher})
         names = dict.fromkeys(name for sample in samples for name in sample)
         by_sample = pictures_by_sample(samples)
         batch: dict[str, Any] = {}
@@ -161,6 +167,12 @@ class Collator:
                     "image_sizes nor a pixel mask; let it crop or resize pictures to one size, or take a batch of 1."
                 )
             batch[name] = joined(values)
+        return self.made(batch)
+
+    def made(self, fields: dict[str, Any]) -> Batch:
+        """The fields as a batch."""
+        batch = Batch(fields)
+        batch.tokenizer = self.tokenizer
         return batch
 
     def tokens(self, name: str, samples: Sequence[Sample]) -> Tensor:

@@ -168,7 +168,7 @@ def response_rows(
 ) -> ResponseRows:
     """The rows of the records that predict response tokens."""
     collate = Collator(processor.tokenizer.pad_token_id)
-    batch = collate([encode(conversation, processor) for conversation in conversations])
+    batch: dict[str, Any] = collate([encode(conversation, processor) for conversation in conversations])
     starts = torch.tensor([last_response(roles) for roles in batch["roles"]])
     batch = {name: value.to(model.device) for name, value in batch.items()}
     labels = batch["labels"][:, 1:]

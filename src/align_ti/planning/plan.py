@@ -10,6 +10,7 @@ from align_ti.config import Lora, Recipe, not_cacheable
 from align_ti.errors import ConfigError
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
+from align_ti.notebooks import paragraph, table
 from align_ti.planning.memory import Layout, Memory, Model, changed, memory_of, model_of
 from align_ti.planning.sizes import Pair, pretend_pair
 from align_ti.planning.step import Batch
@@ -18,6 +19,9 @@ from align_ti.training.passes import candidate_options
 
 FILLED = 0.9
 """Share of a device that a plan may fill: an allocator's blocks, libraries and longer records need the rest, as in `align-ti check`."""
+
+NOTHING_FITS = "no option here makes it fit: take smaller models or larger devices."
+"""What is said where no option helps."""
 
 VISUAL, RESPONSE = 576, 256
 """Visual tokens of a record where the config does not tell, and response tokens where nobody does."""
@@ -68,6 +72,33 @@ class Plan:
             "options": [asdict(one) for one in self.advice],
             "first_option": self.first,
         }
+
+    def _repr_html_(self) -> str:
+        """What `align-ti plan` prints: memory by part, bytes sent, what was assumed, and what to change if it does not fit."""
+        layout = self.case.layout
+        parts = [*shown_mapping(self.memory.parts), ("all", f"{self.memory.total / 1e9:,.3f}")]
+        shown = [table(("part", "GB"), parts, f"memory of a device: {layout.engine}, {layout.devices} device(s)")]
+        if self.traffic.parts:
+            sent = shown_mapping(self.traffic.parts)
+            shown.append(table(("sent", "GB"), sent, "sent by a device in an optimizer step"))
+        if self.assumed:
+            shown.append(paragraph(f"assumed: {'; '.join(self.assumed)}."))
+        if self.advice:
+            total = self.memory.total
+            options = [
+                (
+                    one.change,
+                    f"{one.total / 1e9:,.3f}",
+                    f"{(total - one.total) / 1e9:,.3f}",
+                    "yes" if one.fits else "no",
+                )
+                for one in self.advice
+            ]
+            shown.append(
+                table(("option, by itself", "GB", "saves", "fits"), options, "it does not fit; what to change")
+            )
+            shown.append(paragraph(f"change first: {self.first}." if self.first else NOTHING_FITS))
+        return "".join(shown)
 
 
 def batch_of(

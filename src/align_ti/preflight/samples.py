@@ -6,7 +6,6 @@ import dataclasses
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import ProcessorMixin
 from align_ti.data.conversation import Conversation
 from align_ti.data.lengths import TooLong, fit, paired
 from align_ti.data.roles import INSTRUCTION, RESPONSE, ROLE_NAMES, VISUAL, encode
+from align_ti.data.spans import Span, spans
 from align_ti.errors import DataError
 from align_ti.preflight.verdicts import Verdict
 
@@ -188,33 +188,15 @@ def noise(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Adjacent tokens of one role as text; a run of visual tokens is named by its length."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Rendering:
     """A sample as people read it."""
 
     place: str
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
     pictures: tuple[Image.Image, ...]
 
 
 def rendering(sample: Sample, processor: ProcessorMixin) -> Rendering:
-    """The sample's text in pieces of one role each."""
-    pairs = zip(sample.tensors["roles"].tolist(), sample.tensors["input_ids"].tolist(), strict=True)
-    pieces = []
-    for role, run in groupby(pairs, key=lambda pair: pair[0]):
-        ids = [token for _, token in run]
-        text = f"[{len(ids)} visual tokens]" if role == VISUAL else visible(processor.tokenizer.decode(ids))
-        pieces.append(Piece(ROLE_NAMES[role], text))
-    return Rendering(sample.record.place, tuple(pieces), tuple(sample.record.pictures()))
-
-
-def visible(text: str) -> str:
-    """The text with what a terminal would obey, such as escape codes, made visible."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+    """The sample's text in spans of one role each."""
+    ids, roles = sample.tensors["input_ids"].tolist(), sample.tensors["roles"].tolist()
+    return Rendering(sample.record.place, spans(ids, roles, processor.tokenizer), tuple(sample.record.pictures()))

@@ -28,8 +28,8 @@ def verdict_table(verdicts: Sequence[Verdict], *, all_of_them: bool = True) -> T
 def sample_text(rendering: Rendering) -> Text:
     """A sample with its roles coloured."""
     text = Text(f"{rendering.place}\n", style="bold")
-    for piece in rendering.pieces:
-        text.append(piece.text, style=f"not bold {ROLE_STYLES[piece.role]}")
+    for span in rendering.spans:
+        text.append(span.text, style=f"not bold {ROLE_STYLES[span.role]}")
     return text
 
 

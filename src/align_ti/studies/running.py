@@ -260,6 +260,10 @@ def curve_of(run: RunFolder) -> list[dict[str, float]]:
 
 
 def last_terms(run: RunFolder) -> dict[str, float]:
-    """The numbers of the last line of the training log."""
-    lines = run.read_metrics()
-    return {key: value for key, value in lines[-1].items() if isinstance(value, int | float)} if lines else {}
+    """The numbers of the last line of the training log; time and memory apart, of which a record has its own."""
+    last = (run.read_metrics() or [{}])[-1]
+    return {
+        key: value
+        for key, value in last.items()
+        if isinstance(value, int | float) and key not in ("time", "memory_mib")
+    }

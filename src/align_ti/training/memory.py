@@ -45,6 +45,16 @@ def peak_memory() -> Iterator[Peak]:
     peak.mib, peak.of = (status("VmHWM") - start_kib) / 1024, "resident"
 
 
+def highest() -> float | None:
+    """The most memory so far in MiB: allocated on the accelerator, or else resident in this process (Linux); None where unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        return status("VmHWM") / 1024
+    except OSError:
+        return None
+
+
 def status(name: str) -> int:
     """One size of this process in KiB."""
     for line in STATUS.read_text(encoding="utf-8").splitlines():

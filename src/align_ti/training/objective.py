@@ -7,7 +7,7 @@ loss
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from align_ti.models import families
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
 from align_ti.models.sharding import in_call_of, nothing_of
 from align_ti.models.standins import Projection, tower_once
+from align_ti.notebooks import paragraph, table
 from align_ti.phases import phase
 from align_ti.terms.base import WeightedRows
 from align_ti.terms.readings import Readings, view
@@ -41,7 +42,7 @@ class DistillationOutput:
 
     `loss` is a scalar with gradient into the student only. `terms` are unweighted means over this batch, detached; `totals` and
     `masses` are what they are made of, so that batches can be joined exactly. `branch_share` is the share of kept candidates
-    that needed a row of their own, or None where no term has candidates.
+    that needed a row of their own, or None where no term has candidates. `weights` are the terms' own in the loss.
     """
 
     loss: Float[Tensor, ""]
@@ -49,6 +50,21 @@ class DistillationOutput:
     totals: dict[str, Float[Tensor, ""]]
     masses: Masses
     branch_share: Float[Tensor, ""] | None
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """The terms as a table: unweighted mean, weight, their product, and the total and mass that the mean is made of."""
+        rows = []
+        for name, mean in self.terms.items():
+            weight = self.weights.get(name)
+            numbers = (float(mean), weight, None if weight is None else weight * float(mean))
+            sums = (float(self.totals[name]), float(self.masses[name]))
+            rows.append([name, *("" if number is None else f"{number:.4g}" for number in (*numbers, *sums))])
+        rows.append(["loss", "", "", f"{float(self.loss):.4g}", "", ""])
+        share = self.branch_share
+        told = "" if share is None else f"{float(share):.1%} of the candidates needed a row of their own."
+        columns = ("term", "unweighted", "weight", "weighted", "total", "mass")
+        return table(columns, rows) + (paragraph(told) if told else "")
 
 
 def distillation_loss(
@@ -105,6 +121,7 @@ def distillation_loss(
         totals=totals,
         masses=masses,
         branch_share=None if plan is None else (plan.branch_weights != 0).sum() / plan.kept.clamp(min=1),
+        weights={name: term.weight for name, term in terms.items()},
     )
 
 

@@ -19,6 +19,7 @@ from align_ti.models.families import tower
 from align_ti.models.standins import standing_in
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import WHOLE, RunFolder, write_json
+from align_ti.training.memory import highest
 
 SCHEDULER = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """The signals by which a scheduler says that the time is over; Windows has no SIGUSR1."""
@@ -48,7 +49,10 @@ STEP = (
 
 
 class RunRecorder(TrainerCallback):
-    """Appends each log to the run's metrics, times every step, and stops at the end of a step when asked to."""
+    """Appends each log to the run's metrics, times every step, and stops at the end of a step when asked to.
+
+    A line of the metrics also has `time`, the seconds since 1970, and `memory_mib`, the most memory so far (`memory.highest`).
+    """
 
     def __init__(self, run: RunFolder, advance: Callable[[int, int], None] | None = None) -> None:
         self.run, self.advance = run, advance
@@ -102,7 +106,9 @@ class RunRecorder(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs is not None:
-            self.run.append_metrics({"step": state.global_step, **logs})
+            memory = highest()
+            now = {"time": round(time.time(), 3), "memory_mib": None if memory is None else round(memory, 1)}
+            self.run.append_metrics({"step": state.global_step, **logs, **now})
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
