@@ -48,7 +48,7 @@ LAYER = 4
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
-    "svg.fonttype": "none",
+    "svg.fonttype": "path",  # every browser shows the same
     "svg.hashsalt": "align-ti",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -96,7 +96,7 @@ def box(ax: Axes, x: float, y: float, colour: str, text: str = "", height: float
     ax.add_patch(
         Rectangle((x - 0.42, y), 0.84, height, facecolor=colour, alpha=alpha, edgecolor="#444444", linewidth=0.6)
     )
-    ax.text(x, y + height / 2, text, ha="center", va="center")
+    ax.text(x, y + height / 2, text, ha="center", va="center", fontsize=8)
 
 
 def rows() -> Figure:

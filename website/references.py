@@ -67,7 +67,8 @@ def group(place: str, knobs: type[Knobs], heading: str) -> str:
             takes = accepted(field) if inner is None else f"[{full}](#{slug(full)})"
             if name == "divergence":
                 takes = "[a divergence](#divergences)"
-            rows.append(f"| `{name}` | {takes} | {default(field)} | {cell(field.description or '')} |")
+            meaning = field.description or ("" if inner is None else (inspect.getdoc(inner) or "").split("\n\n")[0])
+            rows.append(f"| `{name}` | {takes} | {default(field)} | {cell(meaning)} |")
         lines.append("\n".join(rows))
     return "\n\n".join(line for line in lines if line)
 
