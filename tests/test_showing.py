@@ -38,10 +38,14 @@ def records(pair) -> list[Conversation]:
 def shown(pair, records, tmp_path_factory) -> RunFolder:
     """Teacher and student, shown along two answers and two pictures."""
     run = RunFolder(tmp_path_factory.mktemp("run"))
-    right = {"teacher": [True] * len(records), "before": [False] * len(records)}
     models = {"teacher": named(pair, "teacher"), "before": named(pair, "student")}
-    show_inside(run, models, records, right, count=2, layer=0)
+    show_inside(run, models, records, all_wrong(records), count=2, layer=0)
     return run
+
+
+def all_wrong(records: list[Conversation]) -> dict[str, list[bool]]:
+    """A teacher that is always right, and a student that never is."""
+    return {"teacher": [True] * len(records), "before": [False] * len(records)}
 
 
 def named(folder: Path, name: str) -> Teacher:
@@ -51,17 +55,17 @@ def named(folder: Path, name: str) -> Teacher:
 def test_what_comes_next_is_what_the_model_says_behind_the_candidate(pair, records, shown):
     told, processor = read_json(shown.transitions), load_processor(str(pair / "student"))
     assert not told["notes"] and len(told["answers"]) == 2
-    by_words = {one.turns[-2].text.replace("<image>", ""): one for one in records if one.kind}
     models = {
         "teacher": load_model(str(pair / "teacher"), "float32"),
         "before": load_model(str(pair / "student"), "float32"),
     }
-    for answer in told["answers"]:
+    chosen = [records[index] for index in chosen_records(records, all_wrong(records), 2)]
+    for answer, record in zip(told["answers"], chosen, strict=True):
         assert 1 <= len(answer["steps"]) <= STEPS
-        record = next(
-            one for one in records if one.turns[-1].text == answer["answer"] and answer["question"] in one.turns[0].text
+        assert (answer["question"], answer["answer"]) == (
+            record.turns[0].text.replace("<image>", ""),
+            record.turns[1].text,
         )
-        assert answer["question"] in by_words
         batch = Collator(processor.tokenizer.pad_token_id)([encode(record, processor)])
         start, inputs = last_response(batch["roles"][0]), model_inputs(batch)
         for place, step in enumerate(answer["steps"][:2]):
