@@ -46,7 +46,7 @@ class Batch(dict[str, Any]):
                 marked(span.role, f"{span.role} {span.tokens}", span.text[:LETTERS])
                 for span in spans(ids[real].tolist(), roles[real].tolist(), self.tokenizer)
             )
-            lines.append(f"<p><b>{index}</b> {told}</p>")
+            lines.append(f'<p style="line-height:1.7"><b>{index}</b> {told}</p>')
         left = len(self["input_ids"]) - len(lines)
         if left > 0:
             lines.append(paragraph(f"and {left} more samples"))
