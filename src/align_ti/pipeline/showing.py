@@ -316,10 +316,9 @@ class Answer:
         }
 
     def word(self, token: int) -> str:
-        """A token as text; what cannot be printed is made visible."""
+        """A token as text."""
         assert self.processor is not None
-        text: str = self.processor.tokenizer.decode([token])
-        return "".join(letter if letter.isprintable() else f"<{ord(letter):02X}>" for letter in text) or f"<{token}>"
+        return visible(self.processor, token)
 
     def next_of(self, rows: Mapping[str, Float[Tensor, " shared"]]) -> list[dict[str, Any]]:
         """The next tokens that are told behind a candidate, and each model's probability of them."""
@@ -345,6 +344,12 @@ def candidates(row: Float[Tensor, " tokens"], own: int, ends: Sequence[int]) -> 
 def answers(of: View, place: int, ends: Sequence[int]) -> bool:
     """Whether a word of an answer stands there."""
     return int(of.roles[0, place]) == RESPONSE and int(of.inputs["input_ids"][0, place]) not in ends
+
+
+def visible(processor: ProcessorMixin, token: int) -> str:
+    """A token as text; what cannot be printed is made visible."""
+    text: str = processor.tokenizer.decode([token])
+    return "".join(letter if letter.isprintable() else f"<{ord(letter):02X}>" for letter in text) or f"<{token}>"
 
 
 def chance(log_probability: Tensor) -> float:

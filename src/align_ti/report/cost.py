@@ -72,7 +72,8 @@ def frontier(trained: Sequence[Model], models: Sequence[Model]) -> Drawing | Non
     if found is None or len(timed) < 2:
         return None
     scale, unit = scaled(TIMES, [model.seconds or 0.0 for model in timed])
-    variants, names = {}, names_in_colour(models)
+    variants: dict[str, Row] = {}
+    names = names_in_colour(models)
     for model in timed:
         one = told(interval(found.metric(model)))
         accuracy = {"mean": one["value"], "low": one["low"], "high": one["high"]}

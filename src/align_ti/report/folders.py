@@ -118,6 +118,11 @@ def content(path: Path) -> Any:
     return read_json(path) if path.exists() else {}
 
 
+def shown_picture(folder: Folder, name: object) -> Path | None:
+    """A picture that was kept for the report, by a name that a file tells; nothing outside its folder can be shown."""
+    return None if name is None else folder.run.shown / str(name).replace("\\", "/").rpartition("/")[2]
+
+
 def is_study(path: Path) -> bool:
     """Whether a folder is a study's."""
     return (path / STUDY).exists()

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from align_ti.report.drawing import INK, WIDTH, Drawing, axes, drawn, look, looks, picture_of, short
-from align_ti.report.folders import Folder, Model, content
+from align_ti.report.folders import Folder, Model, content, shown_picture
 from align_ti.report.pictures import Pictures
 
 HEAT = (222, 72, 0)
@@ -50,10 +50,11 @@ def shown(folder: Folder, one: Told, models: Told, labels: Mapping[str, str], pi
             maps = weights.reshape(len(weights), *grid)
             cells = [{"heat": heat(of, float(maps.max())), "words": in_words(of)} for of in maps]
             rows.append({"label": label, "layer": models[name]["layer"], "cells": cells})
-    name = one.get("picture")
-    # A name alone: nothing outside the folder can be shown.
-    path = None if name is None else folder.run.shown / str(name).replace("\\", "/").rpartition("/")[2]
-    return {"picture": pictures.add(path), "instructions": one["instructions"], "rows": rows}
+    return {
+        "picture": pictures.add(shown_picture(folder, one.get("picture"))),
+        "instructions": one["instructions"],
+        "rows": rows,
+    }
 
 
 def heat(weights: np.ndarray, most: float) -> str:

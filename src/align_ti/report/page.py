@@ -21,7 +21,7 @@ from align_ti.report.looks import looks_of
 from align_ti.report.origin import origins_of
 from align_ti.report.pictures import Pictures
 from align_ti.report.scores import scores_of
-from align_ti.report.templates import environment, rendered
+from align_ti.report.templates import rendered
 from align_ti.report.transitions import transitions_of
 from align_ti.runs import RunFolder, read_json, write_text
 
@@ -63,8 +63,8 @@ def page_of(roots: Sequence[Path]) -> str:
         answer = study.answer(content) if models or number else []
         body = rendered("study.part.html.j2", answer=answer) + study.study_body(content)
         parts.append(Part(f"study-{number}", f"Study: {root.resolve().name}", body))
-    page = environment().get_template("page.html.j2")
-    return page.render(
+    return rendered(
+        "page.html.j2",
         title=title_of(models, studies),
         policy=policy(script),
         headline=headline_of(models, list(studies.values())),

@@ -23,24 +23,18 @@ def scores_of(models: Sequence[Model]) -> dict[str, Any]:
     rows = rows_of(models)
     heads = [row for row in rows if row["headline"] and row["differences"]]
     differences = together(heads, models)
-    content = {
-        "labels": {model.key: model.label for model in models},
-        "metrics": rows,
-        "differences": differences,
-    }
+    labels = {model.key: model.label for model in models}
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     tables = []
     for benchmark in benchmarks:
         own = [row for row in rows if row["benchmark"] == benchmark]
-        named = {
-            **content,
-            "differences": list({(one["of"], one["to"]): one for row in own for one in row["differences"]}.values()),
-        }
+        pairs = {(one["of"], one["to"]): one for row in own for one in row["differences"]}
+        named = {"labels": labels, "metrics": rows, "differences": list(pairs.values())}
         tables.append({**study.table_of(named, benchmark), "notes": notes_of(models, own[0]["of"])})
     return {
         "tables": tables,
-        "differences": differences_told(heads, differences, content["labels"]),
-        "figures": figures_of(heads, differences, rows, content["labels"]),
+        "differences": differences_told(heads, differences, labels),
+        "figures": figures_of(heads, differences, rows, labels),
     }
 
 
@@ -210,8 +204,8 @@ def figures_of(
             for row in parts
             for one in row["differences"]
         ]
-        header = ("kind", "of", "to", f"difference, {unit}", "low", "high")
-        found["kinds"] = picture_of("kinds", study_plots.kinds(parts, pairs, labels, unit), header, every)
+        by_kind = ("kind", "of", "to", f"difference, {unit}", "low", "high")
+        found["kinds"] = picture_of("kinds", study_plots.kinds(parts, pairs, labels, unit), by_kind, every)
     return found
 
 

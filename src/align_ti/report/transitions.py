@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_ti.report.drawing import Drawing, picture_of
-from align_ti.report.folders import ROLES, Folder, Model, content
+from align_ti.report.folders import ROLES, Folder, Model, content, shown_picture
 from align_ti.report.pictures import Pictures
 
 Told = Mapping[str, Any]
@@ -35,8 +35,6 @@ def transitions_of(models: Sequence[Model], folder: Folder, pictures: Pictures) 
 
 def answer(folder: Folder, one: Told, shown: Sequence[str], pictures: Pictures) -> dict[str, Any]:
     """One answer; the step at which most was learnt is open."""
-    name = one.get("picture")
-    path = None if name is None else folder.run.shown / str(name).replace("\\", "/").rpartition("/")[2]
     steps, said = [], ""
     for step in one["steps"]:
         steps.append(
@@ -45,7 +43,7 @@ def answer(folder: Folder, one: Told, shown: Sequence[str], pictures: Pictures) 
         said += step["token"]
     most = max(range(len(steps)), key=lambda place: steps[place]["learnt"])
     return {
-        "picture": pictures.add(path),
+        "picture": pictures.add(shown_picture(folder, one.get("picture"))),
         "kind": one.get("kind") or "question",
         "question": one["question"],
         "answer": one["answer"],
