@@ -235,7 +235,8 @@ def tower_weights(out: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as shipped:
         copy_model("student", Path(shipped))
         model = LlavaForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
-    return model.model.vision_tower.state_dict()
+    weights: dict[str, Tensor] = model.model.vision_tower.state_dict()
+    return weights
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

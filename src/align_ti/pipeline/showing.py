@@ -162,8 +162,8 @@ def focus_of(model: PreTrainedModel, processor: ProcessorMixin, groups: Sequence
     layers, collate = tuple(full_attention_layers(model)), Collator(processor.tokenizer.pad_token_id)
     found = Focus(layers, [], [])
     for number, group in enumerate(groups, start=1):
-        batch = collate([encode(one, processor, train=False) for one in group])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        made = collate([encode(one, processor, train=False) for one in group])
+        batch = {name: value.to(model.device) for name, value in made.items()}
         seen = visual_focus(model, batch, layers, f"picture {number}").double().cpu()
         found.pictures.append(seen / seen.sum(-1, keepdim=True))
         try:
