@@ -385,7 +385,10 @@ def gap_closed(
     share = float(np.mean([one.score - other.score for one, other in zip(ours, theirs, strict=True)])) / way
     if number == 1:
         low, high = bounds(
-            np.concatenate([one.sums for one in runs + [last]], axis=1), part_of_the_way(ours[0], theirs[0], last), level, RESAMPLES
+            np.concatenate([one.sums for one in runs + [last]], axis=1),
+            part_of_the_way(ours[0], theirs[0], last),
+            level,
+            RESAMPLES,
         )
         return Difference(value=100 * share, low=low, high=high, p=nan, clusters=len(last.clusters))
     # Of - start - share (goal - start) is 0 on average; its spread over the way is the share's.
