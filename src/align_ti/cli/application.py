@@ -25,11 +25,12 @@ from align_ti.errors import AlignTIError, InterruptedRunError, RequeueError
 from align_ti.processes import part_in_order
 
 
-def print_version(asked: bool) -> None:
-    """Prints the version, if it was asked for, and ends."""
+def print_version(asked: bool) -> bool:
+    """Prints the version, if it was asked for, and ends; otherwise gives back what the option holds."""
     if asked:
         typer.echo(f"align-ti {version('align-ti')}")
         raise typer.Exit
+    return asked
 
 
 app = typer.Typer(
