@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from align_ti.errors import RunError
@@ -238,7 +239,7 @@ def test_what_comes_from_data_is_escaped(tmp_path):
 def test_a_table_to_download_holds_no_formula():
     import base64
 
-    drawn = Drawing("x", "", ("a", "=b"), [("=1+1", -2.5), (None, "+3")])  # type: ignore[arg-type]
+    drawn = Drawing("x", Markup(""), ("a", "=b"), [("=1+1", -2.5), (None, "+3")])
     text = base64.b64decode(drawn.csv.partition("base64,")[2]).decode()
     assert text == "a,'=b\n'=1+1,-2.5\n,'+3\n"
 
