@@ -110,6 +110,8 @@ class StudyFolder:
         Raises:
             RunError: a folder of `records_from` holds no study.
         """
+        if not study.file.records_from:
+            return None
         wanted, data = without_steps(plain(study.templates[variant])), data_digests(study)
         for root in study.file.records_from:
             other = StudyFolder(Path(root))
