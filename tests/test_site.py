@@ -16,6 +16,7 @@ from mkdocs.exceptions import Abort
 import align_ti
 from align_ti.cli.application import RECIPE_VERBS, VERBS
 from align_ti.registry import names
+from tests.test_report_browser import CHROMIUM, opened
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +83,29 @@ def test_pages_load_nothing_from_elsewhere(site):
             assert "//" not in target, f"{page.name} loads {target}"
     for style in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+SEARCH = """
+window.addEventListener("load", () => {
+  const field = document.querySelector("input[name=query]");
+  field.focus();
+  field.value = "distil teacher";
+  for (const event of ["input", "keyup"]) field.dispatchEvent(new Event(event, { bubbles: true }));
+});
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (an apt package)")
+def test_the_search_works_without_a_server(site):
+    page = site / "searched.html"
+    page.write_text((site / "index.html").read_text().replace("</body>", f"<script>{SEARCH}</script></body>"))
+    try:
+        content, said = opened(page, "--virtual-time-budget=8000")
+    finally:
+        page.unlink()
+    found = re.search(r'search-result__meta">(\d+) matching documents', content)
+    assert found and int(found[1]) >= 5 and 'href="start.html' in content.split("search-result__list")[1]
+    assert not [line for line in said.splitlines() if "CONSOLE" in line]
 
 
 def test_files_outside_docs_come_along(site):
