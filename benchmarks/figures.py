@@ -1,13 +1,14 @@
 """Draws the pictures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
 
-`rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured: the shipped teacher and
-student on the benchmark's own test pictures, seed 0.
+`rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured on the benchmark's own test
+pictures, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from align_ti.config import Objective
 from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation
 from align_ti.data.roles import INSTRUCTION, RESPONSE, VISUAL, encode, model_inputs
 from align_ti.data.sources import read_conversations
+from align_ti.demo import TRAINING, method_recipe
 from align_ti.digits.files import Sizes, write_benchmark
 from align_ti.interactions.visual import visual_weights
 from align_ti.models.attention import watching
 from align_ti.models.continuation import read
 from align_ti.models.loading import load_model, load_processor
+from align_ti.pipeline.training import distil
 
 ROLES = {
     "other": "#c4c4c4",
@@ -172,9 +176,13 @@ def ribbon() -> Figure:
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
+BEGUN = 200
+"""Steps of SFT that the student of the pictures has had; the shipped one has learnt captions alone."""
+
+
 @dataclass
 class Shipped:
-    """The shipped pair, and records about the benchmark's test pictures."""
+    """The shipped teacher, a student that has begun to learn from it, and records about the benchmark's test pictures."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -183,8 +191,10 @@ class Shipped:
 
     @classmethod
     def written_to(cls, folder: Path) -> Shipped:
-        write_benchmark(folder, sizes=Sizes(train=1, validation=1, test=3))
-        teacher, student = (load_model(str(folder / name), "float32").eval() for name in ("teacher", "student"))
+        write_benchmark(folder, sizes=Sizes(train=BEGUN * 2, validation=1, test=3))
+        training = TRAINING.model_copy(update={"max_steps": BEGUN})
+        begun = distil(method_recipe(folder / "run", folder, Objective.only(sft={}), 0, training), check=False).student
+        teacher, student = (load_model(str(path), "float32").eval() for path in (folder / "teacher", begun))
         return cls(teacher, student, load_processor(str(folder / "student")), read_conversations(folder / "test.json"))
 
     def picture(self, number: int) -> list[Conversation]:
@@ -251,48 +261,95 @@ def halves(text: str) -> tuple[str, str]:
     return " ".join(parts[:cut]), " ".join(parts[cut:])
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens drawn from the student at one step of an answer, and what each model expects behind them."""
+
+    record: Conversation
+    before: Tensor
+    """The answer's tokens before the step."""
+    gold: int
+    candidates: tuple[tuple[int, int], ...]
+    """Each token that was drawn, and how often."""
+    teacher: Tensor
+    """Next-token probabilities behind each candidate: (candidates, vocabulary)."""
+    student: Tensor
+
+    @property
+    def divergences(self) -> Tensor:
+        """KL(teacher || student) behind each candidate, in nats: (candidates,)."""
+        return (self.teacher * (self.teacher.log() - self.student.log())).nansum(-1)
+
+    @property
+    def mean(self) -> float:
+        """The mean over the draws, which is TPA at this step."""
+        counts = torch.tensor([count for _, count in self.candidates])
+        return float((self.divergences * counts).sum() / counts.sum())
+
+
+def drawn(shipped: Shipped, record: Conversation, step: int) -> Drawn:
+    """Four tokens drawn from the student in place of the answer's token at `step`, an index into the whole sequence."""
+    batch = shipped.batch([record])
+    inputs, ids = model_inputs(batch), batch["input_ids"]
+    start = int((batch["roles"][0] == RESPONSE).nonzero()[0, 0])
+    choice = shipped.student(**inputs).logits[0, step - 1].softmax(-1)
+    draws = torch.multinomial(choice, 4, replacement=True, generator=torch.Generator().manual_seed(0))
+    counts = {int(token): int((draws == token).sum()) for token in draws.unique()}
+    behind: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    for token in counts:
+        seen = torch.cat([ids[:, :step], torch.tensor([[token]])], dim=1)
+        changed = {**inputs, "input_ids": seen, "attention_mask": torch.ones_like(seen)}
+        for name, found in behind.items():
+            found.append(getattr(shipped, name)(**changed).logits[0, -1].softmax(-1))
+    return Drawn(
+        record,
+        ids[0, start:step],
+        int(ids[0, step]),
+        tuple(counts.items()),
+        torch.stack(behind["teacher"]),
+        torch.stack(behind["student"]),
+    )
+
+
 @torch.no_grad()
 def tpa(shipped: Shipped) -> Figure:
-    """Four tokens drawn from the student at one step, and both models' distributions behind each.
+    """Four tokens drawn from the student at one step of an answer, and both models' distributions behind each.
 
-    The student has not learnt to answer such questions; the step is the one of the answer where it is least sure.
+    The student has had `BEGUN` steps of SFT. Of all steps of the answers about the test pictures where it draws at least three
+    different tokens, the one is shown where its distributions behind them differ most from the teacher's.
     """
-    (record,) = [record for record in shipped.picture(0) if record.kind == "digit"]
-    batch = shipped.batch([record])
-    inputs = model_inputs(batch)
-    steps = (batch["roles"][0] == RESPONSE).nonzero()[:, 0]
-    first = shipped.student(**inputs).logits[0, steps - 1].log_softmax(-1)
-    entropy = -(first.exp() * first).sum(-1)
-    step = int(steps[entropy.argmax()])
-    drawn = torch.multinomial(
-        first[entropy.argmax()].exp(), 4, replacement=True, generator=torch.Generator().manual_seed(0)
-    )
-    counts = {int(token): int((drawn == token).sum()) for token in drawn.unique()}
+    steps = []
+    for record in shipped.records:
+        response = (shipped.batch([record])["roles"][0] == RESPONSE).nonzero()[:, 0]
+        steps += [drawn(shipped, record, int(step)) for step in response]
+    shown = max((one for one in steps if len(one.candidates) >= 3), key=lambda one: one.mean)
     tokenizer = shipped.processor.tokenizer
-    before = tokenizer.decode(batch["input_ids"][0, steps[0] : step])
-    figure = Figure(figsize=(9.5, 1.2 + 1.7 * len(counts)), layout="constrained")
-    figure.suptitle(
-        f"{words(record)[0]}  {before} …   gold: {tokenizer.decode(batch['input_ids'][0, step])!r}", fontsize=9
-    )
-    for ax, (token, count) in zip(np.atleast_1d(figure.subplots(len(counts), 1)), counts.items(), strict=True):
-        ids = torch.cat([batch["input_ids"][:, :step], torch.tensor([[token]])], dim=1)
-        seen = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        teacher, student = (model(**seen).logits[0, -1].softmax(-1) for model in (shipped.teacher, shipped.student))
-        top = torch.maximum(teacher, student).topk(6).indices
+    rows = len(shown.candidates)
+    figure = Figure(figsize=(9.5, 1.2 + 1.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, gridspec_kw={"width_ratios": (1, 2.6)})
+    for ax in axes[:, 0]:
+        ax.axis("off")
+    middle = figure.add_subplot(axes[0, 0].get_gridspec()[:, 0])
+    show(middle, shown.record.pictures()[0])
+    answer = textwrap.fill(f"{tokenizer.decode(shown.before).strip()} …", 34)
+    middle.set_title(f"{words(shown.record)[0]}\n{answer}\nanswer: {tokenizer.decode(shown.gold)!r}", fontsize=9)
+    for ax, (token, count), teacher, student, divergence in zip(
+        axes[:, 1], shown.candidates, shown.teacher, shown.student, shown.divergences, strict=True
+    ):
+        top = torch.maximum(teacher, student).topk(8).indices
         places = np.arange(len(top))
         ax.bar(places - 0.2, teacher[top], 0.4, color="#7f7f7f", label="teacher")
         ax.bar(
             places + 0.2, student[top], 0.4, color=ROLES["response"], hatch="///", edgecolor="white", label="student"
         )
         ax.set_xticks(places, [repr(tokenizer.decode(index)) for index in top])
-        divergence = (teacher * (teacher.log() - student.log())).nansum()
         ax.set(ylim=(0, 1.05), ylabel="probability")
         ax.set_title(
             f"behind the candidate {tokenizer.decode(token)!r} (drawn {count} of 4 times): KL {divergence:.2f} nats",
             fontsize=9,
             loc="left",
         )
-    figure.axes[0].legend(loc="upper right", frameon=False)
+    axes[0, 1].legend(loc="upper right", frameon=False)
     return figure
 
 
