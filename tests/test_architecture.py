@@ -84,7 +84,8 @@ ALLOWED = {
         "errors",
     },
     "studies": {"config", "evaluation", "options", "pipeline", "runs", "errors"},
-    "demo": {"config", "data", "digits", "models", "phases", "pipeline", "report", "runs", "errors"},
+    "parallel": {"processes", "errors"},
+    "demo": {"config", "data", "digits", "models", "parallel", "phases", "pipeline", "report", "runs", "errors"},
     "cli": {
         "checkpoints",
         "config",

@@ -58,6 +58,25 @@ def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
         run_demo(out, seed=2, sizes=SIZES, training=SHORT)
 
 
+def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(tmp_path):
+    tiny, short = Sizes(train=2, validation=1, test=1), SHORT.model_copy(update={"max_steps": 2})
+    stages: dict[str, tuple[int, int]] = {}
+
+    def advance(stage, done, total):
+        stages[stage] = (done, total)
+
+    in_turn = run_demo(tmp_path / "in turn", sizes=tiny, training=short)
+    side_by_side = run_demo(tmp_path / "side by side", sizes=tiny, training=short, jobs=2, advance=advance)
+    own = ("spent_seconds", "seconds_per_step", "peak_memory_mib", "provenance")
+    assert {**side_by_side, **dict.fromkeys(own)} == {**in_turn, **dict.fromkeys(own)}
+    assert stages["train: Align-TI"] == stages["train: SFT"] == (2, 2)
+    assert "train and measure, 2 at a time" in side_by_side["spent_seconds"]
+    for method in objectives(0):
+        weights = [(tmp_path / name / method / "student" / "model.safetensors") for name in ("in turn", "side by side")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not (tmp_path / "side by side" / "cache").exists()
+
+
 def test_the_three_methods_differ_in_their_terms_alone():
     chosen = objectives(3)
     assert [objective.active for objective in chosen.values()] == [("sft",), ("sft", "kd"), ("sft", "kd", "iva", "tpa")]

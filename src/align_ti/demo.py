@@ -5,18 +5,26 @@ benchmark -> teacher and start measured -> layers scored -> SFT, SFT + KD, Align
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import ProcessorMixin
+
 from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Student, Teacher, Training
+from align_ti.data.cache import SampleCache
 from align_ti.data.collator import EncodedConversations
+from align_ti.data.conversation import Conversation
 from align_ti.data.sources import read_conversations
 from align_ti.digits.files import Sizes, write_benchmark
 from align_ti.errors import RunError
 from align_ti.models.loading import load_processor
+from align_ti.parallel import Advance, nothing, side_by_side
 from align_ti.phases import OTHER, Stopwatch, part
 from align_ti.pipeline.measuring import evaluate_model, score_teacher, summarise
 from align_ti.pipeline.showing import show_inside
@@ -24,9 +32,6 @@ from align_ti.pipeline.training import distil
 from align_ti.report.folder_progress import METHODS
 from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, provenance, read_json, write_json
-
-Advance = Callable[[str, int, int], None]
-"""Called with the name of the stage, what is done, and all there is, for progress bars."""
 
 LABELS = {"teacher": "teacher", "start": "start", **METHODS}
 
@@ -61,8 +66,10 @@ def run_demo(
     sizes: Sizes | None = None,
     training: Training = TRAINING,
     split: str = "test",
+    jobs: int = 1,
     advance: Advance = lambda stage, done, total: None,
     stopwatch: Stopwatch | None = None,
+    prepare: Callable[[], None] = nothing,
 ) -> dict[str, Any]:
     """The whole job, report included; what is finished in the folder already is not done again.
 
@@ -72,8 +79,11 @@ def run_demo(
         sizes: pictures of each split.
         training: how long and how fast each method trains.
         split: "test", or "validation" while settings are chosen.
+        jobs: methods trained at the same time, each in a process of its own; the processor's threads are shared out. More than one
+            needs a main module that can be imported (`if __name__ == "__main__":`).
         advance: progress.
         stopwatch: counts the parts of the run; given, it may have counted some already.
+        prepare: called first in each of those processes; a function of a module.
 
     Returns:
         The content of `summary.json`.
@@ -94,7 +104,7 @@ def run_demo(
     )
     root = RunFolder(out)
     with spending(root, Stopwatch(of="run") if stopwatch is None else stopwatch) as spent:
-        summary = compare_methods(root, seed, sizes, training, split, advance)
+        summary = compare_methods(root, seed, sizes, training, split, jobs, advance, prepare)
         write_json(root.summary, {**summary, "spent_seconds": spent()})
         with part("write the report"):
             write_report(out)
@@ -127,7 +137,14 @@ def spending(root: RunFolder, stopwatch: Stopwatch) -> Iterator[Callable[[], dic
 
 
 def compare_methods(
-    root: RunFolder, seed: int, sizes: Sizes, training: Training, split: str, advance: Advance
+    root: RunFolder,
+    seed: int,
+    sizes: Sizes,
+    training: Training,
+    split: str,
+    jobs: int,
+    advance: Advance,
+    prepare: Callable[[], None],
 ) -> dict[str, Any]:
     """Data, teacher and start measured, three methods trained and measured: the content of `summary.json`."""
     out, data = root.root, root.root / "data"
@@ -142,42 +159,21 @@ def compare_methods(
             write_benchmark(data, seed, sizes, drawn)
 
     conversations = read_conversations(data / f"{split}.json")
-    results: dict[str, dict[str, Any]] = {}
-
-    def measure(name: str, path: Path) -> None:
-        file = root.evaluation(name)
-        if not file.exists():
-            done = [0]
-
-            def answered(count: int) -> None:
-                done[0] += count
-                advance(f"measure: {LABELS[name]}", done[0], len(conversations))
-
-            teacher = None if name == "teacher" else str(data / "teacher")
-            write_json(file, evaluate_model(str(path), conversations, EVALUATION, teacher=teacher, advance=answered))
-        results[name] = read_json(file)
-
-    measure("teacher", data / "teacher")
-    measure("start", data / "student")
+    for name, folder in (("teacher", "teacher"), ("start", "student")):
+        measure(root, name, data / folder, split, advance)
     layer = best_layer(root, data, seed, advance)
 
-    runs: dict[str, RunFolder] = {}
-    with part("prepare training data"):
-        processor = load_processor(str(data / "student"))
-        train = EncodedConversations(read_conversations(data / "train.json"), processor, cache=True)
-        for index in range(len(train)):
-            train[index]
-            advance("prepare training data", index + 1, len(train))
-    for name, objective in objectives(layer).items():
-        recipe = method_recipe(out / name, data, objective, seed, training)
-
-        def stepped(step: int, steps: int, name: str = name) -> None:
-            advance(f"train: {LABELS[name]}", step, steps)
-
-        # No check: the pair is shipped, and the tests prove on it what a check looks for.
-        with part(f"train: {LABELS[name]}"):
-            runs[name] = distil(recipe, data=train, steps=stepped, check=False)
-        measure(name, runs[name].student)
+    recipes = {
+        name: method_recipe(out / name, data, objective, seed, training)
+        for name, objective in objectives(layer).items()
+    }
+    runs = {name: RunFolder(out / name) for name in recipes}
+    train = read_conversations(data / "train.json")
+    if not all(run.student.exists() for run in runs.values()):
+        encode_all(train, load_processor(str(data / "student")), kept_samples(out), advance)
+    train_all([Method(root, name, recipe, split) for name, recipe in recipes.items()], jobs, advance, prepare)
+    shutil.rmtree(kept_samples(out), ignore_errors=True)
+    results: dict[str, dict[str, Any]] = {name: read_json(root.evaluation(name)) for name in LABELS}
     if not root.looks.exists():
         paths = {
             "teacher": data / "teacher",
@@ -204,6 +200,68 @@ def compare_methods(
     return summary
 
 
+def measure(root: RunFolder, name: str, path: Path, split: str, advance: Advance) -> None:
+    """The model's answers, and how near it is to the teacher, in the folder; nothing is done if they are there."""
+    file, data = root.evaluation(name), root.root / "data"
+    if file.exists():
+        return
+    conversations, done = read_conversations(data / f"{split}.json"), [0]
+
+    def answered(count: int) -> None:
+        done[0] += count
+        advance(f"measure: {LABELS[name]}", done[0], len(conversations))
+
+    teacher = None if name == "teacher" else str(data / "teacher")
+    write_json(file, evaluate_model(str(path), conversations, EVALUATION, teacher=teacher, advance=answered))
+
+
+def kept_samples(out: Path) -> Path:
+    """Where the encoded training data of a demo lie until its methods have learnt from them."""
+    return out / "cache"
+
+
+def encode_all(records: Sequence[Conversation], processor: ProcessorMixin, folder: Path, advance: Advance) -> None:
+    """Every record encoded and kept on disk, so that no method's time holds it."""
+    with part("prepare training data"):
+        data = EncodedConversations(records, processor, disk=SampleCache(folder, processor))
+        for index in range(len(data)):
+            data[index]
+            advance("prepare training data", index + 1, len(data))
+
+
+# --- one method, and all of them --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method's training and its measures."""
+
+    root: RunFolder
+    name: str
+    recipe: Recipe
+    split: str
+
+    def run(self, advance: Advance) -> None:
+        """Trains and measures the student; what is done already is not done again."""
+        label = LABELS[self.name]
+        # No check: the pair is shipped, and the tests prove on it what a check looks for.
+        with part(f"train: {label}"):
+            run = distil(self.recipe, steps=partial(advance, f"train: {label}"), check=False)
+        measure(self.root, self.name, run.student, self.split, advance)
+
+
+def train_all(methods: Sequence[Method], jobs: int, advance: Advance, prepare: Callable[[], None]) -> None:
+    """All methods, `jobs` of them at a time, each of these in a process of its own."""
+    if jobs == 1:
+        for method in methods:
+            method.run(advance)
+        return
+    # The last takes longest, so it begins first.
+    tasks = {LABELS[method.name]: method.run for method in reversed(methods)}
+    with part(f"train and measure, {jobs} at a time"):
+        side_by_side(tasks, jobs, advance, max(1, torch.get_num_threads() // jobs), prepare)
+
+
 def method_recipe(out: Path, data: Path, objective: Objective, seed: int, training: Training) -> Recipe:
     """The run of one method: the shipped pair on the benchmark that lies in `data`."""
     return Recipe(
@@ -211,7 +269,7 @@ def method_recipe(out: Path, data: Path, objective: Objective, seed: int, traini
         seed=seed,
         student=Student(path=str(data / "student")),
         teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
-        data=Data(train=str(data / "train.json"), cache="memory"),
+        data=Data(train=str(data / "train.json"), cache="disk", cache_dir=str(kept_samples(out.parent))),
         objective=objective,
         training=training,
         evaluation=EVALUATION,

@@ -117,7 +117,7 @@ def ended(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when the launch dies, so that none is left behind."""
+    """Asks Linux to kill this process when the one that started it dies, so that none is left behind."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

@@ -23,6 +23,10 @@ def demo(
     split: Annotated[
         str, typer.Option(help="Measure on 'test', or on 'validation' while settings are chosen.")
     ] = "test",
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Methods trained at the same time; by default as many as there are cores for."),
+    ] = None,
     phases: Annotated[bool, typer.Option("--phases", help="Also tell where the time of a training step goes.")] = False,
 ) -> None:
     """Distil a small model on real handwriting three ways and compare them.
@@ -36,13 +40,19 @@ def demo(
     stopwatch = Stopwatch(of="run")
     with stopwatch.phase("load the libraries"):
         quiet()
+        import torch
+
         from align_ti.demo import TRAINING, objectives, run_demo
         from align_ti.runs import RunFolder
 
     changed: dict[str, Any] = {"phases": phases, **({} if steps is None else {"max_steps": steps})}
     training = Training(**{**TRAINING.model_dump(), **changed})
+    if jobs is None:
+        jobs = 1 if torch.accelerator.is_available() else min(len(objectives(0)), torch.get_num_threads())
     with bars() as advance:
-        summary = run_demo(out, seed, training=training, split=split, advance=advance, stopwatch=stopwatch)
+        summary = run_demo(
+            out, seed, training=training, split=split, jobs=jobs, advance=advance, stopwatch=stopwatch, prepare=quiet
+        )
     show_summary(summary)
     show_phases({summary["labels"][name]: RunFolder(out / name) for name in objectives(0)})
     show_spent(summary["spent_seconds"])
