@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from align_ti.config import Data, Evaluation, Objective, Recipe, Scores, Student, Teacher, Training
@@ -170,7 +171,7 @@ def compare_methods(
     runs = {name: RunFolder(out / name) for name in recipes}
     train = read_conversations(data / "train.json")
     if not all(run.student.exists() for run in runs.values()):
-        encode_all(train, load_processor(str(data / "student")), kept_samples(out), advance)
+        encode_all(train, load_processor(str(data / "student")), kept_samples(out), jobs, advance)
     train_all([Method(root, name, recipe, split) for name, recipe in recipes.items()], jobs, advance, prepare)
     shutil.rmtree(kept_samples(out), ignore_errors=True)
     results: dict[str, dict[str, Any]] = {name: read_json(root.evaluation(name)) for name in LABELS}
@@ -220,13 +221,16 @@ def kept_samples(out: Path) -> Path:
     return out / "cache"
 
 
-def encode_all(records: Sequence[Conversation], processor: ProcessorMixin, folder: Path, advance: Advance) -> None:
+def encode_all(
+    records: Sequence[Conversation], processor: ProcessorMixin, folder: Path, jobs: int, advance: Advance
+) -> None:
     """Every record encoded and kept on disk, so that no method's time holds it."""
     with part("prepare training data"):
-        data = EncodedConversations(records, processor, disk=SampleCache(folder, processor))
-        for index in range(len(data)):
-            data[index]
-            advance("prepare training data", index + 1, len(data))
+        data, done = EncodedConversations(records, processor, disk=SampleCache(folder, processor)), 0
+        workers = 0 if jobs == 1 else jobs
+        for count in DataLoader(data, batch_size=64, num_workers=workers, collate_fn=len):
+            done += count
+            advance("prepare training data", done, len(data))
 
 
 # --- one method, and all of them --------------------------------------------------------------------------------------
