@@ -406,6 +406,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-times": partial(study_tables.times, "ablation"),
     "equal-time-variants": partial(study_tables.variants, "equal-time"),
     "equal-time-differences": partial(study_tables.differences, "equal-time"),
+    "long-variants": partial(study_tables.variants, "long"),
+    "long-differences": partial(study_tables.differences, "long"),
+    "long-kinds": partial(study_tables.metrics, "long", "exact match"),
+    "long-times": partial(study_tables.times, "long"),
     "budget-variants": partial(study_tables.variants, "budget"),
     "budget-differences": partial(study_tables.differences, "budget"),
 }
