@@ -25,7 +25,7 @@ def recipes() -> str:
     """Every option of a recipe: its type, default and meaning, section by section."""
     parts = [
         "# Recipes",
-        "A recipe is a YAML file. `align-ti recipes list` names those that are shipped, and `--set section.option=value` changes "
+        "A recipe is a YAML file. `align-ti recipes list` lists the shipped ones, and `--set section.option=value` changes "
         "an option of any. This page is made from the declarations in `align_ti.config`, `align_ti.terms` and "
         "`align_ti.losses.divergences`; an option that is not here is refused.",
         group("", Recipe, "## The top level"),
@@ -149,7 +149,7 @@ HOMES = {
     "config": "Recipes and the objective",
     "terms": "Terms",
     "losses": "Divergences",
-    "registry": "Names of one's own",
+    "registry": "Registering your own",
     "data": "Data",
     "models": "Models",
     "interactions": "Layer scores",
@@ -165,7 +165,7 @@ def python_names() -> str:
     of = {name: align_ti._HOME[name].partition(".")[0] for name in align_ti.__all__ if name in align_ti._HOME}
     parts = [
         "# Python",
-        'The names of `align_ti`, each from its docstring. Shapes stand in the annotations: `Float[Tensor, "rows vocab"]` '
+        'The names of `align_ti`, each from its docstring. Annotations give shapes: `Float[Tensor, "rows vocab"]` '
         "is a tensor of two axes.",
     ]
     for home, title in HOMES.items():

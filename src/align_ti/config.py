@@ -1,7 +1,7 @@
-"""Every knob of a run, declared once; reads a recipe strictly. Imports no torch.
+"""Every option of a run, declared once; reads a recipe strictly. Imports no torch.
 
-A recipe is a YAML file with the sections of `Recipe`. `read_recipe` reports every error of a file in one message, each with
-the option's full name, what was found, what is accepted, and the nearest known key.
+A recipe is a YAML file with the sections of `Recipe`. `read_recipe` reports every error of a file in one message, each with the
+option's full name, what was found, what is accepted, and the nearest known key.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from align_ti.registry import load_extension, lookup, names, suggestion
 
 
 DEFAULT_TERMS = ("sft", "kd", "iva", "tpa")
-"""The terms of Align-TI, which an objective has unless it says otherwise; every other term is in it where it is named."""
+"""The terms of Align-TI, which every objective has by default; any other term is used only if it is named."""
 
 
 class Objective(Knobs):
-    """The loss: a weighted sum of terms, each a file of `align_ti.terms` or of the user's.
+    """The loss: a weighted sum of terms, each in a file of `align_ti.terms` or of the user's.
 
-    Terms are options by their names: `Objective(kd=Kd(temperature=2.0))`, `objective.kd.temperature`. The four of Align-TI have
-    weight 1 unless their weight is given; others are left out unless they are named. `Objective.only(...)` has the named terms alone.
+    Each term is an option under its name: `Objective(kd=Kd(temperature=2.0))`, `objective.kd.temperature`. The four terms of
+    Align-TI have weight 1 by default; others are used only if they are named. `Objective.only(...)` has the named terms alone.
 
     Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
     """
@@ -39,8 +39,8 @@ class Objective(Knobs):
     model_config = ConfigDict(extra="allow")
     where: ClassVar[str] = "objective"
     chunk_rows: int | None = Field(default=None, ge=1)
-    """Rows projected to the vocabulary at a time; by default as many as hold 2^24 logits on a CPU, 2^27 elsewhere.
-    No effect on the result."""
+    """Rows (compared positions) projected to the vocabulary at a time; by default as many as hold 2^24 logits on a CPU, 2^27
+    elsewhere. No effect on the result."""
 
     if TYPE_CHECKING:
 
@@ -79,12 +79,12 @@ class Objective(Knobs):
 
     @classmethod
     def only(cls, *, chunk_rows: int | None = None, **terms: Any) -> Objective:
-        """An objective of the named terms alone: those of Align-TI that are not among them have weight 0."""
+        """An objective of the named terms alone: terms of Align-TI that are not named have weight 0."""
         return cls(**{name: {"weight": 0.0} for name in DEFAULT_TERMS} | terms, chunk_rows=chunk_rows)
 
     @classmethod
     def known(cls) -> tuple[str, ...]:
-        """The names that the group accepts: every term's among them."""
+        """The names of all accepted options, the terms' included."""
         return (*names("term"), *cls.model_fields)
 
     @classmethod
@@ -94,13 +94,13 @@ class Objective(Knobs):
 
     @property
     def terms(self) -> dict[str, Any]:
-        """The terms that have weight, by name: those of Align-TI first, others in the order of the registry."""
+        """The terms with a weight above 0, by name: those of Align-TI first, others in the order of the registry."""
         every: dict[str, Any] = self.__pydantic_extra__ or {}
         return {name: term for name, term in every.items() if term.weight > 0}
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names of the terms that have weight, in the order of `terms`."""
+        """The names of the terms with a weight above 0, in the order of `terms`."""
         return tuple(self.terms)
 
     @property
@@ -126,10 +126,11 @@ PARTS = ("vision_tower", "projector", "language_model")
 
 
 class Lora(Knobs):
-    """Low-rank adapters (LoRA, DoRA): a wrapped layer keeps its weights, and two small matrices beside it are trained.
+    """Low-rank adapters (LoRA, DoRA): the weights of a wrapped layer are frozen, and two small matrices beside them are
+    trained.
 
-    A part with a wrapped layer is trained through its adapters alone; other parts are trained in full unless they are frozen. The
-    finished student has the adapters merged.
+    A model part with a wrapped layer is trained through its adapters alone; other parts are trained in full unless they are
+    frozen. The finished student has the adapters merged.
 
     Source: Hu et al. (arXiv:2106.09685); DoRA: Liu et al. (arXiv:2402.09353).
     """
@@ -145,7 +146,7 @@ class Lora(Knobs):
     """Linear layers to wrap, by the end of their name (q_proj) or a pattern over it (language_model.layers.1*.q_proj); frozen layers
     are left out. By default every linear layer of the language model that is not frozen."""
     dora: bool = False
-    """Train the length of each weight vector beside its direction (DoRA)."""
+    """Train the magnitude of each weight vector separately from its direction (DoRA)."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks stable."""
 
@@ -157,10 +158,10 @@ class Student(Knobs):
     path: str = Field(min_length=1)
     """A folder or hub name of a vision-language model that transformers loads."""
     freeze: tuple[str, ...] = ("vision_tower",)
-    """What keeps its weights: parts (vision_tower, projector, language_model), or patterns over parameter names, such as
+    """What is frozen: model parts (vision_tower, projector, language_model), or patterns over parameter names, such as
     language_model.layers.0.*."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights while they are trained. float16 is for frozen weights only (beside adapters)."""
+    """Precision of the weights during training. float16 is for frozen weights only (with adapters)."""
     lora: Lora | None = None
     """Train adapters instead of the language model's own weights."""
 
@@ -183,14 +184,14 @@ class Teacher(Knobs):
 
     where: ClassVar[str] = "teacher"
     path: str = Field(min_length=1)
-    """A folder or hub name of a vision-language model with the student's tokenizer. Where its processor makes other inputs of a record
-    than the student's, each model reads its own."""
+    """A folder or hub name of a vision-language model with the student's tokenizer. If its processor produces different inputs
+    from a record than the student's, each model reads its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: as they were saved."""
     quantization: dict[str, Any] | None = Field(default=None, min_length=1)
     """Options of one of transformers' quantization methods, such as {load_in_4bit: true} or {quant_method: quanto, weights: int8}."""
     device: str | None = Field(default=None, pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$")
-    """Where the teacher stays: cpu, cuda:1, ..., or auto: spread over all accelerators. By default the student's device."""
+    """The teacher's device: cpu, cuda:1, ..., or auto: spread over all accelerators. By default the student's device."""
     sharded: bool = False
     """Spread the teacher's weights over all processes, and gather each layer when it is called; no effect with one process."""
 
@@ -207,21 +208,22 @@ class Source(Knobs):
     path: str = Field(min_length=1)
     """A file (.json, .jsonl, .parquet), a folder (of `save_to_disk`, or of parquet files), or a hub name (owner/name)."""
     images: str | None = None
-    """The folder that picture names start from; by default data.images, then the data file's own folder."""
+    """The root folder of image names; by default data.images, then the data file's own folder."""
     format: Literal["auto", "llava", "messages", "prompt_completion", "plain"] = "auto"
-    """What a record looks like. auto: by its keys (conversations, messages, prompt and completion). plain: a LLaVA record of two turns
-    whose question is reduced to its picture, as in LLaVA's pretraining on captions."""
+    """The format of a record. auto: by its keys (conversations, messages, prompt and completion). plain: a LLaVA record of two
+    turns whose question is reduced to its image, as in LLaVA's pretraining on captions."""
     split: str | None = None
-    """The split to take, where the source has several."""
+    """The split to use, if the source has several."""
     subset: str | None = None
-    """The configuration of a hub dataset, where it has several."""
+    """The configuration (subset) of a hub dataset, if it has several."""
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """This source's share of the mix, relative to the other weights. The mix is as large as it can be without taking a record twice."""
+    """This source's share of the mix, relative to the other weights. The mix is as large as possible without using a record
+    twice."""
     count: int | None = Field(default=None, ge=1)
-    """Records taken, drawn with the seed and without replacement; by default all of them."""
+    """Number of records, drawn with the seed and without replacement; by default all of them."""
     find_extension: bool = False
-    """Look for a picture that is missing under its name with another extension (.jpg, .jpeg, .png, .gif, .webp, .bmp). Exactly one
-    has to be there; how many were found so is reported."""
+    """Look for a missing image under another extension (.jpg, .jpeg, .png, .gif, .webp, .bmp). Exactly one such file has to
+    exist; the number of images found in this way is reported."""
 
 
 Train = Annotated[
@@ -233,66 +235,68 @@ Train = Annotated[
 class OnPolicy(Knobs):
     """On-policy batches: with some probability the student answers in place of the data, and both models read its answer.
 
-    The last response of every record of the batch is replaced; no gradient flows through the draw of its tokens.
+    The last response of every record of the batch is replaced; no gradient flows through the sampling of its tokens.
 
     Source: GKD (arXiv:2306.13649), the student data fraction lambda.
     """
 
     where: ClassVar[str] = "data.on_policy"
     probability: float = Field(default=0.5, gt=0, le=1)
-    """How likely a micro-batch is answered by the student (lambda); 1: all of them."""
+    """Probability that the student answers a micro-batch (lambda); 1: all of them."""
     max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of one answer at most; an answer that reaches it is learned from as far as it goes, and counted as cut."""
+    """Maximum number of tokens of one answer; an answer that reaches it is kept as it is, and counted as truncated."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Sampling temperature of the answer; no effect on the divergence. 1: the student's own distribution. TRL's GKD trainer has 0.9."""
+    """Sampling temperature of the answer; no effect on the divergence. 1: the student's own distribution. TRL's GKD trainer
+    uses 0.9."""
     top_k: int | None = Field(default=None, ge=1)
-    """Draw among the k most probable tokens only."""
+    """Sample from the k most probable tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Draw among the fewest tokens that together reach this probability."""
+    """Sample from the smallest set of most probable tokens that together reach this probability."""
 
 
 class Data(Knobs):
-    """What the student learns from and is measured on."""
+    """The training and evaluation data."""
 
     where: ClassVar[str] = "data"
     train: Train
-    """A file, folder or hub dataset of conversations to learn from, or a list of such sources."""
+    """A file, folder or hub dataset of training conversations, or a list of such sources."""
     eval: str | None = None
     """A file, folder or hub dataset to evaluate on."""
     eval_split: str | None = None
-    """The split of `eval` to take, where it has several."""
+    """The split of `eval` to use, if it has several."""
     images: str | None = None
-    """The folder that picture names start from; by default the data file's own."""
+    """The root folder of image names; by default the data file's own folder."""
     max_length: int = Field(default=2048, ge=2)
-    """Tokens of one record, picture included."""
+    """Maximum number of tokens of one record, visual tokens included."""
     too_long: Literal["error", "truncate"] = "error"
-    """What happens to a record longer than max_length. error: it is a bad record. truncate: the end of its last response is cut, and
-    the end of the turn with it; a record of which no response token would be left is still bad."""
+    """What happens to a record longer than max_length. error: it is a bad record. truncate: the end of its last response is
+    removed, end-of-turn token included; a record that would lose every response token is still bad."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What happens to a record that cannot be used. error: the run stops. skip: every record is checked before training, and those
-    that are left out are listed with their reasons in `skipped.jsonl` in the run folder."""
+    """What happens to a record that cannot be used. error: the run stops. skip: every record is checked before training, and
+    those that are left out are listed with their reasons in `skipped.jsonl` in the run folder."""
     max_skipped: int | float = 0.01
-    """Records that may be skipped before the run stops: a number of records, or below 1 a share of all that were read."""
+    """Maximum of skipped records, above which the run stops: a number of records, or below 1 a share of all records read."""
     cache: Literal["none", "memory", "disk"] = "none"
-    """Where processed records are kept: worth it when they are seen more than once. true means memory, false none."""
+    """Where processed records are kept; useful if they are seen more than once. true means memory, false none."""
     cache_dir: str | None = None
     """The folder of the disk cache; several runs may share it."""
     responses: Literal["gold", "teacher", "mixed"] = "gold"
-    """Where the responses to learn come from. gold: the records' own. teacher: the answers in `answers`, which `align-ti generate`
-    wrote. mixed: of each record the teacher's answers with probability teacher_share, decided by seed and record alone."""
+    """The source of the responses to learn. gold: the recorded ones. teacher: the answers in `answers`, which
+    `align-ti generate` wrote. mixed: for each record the teacher's answers with probability teacher_share, decided by seed and
+    record alone."""
     answers: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
     """The file of the teacher's answers, or a list of such files. Needed unless responses is gold."""
     teacher_share: float = Field(default=0.5, ge=0, le=1)
-    """The share of records that take the teacher's answers, where responses is mixed."""
+    """The share of records that use the teacher's answers, if responses is mixed."""
     stream: bool = False
-    """Read one source as it is needed instead of as a whole: for data that do not fit. Needs training.max_steps."""
+    """Read one source sequentially instead of as a whole, for data that does not fit into memory. Needs training.max_steps."""
     shuffle_buffer: int = Field(default=1000, ge=1)
-    """Records that a stream is shuffled among; 1 keeps its order."""
+    """Size of a stream's shuffle buffer in records; 1 keeps its order."""
     on_policy: OnPolicy | None = None
-    """Let the student answer some of the batches. By default it learns from the recorded answers alone."""
+    """Let the student answer some of the batches. By default it learns from the recorded answers only."""
     teacher_cache: str | None = Field(default=None, min_length=1)
-    """The folder that `align-ti cache` wrote: KD and IVA read what the teacher made of each record there, and
-    the teacher does not run."""
+    """The folder that `align-ti cache` wrote: KD and IVA use the stored teacher outputs of each record, and the teacher does
+    not run."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -389,29 +393,29 @@ class Data(Knobs):
 
 
 class Training(Knobs):
-    """How long and how fast; the names are those of transformers' TrainingArguments."""
+    """Optimiser, schedule, batches and logging; names are those of transformers' TrainingArguments."""
 
     where: ClassVar[str] = "training"
     max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; -1: as many as num_train_epochs has."""
+    """Number of optimizer steps; -1: as many as num_train_epochs needs."""
     num_train_epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Passes over the data, where max_steps is -1."""
+    """Passes over the data, if max_steps is -1."""
     learning_rate: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """How the learning rate falls."""
+    """Learning rate schedule."""
     warmup_steps: float = Field(default=0.03, ge=0, allow_inf_nan=False)
-    """Steps over which the learning rate rises; below 1: a share of all steps."""
+    """Steps of linear warm-up; below 1: a share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled weight decay."""
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    """AdamW's memory of squared gradients; lower (0.98) for runs of few steps."""
+    """AdamW's decay rate of the squared-gradient average; lower (0.98) for runs of few steps."""
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm (gradient clipping)."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Records of one forward pass on one device."""
+    """Records per forward pass on one device."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes of one optimizer step. Terms are normalised over the whole step."""
+    """Forward passes per optimizer step. Terms are normalised over the whole step."""
     gradient_checkpointing: bool = False
     """Recompute the student's layers in backward: less memory, more time."""
     bf16: bool = False
@@ -419,13 +423,13 @@ class Training(Knobs):
     fp16: bool = False
     """Train under float16 autocast."""
     torch_compile: bool = False
-    """Compile what a language model does with each token by itself (MLPs and norms), student and teacher; the first steps wait for
-    the compiler."""
+    """Compile the parts of the language model that treat each token separately (MLPs and norms), student and teacher; the first
+    steps wait for the compiler."""
     dataloader_num_workers: int = Field(default=0, ge=0)
-    """Processes that prepare records."""
+    """Worker processes that prepare records."""
     group_by_length: bool = False
-    """Put records of similar length into a batch: less padding, a little less randomness. Lengths are estimated from the text and the
-    number of pictures, or exact where the records were checked before training."""
+    """Batch records of similar length: less padding, a little less randomness. Lengths are estimated from the text and the
+    number of images, or exact if the records were checked before training."""
     logging_steps: int = Field(default=10, ge=1)
     """Steps between two lines of the log."""
     save_steps: int = Field(default=500, ge=1)
@@ -433,7 +437,7 @@ class Training(Knobs):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept."""
     phases: bool = False
-    """Count where the time of each step goes and write it to phases.json; on an accelerator this slows the run a little."""
+    """Measure where the time of each step goes and write it to phases.json; on an accelerator this slows the run a little."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the log goes besides the run folder."""
 
@@ -447,13 +451,13 @@ class Training(Knobs):
 
 
 class Scores(Knobs):
-    """The sample of training data that layers are scored on (IRS)."""
+    """The sample of training data on which layers are scored (IRS, the instruction-relevance score)."""
 
     where: ClassVar[str] = "layer_scores"
     images: int = Field(default=64, ge=1)
-    """Pictures with two or more instructions."""
+    """Number of images with two or more instructions."""
     instructions: int = Field(default=4, ge=2)
-    """Instructions taken of each picture."""
+    """Maximum number of instructions used for each image."""
 
 
 class Evaluation(Knobs):
@@ -463,29 +467,31 @@ class Evaluation(Knobs):
     batch_size: int = Field(default=16, ge=1)
     """Questions answered at a time."""
     max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of one answer to a question of data.eval at most; an answer that reaches it is counted as cut."""
+    """Maximum number of tokens of an answer to a question of data.eval; an answer that reaches it is counted as truncated."""
     fidelity_records: int | None = Field(default=256, ge=0)
-    """Beside a teacher: records on which IVA's and TPA's measures are taken and the student's own answers read again, whole pictures of
-    them; KL and agreement on the right answers are measured on all. null: all of them. 0: none."""
+    """With a teacher: number of records on which IVA's and TPA's fidelity measures are taken and the student's own answers are
+    compared, all records of each chosen image; KL and agreement on the right answers are measured on all. null: all records. 0:
+    none."""
     shown: int = Field(default=4, ge=0)
-    """Pictures for which the report shows where each model looks under several instructions, and answers along which it shows what each
-    model says next; each model is loaded once more for it. 0: none."""
+    """Number of images for which the report shows each model's attention under several instructions, and of answers along which
+    it shows each model's next-token distribution; each model is loaded once more for it. 0: none."""
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Benchmarks (gqa, sqa, textvqa, pope, mme, mmbench, digits, own:SCORER) that teacher, untouched student and student are measured
-    on; a list, or names with commas."""
+    """Benchmarks (gqa, sqa, textvqa, pope, mme, mmbench, digits, own:SCORER) on which teacher, student before training and
+    finished student are measured; a list, or names with commas."""
     data: str | None = Field(default=None, min_length=1)
-    """The folder of the benchmarks' files, laid out as LLaVA's evaluation guide says. Needed by tasks."""
+    """The folder of the benchmarks' files, laid out as in LLaVA's evaluation guide. Required with tasks."""
     task_max_new_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of one answer to a benchmark's question at most; by default as each benchmark's protocol says."""
+    """Maximum number of tokens of an answer to a benchmark's question; by default each benchmark's protocol decides."""
     limit: int | None = Field(default=None, ge=1)
-    """Ask about so many questions of each benchmark, whole groups of them; by default all."""
+    """Use about this many questions of each benchmark, complete groups of them (such as all questions about an image); by
+    default all."""
     every: int | None = Field(default=None, ge=1)
-    """Steps between two measurements of the student on the benchmarks while it is trained; by default there are none."""
+    """Steps between two evaluations on the benchmarks during training; by default there are none."""
     sample: int = Field(default=64, ge=1)
-    """About so many questions of each benchmark are asked in such a measurement, whole groups of them, always the same."""
+    """About this many questions of each benchmark are used in such an evaluation, complete groups of them, always the same."""
     watch: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """The benchmarks of these measurements, such as digits_validation; by default those of tasks. One that is not among tasks is asked
-    after the last step too."""
+    """The benchmarks of these evaluations, such as digits_validation; by default those of tasks. One that is not among tasks is
+    evaluated after the last step too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -517,7 +523,7 @@ class Evaluation(Knobs):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The benchmarks that the student is asked while it is trained."""
+        """The benchmarks on which the student is evaluated during training."""
         return self.watch or self.tasks
 
 
@@ -526,19 +532,21 @@ class Generation(Knobs):
 
     where: ClassVar[str] = "generate"
     batch_size: int = Field(default=16, ge=1)
-    """Records answered at a time. No effect on the answers but by rounding."""
+    """Records answered at a time. No effect on the answers except by rounding."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """Tokens of one answer at most; an answer that reaches it is marked as cut."""
+    """Maximum number of tokens of one answer; an answer that reaches it is marked as truncated."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: the most probable token each time (greedy). Above: tokens are drawn from the distribution at this temperature."""
+    """0: the most probable token each time (greedy). Above: tokens are sampled at this temperature."""
     top_k: int | None = Field(default=None, ge=1)
-    """Draw among the k most probable tokens only."""
+    """Sample from the k most probable tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Draw among the fewest tokens that together reach this probability."""
+    """Sample from the smallest set of most probable tokens that together reach this probability."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Fixes the draws, together with each record's name and words: neither batches nor a stop on the way change them."""
+    """Random seed; together with each record's name and text it determines the samples, so neither the batch size nor a stop
+    changes them."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What happens to a record that cannot be read or asked. error: it stops the command. skip: it is left out and counted."""
+    """What happens to a record that cannot be read or turned into a prompt. error: it stops the command. skip: it is left out
+    and counted."""
 
     @model_validator(mode="after")
     def _choices_need_a_draw(self) -> Generation:
@@ -562,32 +570,34 @@ class Composition(Knobs):
     out: str = Field(min_length=1)
     """The folder to write: new or empty."""
     feature_layer: int = -2
-    """The tower's hidden state that is read: 0 its embeddings, -1 behind its last layer, -2 before it (as LLaVA-1.5)."""
+    """The hidden state of the tower that the projector reads: 0 its embeddings, -1 after its last layer, -2 before it (as in
+    LLaVA-1.5)."""
     select_strategy: Literal["full", "default"] | None = None
     """full: every position; default: all but the first, which is CLIP's class token. By default full for SigLIP, default for CLIP."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision that is written; auto: the language model's."""
+    """Precision of the saved weights; auto: the language model's."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Fixes the projector."""
+    """Random seed of the projector's initialisation."""
     chat_template: str | None = None
-    """A Jinja file, or vicuna. By default the language model's own, extended to place pictures, or vicuna where it has none."""
+    """A Jinja file, or vicuna. By default the language model's own template, extended to place images, or vicuna if it has
+    none."""
 
 
 class Recipe(Knobs):
-    """One run: who learns what, from whom, on which data, how."""
+    """One run: student, teacher, data, objective, training and evaluation."""
 
     out: str = Field(min_length=1)
     """The run folder."""
     extensions: tuple[str, ...] = ()
-    """Python files that register divergences or terms of your own (`align_ti.register`). They run only where that is allowed:
+    """Python files that register divergences or terms of your own (`align_ti.register`). They run only if that is allowed:
     `--allow-extensions` on the command line, `read_recipe(..., allow_extensions=True)` in Python."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Fixes order, initialisation and draws."""
+    """Random seed of data order, initialisation and sampling."""
     check: bool = True
     """Check models and first records before training; a failed verdict stops the run."""
     student: Student
     teacher: Teacher | None = None
-    """May be left out when only the sft term has weight."""
+    """May be omitted if only the sft term has weight."""
     data: Data
     objective: Objective = Field(default_factory=Objective)
     training: Training = Training()
@@ -638,7 +648,7 @@ class Recipe(Knobs):
 
 
 def not_cacheable(recipe: Recipe) -> str | None:
-    """Why a cache of the teacher does not serve the recipe, with the way out; None if it does."""
+    """Why a teacher cache cannot be used with the recipe, and how to fix it; None if it can."""
     terms = {name: term for name, term in recipe.objective.terms.items() if term.needs_teacher}
     more = [name for name, term in terms.items() if not term.cacheable]
     if more:
@@ -680,12 +690,13 @@ Loader.add_implicit_resolver(
 
 
 def read_recipe(path: Path, changes: Iterable[str] = (), *, allow_extensions: bool = False) -> Recipe:
-    """The recipe in a YAML file, with changes of the form `section.key=value` laid over it.
+    """The recipe in a YAML file, with changes of the form `section.key=value` applied to it.
 
     Args:
         path: the file.
-        changes: `section.key=value`, each read as YAML.
-        allow_extensions: run the Python files that the recipe names under `extensions`, so that their divergences and terms are known.
+        changes: `section.key=value`, each value read as YAML.
+        allow_extensions: run the Python files that the recipe names under `extensions`, so that their divergences and terms are
+            known.
 
     Raises:
         ConfigError: one message with every error of the file; or it names extensions, and they are not allowed.

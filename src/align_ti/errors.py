@@ -1,13 +1,13 @@
-"""Every error a user can meet, as one tree.
+"""Every error a user can get, as a class hierarchy.
 
-Each message says where (file and record, or option), what was found, what is accepted, and the way out.
+Each message says where (file and record, or option), what was found, what is accepted, and how to fix it.
 """
 
 from __future__ import annotations
 
 
 class AlignTIError(Exception):
-    """Root of the tree: catch this to catch every error of Align-TI."""
+    """The base class: catch this to catch every error of Align-TI."""
 
 
 class ConfigError(AlignTIError, ValueError):
@@ -15,15 +15,15 @@ class ConfigError(AlignTIError, ValueError):
 
 
 class DataError(AlignTIError, ValueError):
-    """A record, a picture or a data file cannot be used; the message names file and record."""
+    """A record, an image or a data file cannot be used; the message names file and record."""
 
 
 class BatchError(AlignTIError, ValueError):
-    """A batch handed to the loss contradicts itself: roles, labels, candidates or shapes do not fit."""
+    """A batch given to the loss is inconsistent: roles, labels, candidates or shapes do not fit."""
 
 
 class CacheError(AlignTIError):
-    """The folder that processed records are kept in cannot be used; no record is to blame."""
+    """The folder of the cache of processed records cannot be used; no record is at fault."""
 
 
 class ModelError(AlignTIError, ValueError):
@@ -35,7 +35,7 @@ class RunError(AlignTIError, RuntimeError):
 
 
 class InterruptedRunError(RunError):
-    """A run was stopped on request; a checkpoint is saved and the same call goes on from it."""
+    """A run was stopped on request; a checkpoint is saved and the same call resumes from it."""
 
 
 class RequeueError(InterruptedRunError):
@@ -43,4 +43,4 @@ class RequeueError(InterruptedRunError):
 
 
 class CheckError(AlignTIError, RuntimeError):
-    """A check before training failed; the message names every failed verdict with its way out."""
+    """A check before training failed; the message names every failed check and its fix."""

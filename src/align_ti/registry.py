@@ -1,7 +1,8 @@
-"""The names that a recipe may use: divergences and terms, the package's own and those that a user's file registers. Imports no torch.
+"""The names that a recipe may use: divergences and terms, the package's own and those that a user's file registers. Imports no
+torch.
 
-A built-in name is looked up in a table and its module imported when it is first used. A file of the user's adds to the table by the
-decorator `register`; it runs only if the user asks for it (`load_extension`), never because a recipe says so.
+A built-in name is looked up in a table and its module imported when it is first used. A file of the user's adds to the table
+with the decorator `register`; it runs only if the user allows it (`load_extension`), never because a recipe says so.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def suggestion(kind: Kind, name: str) -> str:
 
 
 def register(cls: Registered) -> Registered:
-    """Class decorator: makes a divergence or term of one's own known to recipes by its `name`.
+    """Class decorator: makes a divergence or term of your own available to recipes under its `name`.
 
     Raises:
-        ConfigError: the class has no usable name, or another one has it.
+        ConfigError: the class has no valid name, or the name is already in use.
     """
     kind: Kind | None = getattr(cls, "kind", None)
     if kind not in _REGISTERED:

@@ -42,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 recipes = typer.Typer(
-    help="The recipes that are shipped, and configs for accelerate launch: list, show, copy.", no_args_is_help=True
+    help="Shipped recipes, and configs for accelerate launch: list, show, copy.", no_args_is_help=True
 )
 app.add_typer(recipes, name="recipes")
 

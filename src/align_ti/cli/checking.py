@@ -25,10 +25,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON instead of a table.")] = False,
     allow_extensions: AllowExtensions = False,
 ) -> None:
-    """Check a recipe's own models and first records in about a minute: plain verdicts before a long run.
+    """Check a recipe's models and its first records in about a minute, before a long run.
 
-    Pictures reach both models, vocabularies and image tokens agree, every term is alive, the loss equals a plain re-computation,
-    no response is cut; with expected memory and time. check.json and check.html are written to the run folder.
+    The checks: images reach both models, vocabularies and image tokens agree, every term has a gradient, the loss equals a
+    plain reference computation, no response is truncated; with the expected memory and time. check.json and check.html are
+    written to the run folder.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)

@@ -19,30 +19,33 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
     data: Annotated[str, typer.Argument(help="A file, folder or hub dataset of training records.")],
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write; a stopped command goes on in it.")],
-    images: Annotated[str | None, typer.Option(help="The folder that picture names start from.")] = None,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write; a stopped command resumes in it.")],
+    images: Annotated[str | None, typer.Option(help="The root folder of image names.")] = None,
     form: Annotated[
         str, typer.Option("--format", help="auto, llava, messages, prompt_completion or plain, as in a recipe.")
     ] = "auto",
-    split: Annotated[str | None, typer.Option(help="The split to take, where there are several.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split to use, if there are several.")] = None,
     subset: Annotated[str | None, typer.Option(help="The configuration of a hub dataset.")] = None,
     find_extension: Annotated[
-        bool, typer.Option("--find-extension", help="Look for a missing picture under another extension.")
+        bool, typer.Option("--find-extension", help="Look for a missing image under another extension.")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Records answered at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0: greedy; above: tokens are drawn.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of one answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above: sampling.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most probable tokens that together reach this probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     on_bad_record: Annotated[
         str, typer.Option(help="error: stop at a record that cannot be used; skip: leave it out.")
     ] = "error",
 ) -> None:
-    """Let a model answer training records, for students that learn from its answers; run again to go on after a stop.
+    """Let a model answer training records, for students that learn from its answers; run again to resume after a stop.
 
-    The file is training data itself (data.train), and a recipe's answers: data.responses teacher or mixed, data.answers the file.
+    The file is training data itself (data.train), and can be used in a recipe with data.responses teacher or mixed, and
+    data.answers.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
@@ -85,19 +88,20 @@ def cache(
     changes: Changes = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder to write, or to go on with; by default the recipe's data.teacher_cache."),
+        typer.Option(help="The folder to write or to resume in; by default the recipe's data.teacher_cache."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Records that go through the teacher together; no effect but by rounding.")
+        int, typer.Option(min=1, help="Teacher batch size in records; no effect except by rounding.")
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say from a few records what it would take and save; write nothing.")
+        bool, typer.Option("--dry-run", help="Estimate time, size and savings from a few records; write nothing.")
     ] = False,
     allow_extensions: AllowExtensions = False,
 ) -> None:
-    """Write what KD and IVA need of the teacher, once for several epochs or students; run again to go on after a stop.
+    """Store the teacher's outputs that KD and IVA need, once for several epochs or students; run again to resume after a stop.
 
-    Students train from it by data.teacher_cache, without the teacher. `accelerate launch` shares the records among processes.
+    With data.teacher_cache students train from the cache, without the teacher. `accelerate launch` splits the records over
+    processes.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
@@ -155,11 +159,11 @@ def size(count: float) -> str:
 def digits(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training pictures, each with up to eight instructions.")] = 2500,
-    validation: Annotated[int, typer.Option(min=1, help="Validation pictures.")] = 100,
-    test: Annotated[int, typer.Option(min=1, help="Test pictures.")] = 150,
+    train: Annotated[int, typer.Option(min=1, help="Training images, each with up to eight instructions.")] = 2500,
+    validation: Annotated[int, typer.Option(min=1, help="Validation images.")] = 100,
+    test: Annotated[int, typer.Option(min=1, help="Test images.")] = 150,
 ) -> None:
-    """Write the digits benchmark to disk: pictures, LLaVA-format JSON, and the shipped teacher and student."""
+    """Write the digits benchmark to disk: images, LLaVA-format JSON, and the shipped teacher and student."""
     quiet()
     from align_ti.digits.files import Sizes, write_benchmark
 

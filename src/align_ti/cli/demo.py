@@ -15,25 +15,25 @@ from align_ti.phases import Stopwatch
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The run folder; a stopped demo goes on in it.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Decides scenes, questions, order and draws.")] = 0,
+    out: Annotated[Path, typer.Option(help="The run folder; a stopped demo resumes in it.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of images, questions, data order and sampling.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of each method; by default the benchmark's.")
     ] = None,
-    split: Annotated[
-        str, typer.Option(help="Measure on 'test', or on 'validation' while settings are chosen.")
-    ] = "test",
+    split: Annotated[str, typer.Option(help="Measure on 'test', or on 'validation' to choose settings.")] = "test",
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Methods trained at the same time; by default as many as there are cores for."),
     ] = None,
-    phases: Annotated[bool, typer.Option("--phases", help="Also tell where the time of a training step goes.")] = False,
+    phases: Annotated[
+        bool, typer.Option("--phases", help="Also report where the time of a training step goes.")
+    ] = False,
 ) -> None:
-    """Distil a small model on real handwriting three ways and compare them.
+    """Distil a small model on real handwriting with three methods and compare them.
 
-    Draws the digits benchmark, measures the shipped teacher, scores its layers, trains one student by SFT, by SFT + vanilla KD and by
-    Align-TI from the same start, measures all of them on held-out handwriting, writes report.html and summary.json, and tells how
-    long each part took.
+    Creates the digits benchmark, measures the shipped teacher, scores its layers, trains one student by SFT, by SFT + vanilla
+    KD and by Align-TI from the same start, measures all of them on held-out handwriting, writes report.html and summary.json,
+    and prints how long each part took.
     """
     if split not in {"test", "validation"}:
         raise ConfigError(f"--split is {split!r}; accepted: 'test' or 'validation'.")

@@ -22,14 +22,14 @@ TaskFolder = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="The folder of the benchmarks' files, laid out as LLaVA's evaluation guide says (its eval folder, or the one above).",
+        help="The folder of the benchmarks' files, laid out as in LLaVA's evaluation guide (its eval folder, or the one above).",
     ),
 ]
 
 OwnQuestions = Annotated[Path | None, typer.Option(help="The .jsonl file of the task `own`.", metavar="FILE")]
 
 OwnScorer = Annotated[
-    str | None, typer.Option(help="How the task `own` scores questions that name no scorer of their own.")
+    str | None, typer.Option(help="Scorer of the task `own` for questions without a scorer of their own.")
 ]
 
 StrictOriginal = Annotated[
@@ -40,7 +40,7 @@ StrictOriginal = Annotated[
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
     data: Annotated[
-        Path | None, typer.Argument(help="A LLaVA-format file with the expected answers, in place of --tasks.")
+        Path | None, typer.Argument(help="A LLaVA-format file with the expected answers, instead of --tasks.")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -49,17 +49,18 @@ def evaluate(
     folder: TaskFolder = None,
     questions: OwnQuestions = None,
     scorer: OwnScorer = None,
-    images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The root folder of image names.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Also measure how near the model is to this one, and where.")
+        str | None, typer.Option(help="Also measure the fidelity to this model: KL and agreement.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of one answer at most; by default 128, or as each benchmark's protocol says."),
+        typer.Option(min=1, help="Maximum tokens of one answer; by default 128, or as in each benchmark's protocol."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask about so many questions of each benchmark, whole groups of them.")
+        int | None,
+        typer.Option(min=1, help="Use about this many questions of each benchmark, complete groups of them."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto (as saved, the default of --tasks), float32, bfloat16 or float16.")
@@ -68,24 +69,24 @@ def evaluate(
     processes: Annotated[
         int | None,
         typer.Option(
-            "--launch", min=1, metavar="N", help="Share --tasks among N processes of this machine, one a GPU."
+            "--launch", min=1, metavar="N", help="Split --tasks over N processes of this machine, one per GPU."
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the benchmarks' files and say what would be asked; load no model.")
+        bool, typer.Option("--dry-run", help="Read the benchmarks' files and list the questions; load no model.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Also write scores and answers to this JSON file; of --tasks the folder of predictions and scores, by default one "
+            help="Also write scores and answers to this JSON file; with --tasks the folder of predictions and scores, by default one "
             "named after the model, below evaluations."
         ),
     ] = None,
 ) -> None:
-    """Ask a model the questions of benchmarks, or of a file of one's own records, and score its answers.
+    """Evaluate a model on benchmarks, or on a file of your own records.
 
-    With --tasks, predictions are written first (NAME.jsonl), and scored then, each score with a 95 % interval; run again to go on
-    after a stop. With DATA, answers are scored by exact match, overall and by kind.
+    With --tasks, predictions are written first (NAME.jsonl) and then scored, each score with a 95 % interval; run the same
+    command again to resume after a stop. With DATA, answers are scored by exact match, overall and by question type.
     """
     if (data is None) == (tasks is None):
         raise ConfigError(
@@ -259,9 +260,10 @@ def score(
         Path | None, typer.Option(help="Also write the scores to this file, whose name ends in scores.json.")
     ] = None,
 ) -> None:
-    """Score predictions on a benchmark, whoever made them, each score with a 95 % interval. Loads no model and no torch.
+    """Score a file of predictions of any tool on a benchmark, each score with a 95 % interval. Loads no model and no torch.
 
-    A record needs the question's id (id, question_id) and the answer (text, prediction, response, answer). Missing ones are wrong.
+    A record needs the question's id (id, question_id) and the answer (text, prediction, response, answer). Missing ones are
+    wrong.
     """
     from align_ti.evaluation.benchmarks import benchmark
     from align_ti.evaluation.results import is_named_scores, write_scores
@@ -291,7 +293,7 @@ def compare(
             metavar="RESULT...",
         ),
     ],
-    all_metrics: Annotated[bool, typer.Option(help="Every metric, not only each benchmark's headline.")] = False,
+    all_metrics: Annotated[bool, typer.Option(help="Every metric, not only each benchmark's headline score.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the comparison to this JSON file.")] = None,
 ) -> None:
     """Compare models on the same questions: scores, and differences to the first, with 95 % intervals and corrected p values."""

@@ -23,19 +23,20 @@ def compose(
     text: Annotated[str, typer.Option(help="A folder or hub name of a causal language model.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     feature_layer: Annotated[
-        int, typer.Option(help="The tower's hidden state that is read; -1: behind the last layer.")
+        int, typer.Option(help="The tower's hidden state that the projector reads; -1: after the last layer.")
     ] = -2,
     select_strategy: Annotated[
         str | None,
-        typer.Option(help="full, or default: without the first position. By the kind of tower if not given."),
+        typer.Option(help="full, or default: without the first position. By default depends on the type of tower."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the language model's), float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the projector.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the projector.")] = 0,
     chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja file, or vicuna. By default the language model's own, with pictures.")
+        str | None,
+        typer.Option(help="A Jinja file, or vicuna. By default the language model's own, extended for images."),
     ] = None,
 ) -> None:
-    """Put a new LLaVA model together: a vision tower, a fresh projector, a language model."""
+    """Compose a new LLaVA model from a vision tower, a new projector and a language model."""
     options: dict[str, Any] = {
         "vision": vision,
         "text": text,
@@ -56,19 +57,17 @@ def compose(
 
 
 def import_checkpoint(
-    path: Annotated[
-        str, typer.Argument(help="A folder or hub name of a checkpoint that the paper's authors published.")
-    ],
+    path: Annotated[str, typer.Argument(help="A folder or hub name of a checkpoint published by the paper's authors.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     vision_tower: Annotated[
         str | None,
         typer.Option(help="The SigLIP tower's folder or hub name; by default the one that the checkpoint names."),
     ] = None,
     own_tower: Annotated[
-        bool, typer.Option("--own-tower", help="Take the tower weights inside the checkpoint in place of the folder's.")
+        bool, typer.Option("--own-tower", help="Use the tower weights in the checkpoint instead of the folder's.")
     ] = False,
 ) -> None:
-    """Turn a checkpoint in the authors' own layout into a folder that plain transformers loads."""
+    """Convert a checkpoint in the authors' own format into a folder that plain transformers loads."""
     quiet()
     from align_ti.checkpoints.released import import_released
 
@@ -93,16 +92,16 @@ def show_made(made: Made) -> None:
 
 def score_layers(
     model: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model, usually the teacher.")],
-    data: Annotated[Path, typer.Argument(help="A LLaVA-format file whose pictures have several instructions.")],
-    images: Annotated[Path | None, typer.Option(help="The folder that picture names start from.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures in the sample.")] = 64,
-    instructions: Annotated[int, typer.Option(min=2, help="Instructions of each picture.")] = 4,
+    data: Annotated[Path, typer.Argument(help="A LLaVA-format file with several instructions per image.")],
+    images: Annotated[Path | None, typer.Option(help="The root folder of image names.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Number of images in the sample.")] = 64,
+    instructions: Annotated[int, typer.Option(min=2, help="Instructions per image.")] = 4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
-    """Score how far each layer's visual focus moves with the instruction (IRS).
+    """Score how much each layer's attention to an image changes with the instruction (IRS, instruction-relevance score).
 
-    The layer with the highest score is the one that objective.iva.layer=auto takes.
+    The layer with the highest score is the one that objective.iva.layer=auto uses.
     """
     quiet()
     from align_ti.data.sources import read_conversations
@@ -128,16 +127,16 @@ def score_layers(
 
 def chat(
     student: Annotated[str, typer.Argument(help="A folder or hub name of a vision-language model.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about. May be repeated.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to ask about. May be repeated.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Also ask this model, for comparison.")] = None,
     question: Annotated[
-        str | None, typer.Option(help="Ask this and end; otherwise questions are read until Ctrl-D.")
+        str | None, typer.Option(help="Ask this question and end; otherwise questions are read until Ctrl-D.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of one answer.")] = 256,
 ) -> None:
-    """Ask a model about pictures, next to its teacher if one is named.
+    """Ask a model questions about images, together with its teacher if one is named.
 
-    Each model remembers its own answers. The pictures go with the first question.
+    Each model keeps its own conversation history. The images go with the first question.
     """
     quiet()
     from align_ti.pipeline.measuring import open_chats

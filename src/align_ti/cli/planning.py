@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 def plan(
     recipe: RecipePath,
-    devices: Annotated[int, typer.Option(min=1, help="Devices that train.")] = 1,
-    memory: Annotated[float | None, typer.Option(min=0.01, help="GB (10^9 bytes) of one device.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices used for training.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0.01, help="Memory of one device in GB (10^9 bytes).")] = None,
     engine: Annotated[
         str | None, typer.Option(help="one, ddp, fsdp2, zero2 or zero3. By default one device alone, or ddp.")
     ] = None,
     shard_teacher: Annotated[
-        bool, typer.Option("--shard-teacher", help="The teacher sharded too. By default as teacher.sharded says.")
+        bool, typer.Option("--shard-teacher", help="Shard the teacher too. By default as in teacher.sharded.")
     ] = False,
-    tokens: Annotated[int | None, typer.Option(min=3, help="Tokens of a record. By default data.max_length.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=3, help="Tokens per record. By default data.max_length.")] = None,
     visual: Annotated[
-        int | None, typer.Option(min=0, help="Visual tokens among them. By default one picture's.")
+        int | None, typer.Option(min=0, help="Visual tokens among them. By default those of one image.")
     ] = None,
     response: Annotated[int | None, typer.Option(min=1, help="Response tokens among them.")] = None,
     row_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of TPA's candidates that need a row of their own.")
+        float, typer.Option(min=0, max=1, help="Share of TPA's candidates computed in a row of their own.")
     ] = 1.0,
     cpu: Annotated[
-        bool, typer.Option("--cpu", help="Plan for training on CPUs, where rows come in smaller chunks.")
+        bool, typer.Option("--cpu", help="Plan for training on CPUs, which use smaller chunks of rows.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     changes: Changes = None,
     allow_extensions: AllowExtensions = False,
 ) -> None:
-    """Tell what a run will take on each device, before anything is loaded: memory by part, and bytes sent in a step.
+    """Estimate what a run needs on each device, before anything is loaded: memory by component, and bytes sent per step.
 
-    Only the models' configs are read. With --memory, tells what to change first if it does not fit.
+    Only the models' configs are read. With --memory, names what to change first if the run does not fit.
     """
     quiet()
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)

@@ -14,7 +14,7 @@ from align_ti.errors import ConfigError
 
 
 def list_recipes() -> None:
-    """Name every shipped recipe, and every config for `accelerate launch`, with its first line."""
+    """List every shipped recipe, and every config for `accelerate launch`, with its first line."""
     for title, folder in (("recipe", "recipes"), ("config of accelerate", ENGINES)):
         table = Table(title, "what it is")
         for name, text in shipped(folder).items():

@@ -23,19 +23,19 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study file (.yaml): base, variants, seeds.", metavar="STUDY")],
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Measure what a step costs, print runs, expected time and disk; train nothing."),
+        typer.Option("--dry-run", help="Measure the cost of a step, print runs, expected time and disk; do not train."),
     ] = False,
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Do part I of N, each on a machine of its own on a shared folder.")
+        str, typer.Option(metavar="I/N", help="Run part I of N, each on its own machine in a shared folder.")
     ] = "1/1",
-    retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat failed runs.")] = False,
     changes: Changes = None,
     allow_extensions: AllowExtensions = False,
 ) -> None:
-    """Train variants of a recipe with several seeds at equal compute, and tell what their differences are worth.
+    """Train variants of a recipe with several seeds at equal compute, and report their differences with intervals.
 
-    Runs that are there are not made again, so the same command goes on after a stop; started twice, it shares the runs out. Writes
-    study.json and study.html into the study's folder.
+    Finished runs are not repeated, so the same command resumes after a stop; started twice, the processes divide the runs between
+    them. Writes study.json and study.html into the study's folder.
 
     A study file:
 

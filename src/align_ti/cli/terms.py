@@ -14,10 +14,10 @@ from align_ti.registry import Kind, lookup, names
 
 def terms(
     name: Annotated[
-        str | None, typer.Argument(help="A term or a divergence: its definition and every option.", metavar="NAME")
+        str | None, typer.Argument(help="A term or divergence; prints its definition and every option.", metavar="NAME")
     ] = None,
 ) -> None:
-    """List the terms and divergences that a recipe may use, or show one with its options and source.
+    """List the loss terms and divergences that a recipe may use, or print one with its options and source.
 
     objective: {kd: {divergence: {name: skew_kl, alpha: 0.1}}, llava_kd_rdist: {weight: 0.5}}
     """

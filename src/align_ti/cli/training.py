@@ -19,23 +19,23 @@ from align_ti.processes import launch
 def train(
     recipe: RecipePath,
     changes: Changes = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and models, train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and models; do not train.")] = False,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Check models and first records first, as `align-ti check` does.")
+        bool, typer.Option("--check/--no-check", help="First check models and first records, as `align-ti check` does.")
     ] = True,
     allow_extensions: AllowExtensions = False,
     processes: Annotated[
         int | None,
-        typer.Option("--launch", min=1, metavar="N", help="Train on N processes of this machine (DDP), one a GPU."),
+        typer.Option("--launch", min=1, metavar="N", help="Train on N processes of this machine (DDP), one per GPU."),
     ] = None,
 ) -> None:
-    """Distil as a recipe says; run again to go on after a stop.
+    """Train the student of a recipe; run the same command again to resume after a stop.
 
-    Ends with 0 when the student is there, 2 after an error with a message, 1 after any other, 130 after Ctrl-C, 75 after SIGTERM or
-    SIGUSR1: run it again.
+    Exit codes: 0 when the student is finished, 2 after an error with a message, 1 after any other error; 130 after Ctrl-C and
+    75 after SIGTERM or SIGUSR1: run the same command again.
 
-    With data.eval in the recipe, the student before and after and the teacher are measured on one's own questions, with
-    evaluation.tasks on benchmarks; with either report.html is written, and the student's card holds the results.
+    With data.eval in the recipe, the teacher and the student before and after training are measured on your own questions, with
+    evaluation.tasks on benchmarks; with either, report.html is written, and the student's model card has the results.
     """
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
@@ -77,12 +77,13 @@ def report(
         list[Path], typer.Argument(help="Folders of finished runs, demos or studies.", metavar="RUN|STUDY...")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The page; by default report.html in the folder, if there is one folder.")
+        Path | None,
+        typer.Option(help="The file to write; by default report.html in the folder, if a single one is given."),
     ] = None,
 ) -> None:
-    """Write one page about runs and studies from what lies in their folders: scores, examples, what the models look at, cost.
+    """Write one HTML page about runs and studies from their folders: scores, examples, attention over images, cost.
 
-    The page is one file that needs nothing else. Runs that were asked the same questions are compared.
+    The page is one file without external resources. Runs that answered the same questions are compared.
     """
     from align_ti.report.page import write_report
 

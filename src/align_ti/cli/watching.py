@@ -35,19 +35,19 @@ LABEL = 26
 
 def watch(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, a demo or a study.", metavar="RUN")],
-    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Show it as a page, to this machine alone, which reloads by itself.")
+        bool, typer.Option("--serve", help="Serve a page that reloads itself, reachable from this machine only.")
     ] = False,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help=f"The page's port, by default {PORT}; 0 takes any free one.")
     ] = None,
 ) -> None:
-    """Show how far a run is while it trains: terms, learning rate, throughput, memory, held-out questions, troubles.
+    """Show the progress of a run while it trains: terms, learning rate, throughput, memory, held-out questions, problems.
 
-    Reads the run's files only, so it may be started before the run, on another machine with the same files, and stopped at any time
-    (Ctrl-C); the run does not notice. Ends by itself when the run is done. Where the output is no terminal, it prints a line for every
-    new entry of the log.
+    Only the run's files are read, so the command may be started before the run, on another machine with the same files, and
+    stopped at any time (Ctrl-C) without effect on the run. Ends when the run is done. If the output is not a terminal, it
+    prints a line for every new entry of the log.
     """
     if port is not None and not serve:
         raise ConfigError(

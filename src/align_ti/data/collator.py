@@ -25,18 +25,19 @@ MEASURED = 64
 
 
 class EncodedConversations(Dataset[dict[str, Any]]):
-    """Conversations as tensors, decoded and tokenised when they are asked for, wherever that is (in a worker, as a rule).
+    """Conversations as tensors, decoded and tokenised on access (usually in a worker).
 
     Args:
         conversations: the records.
         processor: the model's processor.
-        max_length: tokens at most; None for any number.
+        max_length: maximum number of tokens; None for no limit.
         cache: keep samples in memory. Each worker process keeps its own.
         disk: keep samples on disk.
         too_long: what happens to a longer record, see `align_ti.data.lengths.fit`.
-        teacher: the same records for a teacher that reads inputs of its own; each sample then holds the teacher's under `teacher`.
+        teacher: the same records for a teacher with its own inputs; each sample then holds the teacher's inputs under
+            `teacher`.
 
-    With `teacher_cache` set, each sample also holds what the teacher made of it.
+    With `teacher_cache` set, each sample also holds the teacher's cached outputs for it.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads samples into one batch: tokens to the longest, pictures one behind the other, as the model's processor batches them.
+    """Pads samples into one batch: tokens to the longest, images one behind the other, as the model's processor batches them.
 
-    Tiles and pixels are filled with zeros where the processor does the same. Idefics3 and SmolVLM batch pictures by sample; a sample
+    Tiles and pixels are filled with zeros where the processor does the same. Idefics3 and SmolVLM batch images by sample; a sample
     with fewer of them, or none, has zeros in their place, which the model leaves out.
     """
 
@@ -127,7 +128,7 @@ class Collator:
     teacher_pad_token: int | None = None
     """The pad token of a teacher that reads inputs of its own; by default the student's."""
     blank: Sample | None = None
-    """A sample of no weight with a picture, which a batch without any picture gets at its end; by default none does."""
+    """A sample of no weight with an image, which a batch without any image gets at its end; by default none does."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Spells the tokens where a notebook shows the batch; by default they are numbers."""
 
@@ -135,7 +136,7 @@ class Collator:
         """The batch; what the samples hold for a teacher alone (`teacher`) becomes a batch of its own in it.
 
         Raises:
-            DataError: pictures of different size that the processor gives no way to fill up.
+            DataError: images of different size that the processor gives no way to fill up.
         """
         if self.blank is not None:
             pictures = self.blank.keys() - PER_TOKEN - {"teacher"}
@@ -189,9 +190,9 @@ class Collator:
 
 
 def blank_sample(processor: ProcessorMixin, teacher_processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """A sample that has a picture and weighs nothing in any term: none of its tokens has a role or a label.
+    """A sample that has an image and weighs nothing in any term: none of its tokens has a role or a label.
 
-    Where weights are gathered in a module's call, every process has to call the same modules; a process whose records have no picture
+    Where weights are gathered in a module's call, every process has to call the same modules; a process whose records have no image
     calls its towers with this one.
     """
     turns = (Turn("user", f"{IMAGE_TAG}\n."), Turn("assistant", "."))
@@ -209,11 +210,11 @@ def blank_sample(processor: ProcessorMixin, teacher_processor: ProcessorMixin | 
 
 
 FILLED = frozenset({"image_sizes", "pixel_attention_mask"})
-"""Fields that tell a model which tiles and pixels are real; without one of them no zeros may be put beside pictures."""
+"""Fields that tell a model which tiles and pixels are real; without one of them no zeros may be put beside images."""
 
 
 def pictures_by_sample(samples: Sequence[Sample]) -> frozenset[str]:
-    """The fields of [1, pictures, ...] a sample: Idefics3's and SmolVLM's, known by a mask over the pixels of such pictures."""
+    """The fields of [1, images, ...] a sample: Idefics3's and SmolVLM's, known by a mask over the pixels of such images."""
     fields = frozenset({"pixel_values", "pixel_attention_mask"})
     has = any(fields <= sample.keys() and sample["pixel_values"].dim() == 5 for sample in samples)
     return fields if has else frozenset()

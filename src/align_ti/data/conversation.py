@@ -1,4 +1,4 @@
-"""The typed record behind every data format: pictures and turns, with the place they came from."""
+"""The typed record behind every data format: images and turns, with the place they came from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from align_ti.errors import DataError
 Speaker = Literal["system", "user", "assistant"]
 
 IMAGE_TAG = "<image>"
-"""Stands for one picture inside a user's text, in reading order."""
+"""Stands for one image inside a user's text, in reading order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One speaker's words. A user's text holds one `<image>` tag for each of its pictures."""
+    """The text of one turn. A user's text has one `<image>` tag for each of its images."""
 
     speaker: Speaker
     text: str
@@ -28,7 +28,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """A picture that lies as the bytes of a file inside a table, read when it is asked for."""
+    """An image that lies as the bytes of a file inside a table, read when it is asked for."""
 
     name: str
     """Where it lies, for error messages."""
@@ -37,14 +37,14 @@ class StoredPicture:
 
 
 Picture = Path | Image.Image | StoredPicture
-"""A file, a picture in memory, or one inside a table."""
+"""A file, an image in memory, or one inside a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One training or test record.
 
-    `images` are paths, pictures inside tables, or pictures that are in memory already, in the order of their tags. `place`
+    `images` are paths, images inside tables, or images that are in memory already, in the order of their tags. `place`
     says where the record came from (`file, record N, id X`), for error messages.
     """
 
@@ -54,13 +54,13 @@ class Conversation:
     kind: str = ""
     """A label for scoring by group (`category` or `kind` in the file); empty if there is none."""
     responses: Literal["gold", "teacher"] = "gold"
-    """Whose words the assistant's turns are: the record's own, or a teacher's in their place."""
+    """Whether the assistant's turns are the recorded ones, or a teacher's in their place."""
 
     def __post_init__(self) -> None:
         check(self)
 
     def check_files(self) -> None:
-        """Refuse the record if a picture's file is missing; nothing is decoded.
+        """Refuse the record if an image's file is missing; nothing is decoded.
 
         Raises:
             DataError: a file does not exist.
@@ -78,10 +78,10 @@ class Conversation:
                 raise missing_picture(image, self.place)
 
     def pictures(self) -> list[Image.Image]:
-        """The record's pictures, decoded, as RGB.
+        """The record's images, decoded, as RGB.
 
         Raises:
-            DataError: a file is missing or is no readable picture.
+            DataError: a file is missing or is no readable image.
         """
         return [open_picture(image, self.place) for image in self.images]
 
@@ -90,7 +90,7 @@ def check(conversation: Conversation) -> None:
     """Refuse a record that cannot be trained on or asked.
 
     Raises:
-        DataError: no turns, wrong order of speakers, an empty answer, or tags that do not match the pictures.
+        DataError: no turns, wrong order of speakers, an empty answer, or tags that do not match the images.
     """
     place, turns = conversation.place, conversation.turns
     for text in (
@@ -134,17 +134,17 @@ def check(conversation: Conversation) -> None:
 
 
 def missing_picture(image: Path, place: str) -> DataError:
-    """The error for a picture that is not there."""
+    """The error for an image that is not there."""
     return DataError(
         f"{place}: picture {image} does not exist; check the record's name for it and the image root (data.images in a recipe)."
     )
 
 
 def open_picture(image: Picture, place: str) -> Image.Image:
-    """The picture as RGB, fully decoded; of an animation the first frame.
+    """The image as RGB, fully decoded; of an animation the first frame.
 
     Raises:
-        DataError: the file is missing, no picture, or cut off. Nothing is put in its place.
+        DataError: the file is missing, no image, or cut off. Nothing is put in its place.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")

@@ -1,7 +1,7 @@
 """Every token has one role, decided here from the model's own processor and chat template; masks derive from it.
 
 Roles are found by characters. `rendering` says where the words are in the text of the template; the processor says what it put in
-place of each picture; the text so expanded must tokenize to the processor's own ids. Where one of these does not hold, roles would
+place of each image; the text so expanded must tokenize to the processor's own ids. Where one of these does not hold, roles would
 be guessed, so the record is refused.
 """
 
@@ -49,11 +49,11 @@ PER_TOKEN = frozenset(
         "student_written",
     }
 )
-"""Fields with one entry a token: what tokenizers return, the two names for "which modality", and ours. All else is of pictures."""
+"""Fields with one entry a token: what tokenizers return, the two names for "which modality", and ours. All else is of images."""
 
 
 class Picture(NamedTuple):
-    """A picture's placeholder in the rendered text, by character, and what the processor puts in its place."""
+    """An image's placeholder in the rendered text, by character, and what the processor puts in its place."""
 
     start: int
     stop: int
@@ -81,23 +81,23 @@ def encode(
     train: bool = True,
     ask: bool = False,
 ) -> dict[str, Tensor]:
-    """One record as tensors: the processor's inputs, `roles`, `labels` and `pictures` (at visual tokens the number of their picture in
+    """One record as tensors: the processor's inputs, `roles`, `labels` and `pictures` (at visual tokens the number of their image in
     the record, from 1; 0 elsewhere). Fields of `PER_TOKEN` are [seq], others as they come.
 
-    Every assistant turn's words and the special token that ends it are response; every user turn's words are instruction; tokens
-    whose embedding is replaced by a picture's feature are visual; all else is other, what the processor puts around visual tokens
-    included. A token that holds words and something beside them (a blank of the template, say) has the words' role.
+    Every assistant turn's text and the special token that ends it are response; every user turn's text is instruction; tokens whose
+    embedding is replaced by an image feature are visual; all else is other, including what the processor puts around visual tokens.
+    A token that covers text and something else (a blank of the template, say) has the text's role.
 
     Args:
         conversation: the record.
         processor: the model's own processor with its chat template.
-        max_length: tokens at most.
+        max_length: maximum number of tokens.
         train: refuse a record without a response.
         ask: end with the template's prompt for an answer.
 
     Raises:
-        DataError: the record is too long, has no response, or has special tokens among its words; or template or processor do not
-            let roles be told apart.
+        DataError: the record is too long, has no response, or has special tokens inside its text; or template or processor make
+            the roles ambiguous.
     """
     place = conversation.place
     if train and conversation.turns[-1].speaker != "assistant":
@@ -184,10 +184,10 @@ def is_special(piece: Piece, text: str, special: Mapping[int, str]) -> bool:
 def expand(
     text: str, images: list[Image.Image], processor: ProcessorMixin, place: str
 ) -> tuple[dict[str, Tensor], list[Picture]]:
-    """The processor's inputs for the text, and what it put in place of each picture's placeholder.
+    """The processor's inputs for the text, and what it put in place of each image's placeholder.
 
     Raises:
-        DataError: the processor refuses the text, or there are more or fewer placeholders than pictures.
+        DataError: the processor refuses the text, or there are more or fewer placeholders than images.
     """
     # Processors of transformers before 5.15 do not say what they put in.
     tells = bool(images) and hasattr(processor, "get_text_with_replacements")
@@ -240,7 +240,7 @@ def repeated(pieces: Sequence[Piece], expanded: Sequence[int], processor: Proces
 def put_in(
     text: str, words: Sequence[Words], pictures: Sequence[Picture], place: str
 ) -> tuple[str, list[Words], list[range]]:
-    """The text with every picture in its place, where the words are now, and where the pictures are.
+    """The text with every image in its place, where the words are now, and where the images are.
 
     Raises:
         DataError: a placeholder is made of words.
@@ -289,7 +289,7 @@ def token_roles(
 
 
 def picture_numbers(pieces: Sequence[Piece], roles: Sequence[int], areas: Sequence[range]) -> list[int]:
-    """For each visual token the number of its picture, from 1; 0 for all other tokens."""
+    """For each visual token the number of its image, from 1; 0 for all other tokens."""
     starts = [area.start for area in areas]
     return [
         bisect_right(starts, piece.start) if role == VISUAL else 0 for piece, role in zip(pieces, roles, strict=True)
@@ -297,7 +297,7 @@ def picture_numbers(pieces: Sequence[Piece], roles: Sequence[int], areas: Sequen
 
 
 def image_id(processor: ProcessorMixin) -> int | None:
-    """The token id whose embedding is replaced by a picture's feature, as the tokenizer names it, else the processor.
+    """The token id whose embedding is replaced by an image's feature, as the tokenizer names it, else the processor.
 
     Gemma's processor names the placeholder instead, which stands beside the visual tokens.
     """
@@ -339,7 +339,7 @@ def check_words(text: str, words: Sequence[Words], processor: ProcessorMixin, pl
 
 
 def check_same(pieces: Sequence[Piece], ids: Tensor, place: str) -> None:
-    """Refuse a processor whose tokens are not those of the text with every picture in its place.
+    """Refuse a processor whose tokens are not those of the text with every image in its place.
 
     Raises:
         DataError: they differ.
@@ -355,10 +355,10 @@ def check_same(pieces: Sequence[Piece], ids: Tensor, place: str) -> None:
 def check_visual(
     pieces: Sequence[Piece], roles: Sequence[int], areas: Sequence[range], processor: ProcessorMixin, place: str
 ) -> None:
-    """Refuse a picture without visual tokens, and an image token that belongs to no picture.
+    """Refuse an image without visual tokens, and an image token that belongs to no image.
 
     Raises:
-        DataError: there is such a picture or token.
+        DataError: there is such an image or token.
     """
     visual = [piece for piece, role in zip(pieces, roles, strict=True) if role == VISUAL]
     # A special token may swallow blanks beside it, so one of its ends may lie outside.

@@ -28,11 +28,11 @@ def stop(refused: Refused) -> None:
 
 
 def read_conversations(path: Path | str, images: Path | str | None = None) -> list[Conversation]:
-    """All records of a source, in order; formats are told by content.
+    """All records of a source, in order; formats are recognised by content.
 
     Args:
         path: a file (.json, .jsonl, .parquet), a folder of datasets, or a hub name.
-        images: the folder that picture names are relative to; the data file's own folder if it is not given.
+        images: the folder that image names are relative to; by default the data file's own folder.
 
     Raises:
         DataError: the source or one of its records cannot be used; the message names the record.
@@ -46,7 +46,7 @@ def read_source(source: Source, root: ImageRoot, refuse: Callable[[Refused], Non
 
     Args:
         source: what to read and how.
-        root: where its pictures lie; it counts those found under another extension.
+        root: where its images lie; it counts those found under another extension.
         refuse: called with each record that cannot be used; by default an error.
 
     Raises:

@@ -28,24 +28,25 @@ DRAWN_LOGITS = {"cpu": 2**24, "accelerator": 2**25}
 
 
 class CandidateOptions(Knobs):
-    """Which tokens are tried, and how the models read them; the options of a term that compares rows of candidates."""
+    """Which candidate tokens are tried, and how the models compute them; the options of a term that compares rows of
+    candidates."""
 
     candidates: int = Field(default=4, ge=1)
     """Tokens tried at each response position (n)."""
     source: Literal["student", "teacher", "gold"] = "student"
-    """Whose distribution candidates are drawn from; gold: the answer's own next token, drawn from nobody."""
+    """Whose distribution candidates are drawn from; gold: the answer's own next token, without sampling."""
     draw: Literal["with_replacement", "without_replacement", "top_and_tail", "stratified"] = "with_replacement"
     """How candidates are drawn and weighed; what is expected of the term is the same. with_replacement: equal weights, the paper's.
     without_replacement: distinct tokens, 8 at most. top_and_tail: the gold token and the `enumerated` most probable ones exactly, the
     others drawn from the rest. stratified: draws spread evenly over the distribution, the gold token's share exact."""
     enumerated: int = Field(default=0, ge=0)
-    """How many of the candidates are the most probable tokens, under top_and_tail. The gold token is no part of them."""
+    """How many of the candidates are the most probable tokens, with draw: top_and_tail. The gold token is not among them."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Sampling temperature of the draw; no effect on the divergence."""
+    """Sampling temperature of the candidates; no effect on the divergence."""
     top_k: int | None = Field(default=None, ge=1)
-    """Draw among the k most probable tokens only."""
+    """Sample from the k most probable tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Draw among the fewest tokens that together reach this probability."""
+    """Sample from the smallest set of most probable tokens that together reach this probability."""
     left_out: tuple[int, ...] | None = None
     """Token ids that have no next step and are left out when drawn. By default the tokens that end a turn, by the student's
     generation config, and its image token."""

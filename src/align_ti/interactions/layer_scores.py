@@ -22,7 +22,7 @@ def score_layers(model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]])
     """The instruction-relevance score of every full-attention layer: 1 - mean cosine of the visual attention of pairs.
 
     Args:
-        model: the model to look into, usually the teacher.
+        model: the model whose layers are scored, usually the teacher.
         groups: batches with `roles`, each one image under two or more instructions; every pair of a group counts once.
 
     Returns:

@@ -35,7 +35,7 @@ def load_model(
     Args:
         path: the folder or hub name.
         dtype: precision of the weights; "auto": as they were saved.
-        device: where it goes; "auto": spread over all accelerators.
+        device: the device to load it on; "auto": spread over all accelerators.
         quantization: options of one of transformers' quantization methods, applied while loading.
 
     Raises:
@@ -139,7 +139,7 @@ def load_processor(path: str) -> ProcessorMixin:
     """The processor beside a model.
 
     Raises:
-        ModelError: it cannot be loaded, has no chat template, or transformers made up a part of it.
+        ModelError: it cannot be loaded, has no chat template, or transformers filled a missing part with a default.
     """
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(path, trust_remote_code=False)

@@ -41,16 +41,17 @@ def pair_up(
     processor: ProcessorMixin | None = None,
     teacher_processor: ProcessorMixin | None = None,
 ) -> Pairing:
-    """How the two are compared.
+    """How two models are compared: their shared tokens, their inputs, a shared vision tower.
 
     Args:
         student: the model to train.
         teacher: the model to imitate.
         processor: the student's processor.
-        teacher_processor: the teacher's, where the teacher reads inputs of its own.
+        teacher_processor: the teacher's, if the teacher has its own inputs.
 
     Raises:
-        ModelError: a token has different ids in the two tokenizers, or heads differ in size and no tokenizer tells the tokens.
+        ModelError: a token has different ids in the two tokenizers, or heads differ in size and no tokenizer identifies the
+            tokens.
     """
     shared = shared_tokens(student, teacher, processor, teacher_processor)
     image = image_token(teacher)

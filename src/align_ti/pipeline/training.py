@@ -78,23 +78,23 @@ def distil(
     seen: Seen = log_warnings,
     before: Callable[[RunFolder], None] = lambda run: None,
 ) -> RunFolder:
-    """Trains the recipe's student and leaves it in the run folder; goes on where an earlier run of the same recipe stopped.
+    """Trains the recipe's student and saves it in the run folder; resumes where an earlier run of the same recipe stopped.
 
     Args:
         recipe: the run.
-        data: the encoded training data, if they are there already.
+        data: the encoded training data, if already available.
         steps: called after every step.
         checks: called after every record of the pass over the data, if the recipe asks for one.
-        check: check models and first records before training, if the recipe says so too; a run that goes on is not checked again.
-        seen: called with what that check found; by default its warnings are logged.
-        before: called by all processes when the folder is the run's and nothing is loaded yet, unless the student is there already.
+        check: check models and first records before training, if the recipe enables it too; a resumed run is not checked again.
+        seen: called with the results of that check; by default its warnings are logged.
+        before: called by all processes after the folder is claimed and before anything is loaded, unless the student exists.
 
     Raises:
         CheckError: a check failed; nothing was trained.
-        InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call goes on from it.
+        InterruptedRunError: Ctrl-C; a checkpoint is saved and the same call resumes from it.
         RequeueError: SIGTERM or SIGUSR1; likewise.
         RunError: another process is training in the folder.
-        AlignTIError: whatever is wrong with recipe, data or models.
+        AlignTIError: any other error in recipe, data or models.
     """
     run, state = RunFolder(Path(recipe.out)), launched()
     # One process holds the folder for all of its launch.

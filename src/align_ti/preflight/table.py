@@ -17,7 +17,7 @@ ROLE_STYLES = {"other": "dim", "visual": "magenta", "instruction": "cyan", "resp
 def verdict_table(verdicts: Sequence[Verdict], *, all_of_them: bool = True) -> Table:
     """The verdicts, one a row; or only those that are no pass."""
     count = {state: sum(verdict.state == state for verdict in verdicts) for state in STYLES}
-    table = Table("", "check", "measured, expected, way out", title="check before training")
+    table = Table("", "check", "measured, expected, fix", title="check before training")
     for verdict in verdicts if all_of_them else (one for one in verdicts if one.state != "pass"):
         # As text, so that brackets in it are no markup.
         table.add_row(Text(verdict.state, style=STYLES[verdict.state]), Text(verdict.name), Text(verdict.sentence))

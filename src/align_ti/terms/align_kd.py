@@ -1,4 +1,4 @@
-"""Align-KD's attention term: where text looks in the first layer."""
+"""Align-KD's attention term: attention from text to visual tokens in the first layer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TEXT = (INSTRUCTION, RESPONSE)
 
 
 class AlignKd(Term):
-    """The squared difference of student's and teacher's first-layer attention from text to visual tokens, heads averaged.
+    """The squared difference of student's and teacher's first-layer attention from text to visual tokens, averaged over heads.
 
-    Summed over a sample's visual tokens, averaged over its text tokens that stand behind one, then over samples. This is a
-    reconstruction: the paper draws the block and gives no reduction, and the released mask selects entries that causal attention
-    leaves at 0, so the released loss never trained it (docs/method.md). Averaging heads takes the place of the released adapter
-    between head counts, which no optimizer ever got.
+    Summed over a sample's visual tokens, averaged over its text tokens that come after one, then over samples. This is a
+    reconstruction: the paper draws the block without specifying the reduction, and the released mask selects entries that
+    causal attention leaves at 0, so the released loss never trained it (docs/method.md). Averaging over heads replaces the
+    released adapter between head counts, which no optimizer updated.
 
     Source: Align-KD, Feng et al. (arXiv:2412.01282), the attention term of its first layer.
     """
@@ -49,7 +49,7 @@ class AlignKd(Term):
         return self.reads_of_student(model)
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples in which a text token stands behind a visual one."""
+        """Samples in which a text token comes after a visual one."""
         return (behind_visual(tokens) & (tokens.instruction | tokens.response)).any(-1).sum()
 
     def total(self, readings: Readings) -> Float[Tensor, ""]:

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WeightedRows:
-    """Rows of the student, how much each counts, and what is measured on them.
+    """Rows of the student, their weights, and the divergence that is measured on them.
 
-    A row is compared with the teacher's row of the same token; or, with `teacher_rows`, with the one at that index of the teacher's own
-    sequence. A row of weight 0 is no part of the term. `branch_weights` weigh the rows of candidates.
+    A row is compared with the teacher's row of the same token; or, with `teacher_rows`, with the one at that index of the
+    teacher's own sequence. A row of weight 0 is not part of the term. `branch_weights` are the weights of the rows of
+    candidates.
     """
 
     weights: Float[Tensor, "batch seq"]
@@ -40,34 +41,35 @@ class WeightedRows:
 
 
 class Term(Knobs):
-    """One term of the objective: its options, and how it is made of what the two models read.
+    """One term of the objective: its options, and its computation from what the two models produced.
 
-    A term's value is its total divided by its mass; totals and masses are added up over accumulated batches and processes before
-    they are divided, so a term is the same number however a step is cut into batches. A term of one's own derives from this class,
-    sets `name`, declares its options as fields, and defines `mass` and `total`; `reads_of_student` and `reads_of_teacher` where it
-    needs more than the last hidden states. `align_ti.testing.check_term` holds it to the rules.
+    A term's value is its total divided by its mass; totals and masses are added up over accumulated batches and processes
+    before the division, so a term is the same number however a step is split into batches. A term of your own derives from this
+    class, sets `name`, declares its options as fields, and defines `mass` and `total`; and `reads_of_student` and
+    `reads_of_teacher` if it needs more than the last hidden states. `align_ti.testing.check_term` tests it.
     """
 
     kind: ClassVar[Literal["term"]] = "term"
     name: ClassVar[str]
-    """What a recipe and the log call it."""
+    """Its name in recipes and in the log."""
     needs_teacher: ClassVar[bool] = True
-    """Whether it compares with a teacher."""
+    """Whether it compares the student with a teacher."""
     one_sequence: ClassVar[bool] = False
-    """Whether it is defined only where both models read the same inputs."""
+    """Whether it is defined only if both models read the same inputs."""
     visual: ClassVar[Literal["none", "equal"]] = "none"
-    """How visual tokens are compared where the teacher reads inputs of its own: not one by one, or equal numbers one by one."""
+    """How visual tokens are compared if the teacher has its own inputs: none: not one by one; equal: one by one, which needs
+    equal numbers."""
     needs_visual: ClassVar[bool] = False
-    """Whether it is about visual tokens, so that a sample without a picture says nothing in it."""
+    """Whether it concerns visual tokens, so that a sample without an image contributes nothing."""
     cacheable: ClassVar[bool] = False
-    """Whether all that it reads of the teacher is what `align-ti cache` keeps: last hidden states of the rows that predict responses
-    and of visual tokens, and the mean attention of instruction tokens at one layer."""
+    """Whether everything that it reads of the teacher is in the cache of `align-ti cache`: last hidden states of the rows that
+    predict responses and of visual tokens, and the mean attention of instruction tokens at one layer."""
     unit: ClassVar[str] = ""
-    """What the value is counted in, if it has a unit."""
+    """The unit of its value, if it has one."""
     fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"
-    """What to look at when the check finds the term dead."""
+    """What to look at if the check finds that the term is 0 or has no gradient."""
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out."""
+    """The term's factor in the loss; a term with weight 0 is not computed."""
 
     @classmethod
     def __pydantic_init_subclass__(cls) -> None:  # type: ignore[override]  # classes of terms take no options
@@ -82,20 +84,20 @@ class Term(Knobs):
         """Refuses models for which the term is not defined.
 
         Raises:
-            ModelError: it says which part of a model is to blame.
+            ModelError: the message names the part of the model that does not fit.
         """
 
     def reads_of_student(self, model: PreTrainedModel) -> Reads:
-        """What is read of the student beside its last hidden states."""
+        """What the term reads of the student in addition to its last hidden states."""
         return Reads()
 
     def reads_of_teacher(self, model: PreTrainedModel) -> Reads:
-        """What is read of the teacher beside its last hidden states."""
+        """What the term reads of the teacher in addition to its last hidden states."""
         return Reads()
 
     @property
     def visual_rows(self) -> Literal["none", "equal", "resampled"]:
-        """`visual`, and resampled where the term has an option `resample` that says so."""
+        """`visual`, or resampled if the term has an option `resample` that is true."""
         return "resampled" if getattr(self, "resample", False) else self.visual
 
     @property
@@ -105,27 +107,27 @@ class Term(Knobs):
 
     @property
     def needs_layer(self) -> bool:
-        """Whether the term's layer is to be chosen by layer scores (IRS) first."""
+        """Whether the term's layer still has to be selected by layer scores (IRS)."""
         return False
 
     def at_layer(self, layer: int) -> Term:
-        """The term with the layer that was chosen."""
+        """The term with the selected layer."""
         return self.model_copy(update={"layer": layer})
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """What the total is a sum of, counted before any model has read the batch; `plan` is there where a term has candidates."""
+        """The divisor of the total, counted before any model has read the batch; `plan` is given if a term has candidates."""
         raise NotImplementedError(f"{type(self).__name__} defines no mass")
 
     def total(self, readings: Readings) -> WeightedRows | Float[Tensor, ""]:
-        """The term's sum over the batch: rows with weights, which go through the vocabulary with those of all other terms; or a scalar
-        with gradient, in float32 or wider."""
+        """The term's sum over the batch: rows with weights, which are projected to the vocabulary with those of all other
+        terms; or a scalar with gradient, in float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} defines no total")
 
     def plain(self, sample: Sample) -> float | None:
-        """The term's value on one sample by a plain re-computation that shares no code with `total`; None: the check has none to
-        compare with."""
+        """The term's value on one sample by a plain reference computation that shares no code with `total`; None if there is no
+        such computation."""
         return None
 
 

@@ -32,12 +32,13 @@ Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class CompoDistill(Term):
-    """1 - cos of the student's attention to visual tokens and that of a group of the teacher's layers, averaged over layers and
-    samples.
+    """1 - cosine of the student's attention to visual tokens and that of a group of the teacher's layers, averaged over layers
+    and samples.
 
-    The student's layers are k consecutive ones in the middle; the teacher's m middle layers form k groups of n = m - k + 1 that slide
-    along, each group's attention averaged. Heads are averaged. `form` chooses between the paper's equation and the released code, which
-    differ. The paper's other part, a teacher's adapter used by the student, changes the student and is not part of this.
+    The student's layers are k consecutive ones in the middle; the teacher's m middle layers form k overlapping groups of n = m
+    - k + 1, and each group's attention is averaged. Heads are averaged. `form` chooses between the paper's equation and the
+    released code, which differ. The paper's other part, a teacher's adapter used by the student, changes the student and is not
+    included.
 
     Source: CompoDistill, Kim et al. (arXiv:2510.12184), L_ADL.
     """
@@ -90,11 +91,11 @@ class CompoDistill(Term):
         return Reads.of(attention=[(layer, self.queries) for layer in self.layers_of(model, self.teacher_layers)])
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples with a picture."""
+        """Samples with an image."""
         return tokens.pictured.sum()
 
     def total(self, readings: Readings) -> Float[Tensor, ""]:
-        """One mean over layers for each sample with a picture."""
+        """One mean over layers for each sample with an image."""
         student, teacher, visual = readings.student, readings.compared, readings.tokens.visual
         ours = [
             student.attention_at(layer, self.queries)

@@ -1,4 +1,4 @@
-"""EM-KD's vision-language affinity distillation (VLAD): how matched visual tokens relate to text."""
+"""EM-KD's vision-language affinity distillation (VLAD): the similarity of matched visual tokens to text tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class EmKdVlad(Term):
     """Smooth L1 between the two models' cosine affinities of matched visual tokens with text tokens, averaged over a sample's
     entries, then over samples.
 
-    Affinities are taken of the hidden states that the head reads; the threshold of smooth L1 is 1, so entries count half their square.
+    Affinities are computed from the hidden states before the head; the threshold of smooth L1 is 1, so entries count half their
+    square.
 
     Source: EM-KD (arXiv:2511.21106), L_vlad.
     """
@@ -38,7 +39,7 @@ class EmKdVlad(Term):
     name: ClassVar[str] = "em_kd_vlad"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=25.0, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 25."""
+    """The term's factor in the loss; a term with weight 0 is not computed. The paper's is 25."""
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuses heads that are more than a linear layer, whose logits cannot be compared without being made in full.
@@ -50,7 +51,7 @@ class EmKdVlad(Term):
             linear_head(model, f"{self.where} matches tokens by logits; leave the term out ({self.where}.weight: 0)")
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples with a picture and text."""
+        """Samples with an image and text."""
         return (tokens.pictured & (tokens.instruction | tokens.response).any(-1)).sum()
 
     def total(self, readings: Readings) -> Float[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""EM-KD's vision semantic distillation (VSD): visual rows matched by what they say, whatever their number."""
+"""EM-KD's vision semantic distillation (VSD): visual rows matched by their logits, whatever their number."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class EmKdVsd(Compares):
-    """A divergence at matched visual rows, KL(student || teacher) by default, averaged over a sample's pairs, then over samples.
+    """A divergence at matched visual rows, KL(student || teacher) by default, averaged over a sample's pairs, then over
+    samples.
 
-    Each of the student's visual tokens is matched with one of the teacher's so that the sum of L1 distances between their logits is
-    smallest; where the numbers differ, tokens of the larger side are left alone. No gradient flows through the matching.
+    Each of the student's visual tokens is matched with one of the teacher's so that the sum of L1 distances between their
+    logits is minimal; if the numbers differ, tokens of the larger side remain unmatched. No gradient flows through the
+    matching.
 
     Source: EM-KD (arXiv:2511.21106), L_vsd.
     """
@@ -40,9 +42,9 @@ class EmKdVsd(Compares):
     name: ClassVar[str] = "em_kd_vsd"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=0.25, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 0.25."""
+    """The term's factor in the loss; a term with weight 0 is not computed. The paper's is 0.25."""
     divergence: AnyDivergence = ReverseKl()
-    """How far the student's distribution is from the teacher's; the paper's is reverse KL."""
+    """The divergence of the student's distribution from the teacher's; the paper's is reverse KL."""
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuses heads that are more than a linear layer, whose logits cannot be compared without being made in full.
@@ -54,7 +56,7 @@ class EmKdVsd(Compares):
             linear_head(model, f"{self.where} matches tokens by logits; leave the term out ({self.where}.weight: 0)")
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples with a picture."""
+        """Samples with an image."""
         return tokens.pictured.sum()
 
     def total(self, readings: Readings) -> WeightedRows:

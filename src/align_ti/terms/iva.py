@@ -1,4 +1,4 @@
-"""IVA, instruction-aware vision alignment: visual rows count by where the teacher's instruction looks."""
+"""IVA, instruction-aware vision alignment: visual rows are weighted by the teacher's attention from the instruction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Iva(Compares):
-    """Instruction-aware vision alignment: a divergence at the visual positions, weighted by where the teacher's instruction looks.
+    """Instruction-aware vision alignment: a divergence at the visual positions, weighted by the teacher's attention from the
+    instruction.
 
     Source: Align-TI (arXiv:2602.09483), L_iva.
     """
@@ -37,13 +38,13 @@ class Iva(Compares):
     """The teacher's layer whose attention gives the weights. auto: the layer with the highest instruction-relevance score (IRS)
     on a sample of the training data."""
     images: Literal["together", "separately"] = "together"
-    """Whether the visual tokens of several pictures share one normalisation, or each picture has the same total weight."""
+    """Whether the visual tokens of several images are normalised together, or each image has the same total weight."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Compare only the visual tokens that are looked at most, as many as together hold this share of the attention; 1: all. Fewer rows
-    go through the vocabulary. Below 1 the term is another one: its weights are renormalised over the tokens that are left."""
+    """Compare only the visual tokens with the most attention, as many as together hold this share of it; 1: all. Fewer rows are
+    projected to the vocabulary. Below 1 the term is different: its weights are renormalised over the remaining tokens."""
     resample: bool = False
-    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows and weights to the
-    student's grid. Otherwise different numbers are an error."""
+    """If teacher and student represent an image by different numbers of visual tokens: resample the teacher's rows and weights
+    to the student's grid. Otherwise different numbers are an error."""
 
     def reads_of_teacher(self, model: PreTrainedModel) -> Reads:
         """The attention of instruction tokens at the layer."""
@@ -56,11 +57,11 @@ class Iva(Compares):
         return self.layer == "auto"
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples where an instruction token sees a visual one."""
+        """Samples in which an instruction token attends to a visual one."""
         return aligned_samples(tokens.visual, tokens.instruction).sum()
 
     def total(self, readings: Readings) -> WeightedRows:
-        """The rows of each sample's visual tokens count 1 together, each by its share of the attention."""
+        """The rows of each sample's visual tokens have weights that sum to 1, each its share of the attention."""
         tokens, teacher = readings.tokens, readings.compared
         assert isinstance(self.layer, int)
         focus = teacher.attention_at(self.layer, (INSTRUCTION,)).mean()

@@ -30,7 +30,7 @@ class Kd(Compares):
         "see that the teacher differs from the student, and that something which reaches the responses is trained (parts)"
     )
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Both logits are divided by it, the term is multiplied by its square."""
+    """Both models' logits are divided by it, and the term is multiplied by its square."""
 
     @property
     def measure(self) -> Softened:
@@ -42,7 +42,7 @@ class Kd(Compares):
         return tokens.predicts.sum()
 
     def total(self, readings: Readings) -> WeightedRows:
-        """The row before each response token counts 1."""
+        """The row before each response token has weight 1."""
         return WeightedRows(readings.tokens.predicts.float(), self.measure)
 
     def plain(self, sample: Sample) -> float:

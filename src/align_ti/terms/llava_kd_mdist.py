@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class LlavaKdMdist(Compares):
-    """A divergence at the response positions and at every visual position, each averaged over the sample's rows, then over samples.
+    """A divergence at the response positions and at every visual position, each averaged over the sample's rows, then over
+    samples.
 
-    Visual rows are compared at the visual tokens' own positions, unshifted. The paper sums over tokens, the released trainer
+    Visual rows are compared at the visual tokens' own positions, unshifted. The paper sums over tokens; the released trainer
     averages over all rows of a batch (docs/method.md).
 
     Source: LLaVA-KD, Cai et al. (arXiv:2410.16236), L_res + L_vis.
@@ -30,9 +31,9 @@ class LlavaKdMdist(Compares):
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     visual_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """How much the mean over visual rows counts beside the mean over response rows."""
+    """Weight of the mean over visual rows, relative to the mean over response rows."""
     resample: bool = False
-    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's rows to the
+    """If teacher and student represent an image by different numbers of visual tokens: resample the teacher's rows to the
     student's grid."""
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""LLaVA-KD's relation distillation (RDist): how visual tokens relate to one another."""
+"""LLaVA-KD's relation distillation (RDist): the similarities between visual tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class LlavaKdRdist(Term):
-    """1 - cos of the student's and the teacher's relation matrices R = Y Y^T over a sample's visual tokens, averaged over samples.
+    """1 - cosine of the student's and the teacher's relation matrices R = Y Y^T over a sample's visual tokens, averaged over
+    samples.
 
-    Y are the logits at the visual positions: the paper says "visual tokens output by the LLM", its authors and the released trainer
-    take logits. They are not centred, so a part that all logits share counts in R and brings the cosine near 1. R is found without
-    them: H (W^T W) H^T, with H the hidden states and W the head.
+    Y are the logits at the visual positions: the paper says "visual tokens output by the LLM", its authors and the released
+    trainer use logits. They are not centred, so a component that all logits share counts in R and brings the cosine near 1. R
+    is computed without materialising them: H (W^T W) H^T, with H the hidden states and W the head.
 
     Source: LLaVA-KD, Cai et al. (arXiv:2410.16236), L_rel.
     """
@@ -34,11 +35,13 @@ class LlavaKdRdist(Term):
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    """What the term is multiplied by in the loss; 0 leaves it out. The paper's is 0.5."""
+    """The term's factor in the loss; a term with weight 0 is not computed. The paper's is 0.5."""
     of: Literal["logits", "hidden"] = "logits"
-    """What the matrix is made of: logits, or the hidden states that the head reads, for heads that are more than one linear layer."""
+    """What the matrix is computed from: logits, or the hidden states before the head, for heads that are more than one linear
+    layer."""
     resample: bool = False
-    """Where teacher and student see a picture as different numbers of visual tokens: resample the teacher's to the student's grid."""
+    """If teacher and student represent an image by different numbers of visual tokens: resample the teacher's to the student's
+    grid."""
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuses heads that are more than a linear layer, whose logits cannot be related without being made.
@@ -53,11 +56,11 @@ class LlavaKdRdist(Term):
                 )
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
-        """Samples with a picture."""
+        """Samples with an image."""
         return tokens.pictured.sum()
 
     def total(self, readings: Readings) -> Float[Tensor, ""]:
-        """One distance a sample with a picture."""
+        """One distance a sample with an image."""
         student, teacher = readings.student, readings.compared
         with torch.no_grad():
             metric = self.metric(teacher, readings)

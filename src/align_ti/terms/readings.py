@@ -1,4 +1,4 @@
-"""What terms are made of: a batch as each model reads it, and what the two models made of it."""
+"""The inputs of terms: a batch as each model reads it, and the outputs of both models."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def view(model: PreTrainedModel, batch: Mapping[str, Any]) -> View:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What a term reads of one model beside its last hidden states.
+    """What a term reads of one model in addition to its last hidden states.
 
-    `layers` are layers whose hidden states are wanted, by index from 0; `attention` says which attention is. What several terms want is
-    read once.
+    `layers` are layers whose hidden states are needed, by index from 0; `attention` names the attention rows that are needed.
+    What several terms need is computed once.
     """
 
     layers: frozenset[int] = frozenset()
@@ -93,7 +93,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """All that a term may use: the batch's tokens, both models' passes, the plan of candidates, and what is known of the pair."""
+    """All that a term may use: the batch's tokens, both models' passes, the plan of candidates, and properties of the pair."""
 
     tokens: Tokens
     student: Passed
@@ -114,7 +114,7 @@ class Readings:
         return self.teacher
 
     def once(self, name: str, make: Callable[[], Found]) -> Found:
-        """What several terms share, made by the first that asks."""
+        """A value that several terms share, computed by the first that needs it."""
         if name not in self.memory:
             self.memory[name] = make()
         found: Found = self.memory[name]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Sft(Term):
     """Supervised fine-tuning: the negative log-likelihood of the response tokens.
 
-    Tokens that the student wrote itself (`data.on_policy`) are left out: they are no supervision.
+    Tokens that the student generated itself (`data.on_policy`) are left out: they are no supervision.
 
     Source: Align-TI (arXiv:2602.09483), L_sft.
     """
@@ -36,7 +36,7 @@ class Sft(Term):
         return supervised(tokens).sum()
 
     def total(self, readings: Readings) -> WeightedRows:
-        """The row before each response token counts 1."""
+        """The row before each response token has weight 1."""
         return WeightedRows(supervised(readings.tokens).float(), Likelihood())
 
     def plain(self, sample: Sample) -> float:

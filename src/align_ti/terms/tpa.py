@@ -1,4 +1,4 @@
-"""TPA, transition probability alignment: the teacher's and the student's next step after tokens that were tried."""
+"""TPA, transition probability alignment: the teacher's and the student's next-token distributions after candidate tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Tpa(Compares, CandidateOptions):
-    """Transition probability alignment: a divergence one token further, after tokens that were tried in place of the gold token.
+    """Transition probability alignment: a divergence one token further, after candidate tokens tried in place of the gold
+    token.
 
     Source: Align-TI (arXiv:2602.09483), L_tpa.
     """
@@ -29,10 +30,10 @@ class Tpa(Compares, CandidateOptions):
     fix: ClassVar[str] = "see that candidates are not all left out (objective.tpa.left_out), or objective.tpa.weight: 0"
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Refuses models in which no token can be tried in place of another.
+        """Refuses models in which a token cannot be replaced by a candidate.
 
         Raises:
-            ModelError: recurrent layers, or layers with cross-attention; they are named.
+            ModelError: recurrent layers, or layers with cross-attention; the message names them.
         """
         check_branching(student)
         check_branching(teacher)

@@ -33,16 +33,16 @@ from align_ti.training.passes import Terms, candidate_options, places_of, run_pa
 from align_ti.training.recall import recalled
 
 Masses = dict[str, Shaped[Tensor, ""]]
-"""What each term's total is divided by, such as response tokens or samples; a term's file says which."""
+"""Each term's mass, the divisor of its total, such as response tokens or samples; a term's file defines it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DistillationOutput:
-    """The loss of a batch and what it is made of.
+    """The loss of a batch and its components.
 
     `loss` is a scalar with gradient into the student only. `terms` are unweighted means over this batch, detached; `totals` and
-    `masses` are what they are made of, so that batches can be joined exactly. `branch_share` is the share of kept candidates
-    that needed a row of their own, or None where no term has candidates. `weights` are the terms' own in the loss.
+    `masses` are their numerators and divisors, so that batches can be combined exactly. `branch_share` is the share of kept
+    candidates that needed a row of their own, or None if no term has candidates. `weights` are the terms' weights in the loss.
     """
 
     loss: Float[Tensor, ""]
@@ -85,21 +85,21 @@ def distillation_loss(
         student: the model to train, on any attention implementation.
         teacher: the model to imitate, in eval mode; read without gradient. May be None if only sft has weight.
         batch: the models' own inputs, with `labels` (-100 outside responses) and `roles` [batch, seq]: 0 other, 1 visual,
-            2 instruction, 3 response; `pictures` (the number of each visual token's picture) and `student_written` (response tokens
-            that the student wrote itself) are read if they are there. A teacher with a processor of its own finds its inputs and
-            `roles` under `teacher`, with the same responses.
+            2 instruction, 3 response; `pictures` (the number of each visual token's image) and `student_written` (response tokens
+            that the student generated itself) are used if present. For a teacher with its own processor `teacher` holds its inputs
+            and `roles`, with the same responses.
         objective: terms and weights. `iva.layer` must be a number here (`score_layers` finds it).
-        candidates: tokens to try in place of `input_ids`, read where roles is response; given, nothing is drawn. A plain
-            tensor: those that are not left out share the position's weight.
-        generator: draws the candidates; on the device of the model that they are drawn from.
+        candidates: tokens to try in place of `input_ids` at response positions; if given, nothing is sampled. In a plain tensor,
+            the candidates of a position that are not left out share its weight.
+        generator: samples the candidates; on the device of the model that they are sampled from.
         step_masses: turns this batch's masses into those of the whole optimizer step, for gradient accumulation and data
             parallelism; by default the batch is the step.
-        pairing: what `pair_up` found about the two models; by default heads of one size are taken to have the same tokens.
-        in_step: several processes exchange weights or gradients inside the models' passes, so all make the same ones, whatever their
-            batches hold.
+        pairing: the result of `pair_up` for the two models; by default heads of equal size are assumed to have the same tokens.
+        in_step: several processes exchange weights or gradients inside the models' passes, so all have to run the same passes,
+            whatever their batches contain.
 
     Raises:
-        BatchError: the batch contradicts itself.
+        BatchError: the batch is inconsistent.
         ConfigError: `iva.layer` is "auto".
         ModelError: the models do not fit each other, or a term does not fit them.
 
@@ -139,7 +139,7 @@ def read_batch(
     """What both models make of a batch, as far as the objective's terms need it; the arguments are those of `distillation_loss`.
 
     Raises:
-        BatchError: the batch contradicts itself.
+        BatchError: the batch is inconsistent.
         ConfigError: `iva.layer` is "auto".
         ModelError: the models do not fit each other, or a term does not fit them.
     """

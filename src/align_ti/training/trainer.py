@@ -84,26 +84,26 @@ class AlignTITrainer(Trainer):
 
     Each term is logged unweighted under its own name with its weight (`kd`, `kd_weight`), and `branch_share` is the share of TPA
     candidates that needed a row of their own. Terms are normalised over the whole optimizer step, whatever the accumulation and
-    the number of processes. Draws depend on seed, step and process alone, so a resumed run repeats them.
+    the number of processes. Random draws depend on seed, step and process alone, so a resumed run repeats them.
 
     Args:
         model: the student, with or without adapters of peft.
-        teacher_model: the teacher; it is put into eval mode, frozen, and moved to the student's device, unless it is quantised or has a
-            place of its own (`align_ti.models.placement.stay`). None for sft alone.
+        teacher_model: the teacher; it is put into eval mode, frozen, and moved to the student's device, unless it is quantised or
+            has a device of its own (`align_ti.models.placement.stay`). None for sft alone.
         args: transformers' arguments. `remove_unused_columns` is switched off, since a batch carries roles.
         objective: terms and weights; `iva.layer="auto"` is resolved by scoring layers on a sample of the training data, once, and
             kept in `layer_scores.json` in the output folder.
         train_dataset: conversations, or a dataset whose items are encoded samples (`align_ti.data.roles.encode`).
-        eval_dataset: the same for evaluation, or several by name.
+        eval_dataset: the same for evaluation, or a mapping of names to several.
         processing_class: the student's processor.
-        teacher_processing_class: the teacher's processor, if it has one of its own. Where it makes other inputs of a record than the
+        teacher_processing_class: the teacher's processor, if it has its own. If it produces different inputs from a record than the
             student's, each model reads its own.
         data_collator: by default one that pads with the processor's pad token.
-        scores: the size of the sample that layers are scored on.
-        phases: given, it counts where the time of each step goes.
-        on_policy: given, some training batches are answered by the student. `on_policy_share` in the log is the share of batches that
-            were, `cut_share` the share of their answers that were cut at the limit.
-        shard_teacher: the teacher's weights are spread over all processes, whatever trains the student; nothing with one process.
+        scores: the size of the sample on which layers are scored.
+        phases: if given, it measures where the time of each step goes.
+        on_policy: if given, the student answers some training batches. In the log, `on_policy_share` is the share of these batches,
+            and `cut_share` the share of their answers that were truncated at the limit.
+        shard_teacher: spread the teacher's weights over all processes, with any training engine; no effect with one process.
         trainer_options: anything else that transformers' Trainer takes, such as callbacks.
     """
 
@@ -314,7 +314,7 @@ class AlignTITrainer(Trainer):
 
         Raises:
             ConfigError: the training data are no conversations, so that there is nothing to score on.
-            DataError: no picture has two instructions.
+            DataError: no image has two instructions.
         """
         if not self.objective.needs_layer:
             return self.objective

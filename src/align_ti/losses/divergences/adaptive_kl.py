@@ -1,4 +1,4 @@
-"""Adaptive KL: forward KL where the student is wrong about likely tokens, reverse KL where about unlikely ones."""
+"""Adaptive KL: mostly forward KL if the student is wrong about likely tokens, mostly reverse KL if about unlikely ones."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from align_ti.losses.divergences.reverse_kl import ReverseKl
 
 
 class AdaptiveKl(Divergence):
-    """w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum |p - q| that lies on the teacher's head.
+    """w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum |p - q| on the head of the teacher's distribution.
 
-    The head is the fewest of the teacher's most probable tokens that together hold `mu` or more; of equally probable tokens the one
-    with the lower id comes first. No gradient flows through w. Where p = q, w is 1/2 and the value 0. The released code of the paper
-    leaves the token that reaches `mu` in the tail unless it is the first; others count it to the head, as here.
+    The head is the smallest set of the teacher's most probable tokens with probability `mu` or more; of equally probable tokens
+    the one with the lower id comes first. No gradient flows through w. At p = q, w is 1/2 and the value 0. The released code of
+    the paper leaves the token that reaches `mu` in the tail unless it is the first; others count it to the head, as here.
 
     Source: AKL, Wu et al. (arXiv:2404.02657).
     """
 
     name: ClassVar[str] = "adaptive_kl"
     mu: float = Field(default=0.5, gt=0, le=1)
-    """Probability that the teacher's head holds."""
+    """Probability mass of the head of the teacher's distribution."""
 
     def values(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
         """Both divergences, weighed."""

@@ -1,4 +1,4 @@
-"""Alpha-beta divergence: how much gaps in likely tokens and gaps in likely ratios count, by two numbers."""
+"""Alpha-beta divergence: two exponents weight differences at likely tokens and differences in ratios."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from align_ti.losses.divergences.base import Divergence, Rows, through_softmax
 
 
 class AlphaBeta(Divergence):
-    """-1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], and its limits where a or b is 0.
+    """-1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], and its limits at a = 0 or b = 0.
 
-    With a for `alpha` and b for `beta`, (1, 0) is forward KL and (0, 1) reverse KL. Numbers below 0, for which a token that is ruled
-    out would be infinitely far, are not accepted. The limits are those of the formula; the paper's released code has other factors
+    With a for `alpha` and b for `beta`, (1, 0) is forward KL and (0, 1) reverse KL. Exponents below 0 are not accepted: a token
+    of probability 0 would make them infinite. The limits are those of the formula; the paper's released code has other factors
     there unless a or b is 1.
 
     Source: ABKD, Wang et al. (arXiv:2505.04560); Cichocki et al. (2011), the family.
@@ -24,9 +24,9 @@ class AlphaBeta(Divergence):
 
     name: ClassVar[str] = "alpha_beta"
     alpha: float = Field(default=0.2, ge=0, allow_inf_nan=False)
-    """The power of the teacher's probability."""
+    """Exponent of the teacher's probability."""
     beta: float = Field(default=0.7, ge=0, allow_inf_nan=False)
-    """The power of the student's."""
+    """Exponent of the student's probability."""
 
     def values(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
         """The formula, or its limit."""

@@ -1,4 +1,4 @@
-"""What every divergence is: a value of each row, and its slope at the student's logits."""
+"""The base class of divergences: one value per row, and its gradient at the student's logits."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Rows = Float[Tensor, "rows vocab"]
 
 
 class Divergence(Knobs):
-    """How far the student's distribution q is from the teacher's p: a value of each row in nats, and its slope at the student's logits.
+    """The divergence of the student's distribution q from the teacher's p: one value per row in nats, and its gradient at the
+    student's logits.
 
-    A divergence of one's own derives from this class, sets `name`, declares its options as fields, and defines `values`. Its slope is
-    found by autograd unless `with_slope` is defined too, which saves time and memory. `align_ti.testing.check_divergence` holds it
-    to the rules: 0 where both are equal, never below 0, slope equal to autograd's.
+    A divergence of your own derives from this class, sets `name`, declares its options as fields, and defines `values`. Its
+    gradient is computed by autograd unless `with_slope` is defined too, which saves time and memory.
+    `align_ti.testing.check_divergence` tests it: 0 if both are equal, never below 0, gradient equal to autograd's.
     """
 
     kind: ClassVar[Literal["divergence"]] = "divergence"
     name: ClassVar[str]
-    """What a recipe calls it."""
+    """Its name in recipes."""
 
     def values(self, log_p: Rows, log_q: Rows) -> Float[Tensor, " rows"]:
-        """The divergence of each row in nats, by PyTorch functions that have a gradient.
+        """The divergence of each row in nats, by differentiable PyTorch functions.
 
         Args:
-            log_p: the teacher's log probabilities; minus infinity at a token that it rules out.
-            log_q: the student's.
+            log_p: the teacher's log probabilities; minus infinity at a token of probability 0.
+            log_q: the student's log probabilities.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no values")
 
     def with_slope(self, log_p: Rows, log_q: Rows) -> tuple[Float[Tensor, " rows"], Rows]:
-        """`values`, and their slope: the gradient of each row's value with respect to the logits that the softmax of `log_q` is
-        taken of.
+        """`values`, and their slope: the gradient of each row's value with respect to the logits before the softmax of `log_q`.
 
-        Both arguments are in memory of their own, which may be written over.
+        Both arguments may be overwritten.
         """
         with torch.enable_grad():
             # The softmax of log probabilities is the distribution itself, and its slope that of the logits.

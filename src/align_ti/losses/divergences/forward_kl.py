@@ -1,4 +1,4 @@
-"""Forward KL: what vanilla knowledge distillation minimises."""
+"""Forward KL: the divergence that vanilla knowledge distillation minimises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align_ti.losses.divergences.base import Divergence, Rows, times
 
 
 class ForwardKl(Divergence):
-    """KL(p || q): the student is to cover all that the teacher says.
+    """KL(p || q), which is mode-covering: the student has to cover all that the teacher finds probable.
 
     Source: Hinton et al. (arXiv:1503.02531); Align-TI (arXiv:2602.09483), every divergence of its objective.
     """

@@ -1,4 +1,4 @@
-"""Reverse KL: the student is to say nothing that the teacher would not."""
+"""Reverse KL: the student should not give probability to tokens that the teacher finds improbable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from align_ti.losses.divergences.base import Divergence, Rows, times
 
 
 class ReverseKl(Divergence):
-    """KL(q || p): the student may settle on a part of what the teacher says; infinite where it says what the teacher rules out.
+    """KL(q || p), which is mode-seeking: the student may cover a part of the teacher's distribution; infinite if q > 0 at a token with
+    p = 0.
 
     Source: MiniLLM, Gu et al. (arXiv:2306.08543), its exact value at one step; GKD, Agarwal et al. (arXiv:2306.13649).
     """

@@ -1,4 +1,4 @@
-"""Skew KL: forward KL from a student that has a little of the teacher mixed in, which bounds it."""
+"""Skew KL: forward KL against a mixture of student and a little of the teacher, which bounds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align_ti.losses.divergences.base import Divergence, Rows, log_mixture, thro
 class SkewKl(Divergence):
     """KL(p || alpha p + (1 - alpha) q); at most -log(alpha).
 
-    Near p = q it is (1 - alpha)^2 times forward KL, so an equal weight pulls less.
+    Near p = q it is (1 - alpha)^2 times forward KL, so at equal weight it is weaker.
 
     Source: DistiLLM, Ko et al. (arXiv:2402.03898).
     """

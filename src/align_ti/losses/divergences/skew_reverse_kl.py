@@ -1,4 +1,4 @@
-"""Skew reverse KL: reverse KL to a teacher that has a little of the student mixed in, which bounds it."""
+"""Skew reverse KL: reverse KL against a mixture of teacher and a little of the student, which bounds it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SkewReverseKl(Divergence):
     """KL(q || alpha q + (1 - alpha) p); at most -log(alpha). Gradient flows through the mixture too.
 
     DistiLLM-2's released code (arXiv:2503.07067) holds the student inside the mixture fixed, which has the same value and another
-    slope.
+    gradient.
 
     Source: DistiLLM, Ko et al. (arXiv:2402.03898).
     """

@@ -1,4 +1,4 @@
-"""Total variation distance: half of all probability that would have to be moved."""
+"""Total variation distance: the probability mass that differs between the two distributions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from align_ti.losses.divergences.base import Divergence, Rows, through_softmax
 class TotalVariation(Divergence):
     """1/2 sum |p - q|, between 0 and 1; a probability, not nats.
 
-    It is not quadratic near p = q: its slope does not shrink as the student comes near, and a temperature's square does not keep the
-    gradient's size.
+    It is not quadratic near p = q: its gradient does not vanish as the student approaches the teacher, and the squared
+    temperature does not keep the gradient's size.
 
     Source: f-distill, Wen et al. (arXiv:2307.15190).
     """
