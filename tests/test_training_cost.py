@@ -20,6 +20,7 @@ from align_ti.phases import OTHER, Stopwatch, outside_of_steps, phase
 from align_ti.pipeline.training import distil
 from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, read_lines
+from align_ti.training.gradients import norm_of
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import WARM_UP
 from align_ti.training.work import FILE, TrainingWork
@@ -75,11 +76,13 @@ class Spy(TrainingWork):
 def test_a_run_that_is_measured_is_the_same_to_the_last_digit(folder, tmp_path, monkeypatch, accumulate):
     monkeypatch.setattr("align_ti.pipeline.training.TrainingWork", Spy)
     Spy.tokens = Spy.response_tokens = 0
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr("align_ti.training.trainer.norm_of", lambda of: (norm_of(of), found.append(of))[0])
     measured = distil(recipe(folder, tmp_path / "measured", accumulate, gradient_shares_every=3, phases=True))
     cost = json.loads(measured.cost.read_text())
     assert (cost["tokens"], cost["response_tokens"]) == (Spy.tokens, Spy.response_tokens)
     assert cost["tokens"] > cost["response_tokens"] > 0
-    assert cost["flops"] > 0 and cost["flops_per_step"] == pytest.approx(cost["flops"] / STEPS, rel=1e-9)
+    assert cost["flops"] > 0 and cost["flops_per_step"] == pytest.approx(cost["flops"] / STEPS, abs=0.5)
     assert "flops_not_counted" not in cost
 
     plain = distil(recipe(folder, tmp_path / "plain", accumulate, flops=False))
@@ -92,13 +95,14 @@ def test_a_run_that_is_measured_is_the_same_to_the_last_digit(folder, tmp_path, 
 
     shares = [line for line in read_lines(measured.metrics) if "kd_gradient_share" in line]
     assert [line["step"] for line in shares] == [1, 3, 6]
-    for line in shares:
+    for number, line in enumerate(shares):
         assert "loss" not in line and sum(line[f"{term}_gradient_share"] for term in TERMS) == pytest.approx(1)
         norms = [line[f"{term}_gradient_norm"] for term in TERMS]
         whole = next(of["grad_norm"] for of in logged(measured) if of["step"] == line["step"])
         assert all(norm > 0 for norm in norms)
-        # The step's gradient is the sum of the terms' own.
-        assert max(norms) - sum(sorted(norms)[:-1]) <= whole <= sum(norms)
+        # The step's own gradient is the sum of the terms'.
+        own = found[len(TERMS) * number :][: len(TERMS)]
+        assert norm_of([sum(parts) for parts in zip(*own, strict=True)]) == pytest.approx(whole, rel=1e-4)
     assert not any("gradient_share" in key for line in read_lines(plain.metrics) for key in line)
     # Measuring belongs to no phase: in all steps together less is counted than the run took.
     told = json.loads(measured.phases.read_text())
