@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from align_ti.cli import quiet
-from align_ti.planning.flops import FORMULAS
+from align_ti.flops import FORMULAS
 from align_ti.runs import write_json
 from benchmarks.rounds import check_device, dtype_of, machine, seconds_of
 from benchmarks.step import SHAPES, sizes

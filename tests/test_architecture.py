@@ -17,6 +17,7 @@ ALLOWED = {
     "options": {"errors"},
     "registry": {"errors"},
     "losses": {"options", "registry"},
+    "flops": set(),
     "phases": set(),
     "notebooks": set(),
     "processes": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
         "allocator",
         "config",
         "data",
+        "flops",
         "interactions",
         "losses",
         "models",
@@ -59,6 +61,7 @@ ALLOWED = {
     "planning": {
         "config",
         "data",
+        "flops",
         "losses",
         "models",
         "notebooks",
@@ -83,7 +86,7 @@ ALLOWED = {
         "training",
         "errors",
     },
-    "studies": {"config", "evaluation", "options", "pipeline", "runs", "errors"},
+    "studies": {"config", "evaluation", "flops", "options", "pipeline", "runs", "errors"},
     "parallel": {"processes", "errors"},
     "demo": {"config", "data", "digits", "models", "parallel", "phases", "pipeline", "report", "runs", "errors"},
     "cli": {

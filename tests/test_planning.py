@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from align_ti.cli import app
 from align_ti.config import Recipe
 from align_ti.errors import AlignTIError, ConfigError
+from align_ti.flops import FORMULAS
 from align_ti.models.adapters import unwrapped, wrap_with_lora
 from align_ti.models.loading import freeze
 from align_ti.models.pairing import Pairing
-from align_ti.planning.flops import FORMULAS
 from align_ti.planning.live import GRADIENTS, Live
 from align_ti.planning.memory import Layout, memory_of, model_of
 from align_ti.planning.plan import FILLED, Case, Models, advise, cached_teacher, make_plan, together

@@ -23,6 +23,7 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import CheckError, RunError
 from align_ti.models import attention
 from align_ti.models.loading import freeze, load_model, load_processor
+from align_ti.models.traceless import traceless
 from align_ti.pipeline.training import distil
 from align_ti.preflight import checks
 from align_ti.preflight import samples as preflight_samples
@@ -31,7 +32,6 @@ from align_ti.preflight.page import write_page
 from align_ti.preflight.report import report_on
 from align_ti.preflight.samples import Sample, rendering, with_other_pictures
 from align_ti.preflight.table import sample_text, verdict_table
-from align_ti.preflight.traceless import traceless
 from align_ti.preflight.verdicts import Verdict, as_json, failed, worst
 from align_ti.runs import RunFolder
 from align_ti.training import memory, passes

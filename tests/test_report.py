@@ -269,6 +269,58 @@ def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
     assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page
 
 
+def test_tokens_and_flops_stand_on_the_page_and_accuracy_against_them(tmp_path):
+    root = compared_folder(tmp_path / "demo")
+    before = write_report(root).read_text()
+    assert 'download="accuracy-and-cost.csv"' in before and "accuracy-and-flops" not in before
+    spent = {
+        "sft": {"tokens": 1_234_567, "response_tokens": 98_765, "flops": 2_500_000_000_000, "flops_per_step": 1},
+        "align_ti": {
+            "tokens": 7_654_321,
+            "response_tokens": 123,
+            "flops": None,
+            "flops_not_counted": "no <b>reason</b>",
+        },
+    }
+    for name, cost in spent.items():
+        (root / name / "cost.json").write_text(json.dumps(cost))
+    page = write_report(root).read_text()
+    assert "<td>1,234,567</td><td>98,765</td>" in page and "<td>2.50 TFLOP</td>" in page
+    assert "Align-TI: not counted (no &lt;b&gt;reason&lt;/b&gt;)." in page and "SFT: not counted" not in page
+    row = next(line for line in page.splitlines() if "7,654,321" in line)
+    assert row.endswith(f"<td>{DASH}</td></tr>")
+    # One student alone has FLOPs.
+    assert "accuracy-and-flops" not in page
+    (root / "align_ti" / "cost.json").write_text(json.dumps({**spent["sft"], "flops": 5e12}))
+    both = write_report(root).read_text()
+    assert 'download="accuracy-and-flops.csv"' in both and "FLOPs of training, TFLOP" in both
+    assert both.count("<svg") == before.count("<svg") + 1
+
+
+def test_shares_in_the_gradient_stand_beside_the_terms(tmp_path):
+    root = compared_folder(tmp_path / "demo")
+    assert "Share of each term" not in write_report(root).read_text()
+    verdicts = [
+        {"name": f"term.{name}", "state": "pass", "measured": "", "expected": "", "values": {"gradient_share": share}}
+        for name, share in (("sft", 0.125), ("<i>own</i>", 0.875))
+    ]
+    (root / "align_ti" / "check.json").write_text(json.dumps({"verdicts": verdicts}))
+    page = write_report(root).read_text()
+    assert page.count("Share of each term") == 1 and "Measured along training" not in page
+    assert f"<tr><td>sft</td><td>12.5</td><td>{DASH}</td><td>{DASH}</td><td>{DASH}</td></tr>" in page
+    assert "<td>&lt;i&gt;own&lt;/i&gt;</td><td>87.5</td>" in page
+    with (root / "align_ti" / "metrics.jsonl").open("a") as file:
+        # A resumed run measured step 3 again.
+        for step, share in ((1, 0.5), (3, 0.9), (3, 0.25)):
+            shares = {"sft_gradient_share": share, "tpa_gradient_share": 1 - share}
+            file.write("\n" + json.dumps({"step": step, **shares, "sft_gradient_norm": 2.0}))
+    page = write_report(root).read_text()
+    assert "<tr><td>sft</td><td>12.5</td><td>50.0</td><td>25.0</td><td>37.5</td></tr>" in page
+    assert f"<tr><td>tpa</td><td>{DASH}</td><td>50.0</td><td>75.0</td><td>62.5</td></tr>" in page
+    assert "Measured along training 2 times, first at step 1, last at step 3" in page
+    assert 'download="gradient-shares-' in page
+
+
 def test_the_page_needs_nothing_from_outside(tmp_path):
     page = write_report(compared_folder(tmp_path)).read_text()
     outside = [url for url in re.findall(r'(?:src|href)="([^"]*)"', page) if not url.startswith(("data:", "#"))]

@@ -191,6 +191,22 @@ def test_phases_are_shown_if_the_run_counted_them(tmp_path):
     assert cells(progress(tmp_path, NOW))["backward"] == ("12.5", "50 %")
 
 
+def test_shares_in_the_gradient_have_a_table_and_a_line_of_the_log(tmp_path):
+    run = write_run(tmp_path)
+    assert not any("gradient" in section.title for section in progress(tmp_path, NOW).sections)
+    for step, share in ((1, 0.75), (40, 0.125)):
+        shares = {"kd_gradient_share": share, "kd_gradient_norm": 3.0, "sft_gradient_share": 1 - share}
+        run.append_metrics({"step": step, **shares, "time": NOW - 60})
+    view = progress(tmp_path, NOW)
+    (table,) = [section for section in view.sections if section.title == "share in the gradient"]
+    assert [(row.label, row.cells, row.curve) for row in table.rows] == [
+        ("kd", ("12.5", "40"), (0.75, 0.125)),
+        ("sft", ("87.5", "40"), (0.25, 0.875)),
+    ]
+    assert "kd gradient norm" not in cells(view)
+    assert view.log[-1] == "step 40 of 100  kd_gradient_share 0.125  sft_gradient_share 0.875"
+
+
 def test_a_curve_keeps_its_shape(tmp_path):
     assert shape([], 8) == [] and shape([3.0], 8) == [0.5] and shape([2.0, 2.0], 8) == [0.5, 0.5]
     assert shape([0.0, 5.0, float("inf"), 10.0], 8) == [0, 0.5, 1]

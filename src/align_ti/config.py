@@ -438,6 +438,12 @@ class Training(Knobs):
     """Checkpoints kept."""
     phases: bool = False
     """Measure where the time of each step goes and write it to phases.json; on an accelerator this slows the run a little."""
+    flops: bool = True
+    """Count the FLOPs of the first five steps, which the time of a step leaves out, and estimate the run's from them. Not counted with
+    torch_compile, data.on_policy, quantised weights, attention other than eager and sdpa, or DeepSpeed."""
+    gradient_shares_every: int = Field(default=0, ge=0)
+    """Steps between two measurements of each term's own gradient, for its share in all of them; 0: none. A measurement takes about as
+    long as a step for every term. Not under FSDP or DeepSpeed."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the log goes besides the run folder."""
 

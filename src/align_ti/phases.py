@@ -81,6 +81,17 @@ class Stopwatch:
             del self._open[depth:]
 
     @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time of the block counts in no phase and in no lap, nor does any phase inside it."""
+        began, token = self._count(), _RUNNING.set(None)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+            self._border = self.clock()
+            self._lap_began += self._border - began
+
+    @contextmanager
     def running(self) -> Iterator[None]:
         """Inside the block, on this thread, `phase` counts on this stopwatch; time outside of any phase counts as "other"."""
         token = _RUNNING.set(self)
@@ -113,6 +124,12 @@ def part(name: str) -> AbstractContextManager[None]:
     """A block that a running stopwatch of a run counts as this part; without one, next to nothing happens."""
     stopwatch = _RUNNING.get()
     return _NOTHING if stopwatch is None or stopwatch.of != "run" else stopwatch.phase(name)
+
+
+def outside_of_steps() -> AbstractContextManager[None]:
+    """A block that a running stopwatch of steps leaves out, with all phases in it; without one, next to nothing happens."""
+    stopwatch = _RUNNING.get()
+    return _NOTHING if stopwatch is None or stopwatch.of != "step" else stopwatch.stopped()
 
 
 def phase_names(runs: Collection[Mapping[str, Any]]) -> list[str]:

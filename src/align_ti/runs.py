@@ -36,6 +36,9 @@ SPLIT = ("training.per_device_train_batch_size", "training.gradient_accumulation
 HANDING_OVER = 3.0
 """Seconds that a run waits for the lock of its folder: the processes of a killed launch need a moment to go."""
 
+GRADIENT_SHARE = "_gradient_share"
+"""In the metrics: what the name of a term's share in the gradient ends with."""
+
 PACKAGES = (
     "align-ti",
     "torch",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -18,6 +19,7 @@ from align_ti.data.collator import EncodedConversations
 from align_ti.errors import ConfigError, InterruptedRunError, RequeueError, RunError
 from align_ti.models.adapters import merged, unwrapped
 from align_ti.models.compilation import compile_tokenwise
+from align_ti.models.placement import is_quantized
 from align_ti.models.saving import save_model
 from align_ti.phases import part
 from align_ti.pipeline.caching import use_cache
@@ -30,8 +32,12 @@ from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import REQUEUE, WARM_UP, RunRecorder, StepPhases
+from align_ti.training.work import TrainingWork
 
 logger = logging.getLogger(__name__)
+
+COUNTED_ATTENTION = {"eager", "sdpa"}
+"""The implementations of attention whose FLOPs are known from shapes."""
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -52,7 +58,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         del options["gradient_checkpointing"]
     # Ours compiles parts of the models in place; theirs would wrap the student.
     del options["torch_compile"]
-    del options["phases"]
+    for ours in ("phases", "flops", "gradient_shares_every"):
+        del options[ours]
     if options.pop("group_by_length"):
         # transformers 5.0 knows the option under its older name.
         newer = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}
@@ -135,6 +142,7 @@ def distil_into(
             compile_tokenwise(unwrapped(model))
     parameters = parts.trained()
     recorder, phases = RunRecorder(run, steps), StepPhases() if recipe.training.phases else None
+    work = TrainingWork(run)
     watch = TaskWatch(recipe.evaluation, parts.processor) if recipe.evaluation.every is not None else None
     trainer = AlignTITrainer(
         model=parts.student,
@@ -148,16 +156,21 @@ def distil_into(
         on_policy=recipe.data.on_policy,
         callbacks=[recorder, *filter(None, [watch])],
         phases=phases,
+        work=work,
+        gradient_shares_every=recipe.training.gradient_shares_every,
         shard_teacher=recipe.teacher is not None and recipe.teacher.sharded,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
     if watch is not None:
         watch.attach(trainer)
+    uncounted = why_uncounted(recipe, parts, trainer)
+    work.flops = not uncounted
     trainer.resolve_layer()
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         check_engine(checkpoint, trainer)
+        work.go_on(checkpoint)
     # Its probes run the teacher, which a cache leaves out.
     if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
         check_before(run, recipe, parts, trainer, train, seen)
@@ -172,10 +185,12 @@ def distil_into(
             "command goes on from it."
         )
     save_student(run, recipe, parts, trainer)
+    worked = work.summary(trainer.args, trainer.state.global_step)
     if trainer.is_world_process_zero():
-        write_json(
-            run.cost, {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of}
-        )
+        cost = {"seconds_per_step": recorder.seconds_per_step, "peak_memory_mib": peak.mib, "memory": peak.of, **worked}
+        if worked["flops"] is None:
+            cost["flops_not_counted"] = uncounted or "the run went on from a checkpoint that holds no count"
+        write_json(run.cost, cost)
         records = len(train) if isinstance(train, Sized) else None
         write_json(run.training, {"steps": trainer.state.global_step, "records": records, "parameters": parameters})
         if phases is not None:
@@ -184,6 +199,27 @@ def distil_into(
         run.draft.rename(run.student)
     state.wait_for_everyone()
     return run
+
+
+def why_uncounted(recipe: Recipe, parts: Parts, trainer: AlignTITrainer) -> str:
+    """Why the run's FLOPs are not counted, for people; empty if they are."""
+    models = [unwrapped(model) for model in (parts.student, parts.teacher) if model is not None]
+    attention = sorted({one for model in models for one in attention_of(model)} - COUNTED_ATTENTION)
+    reasons = {
+        "training.flops is false": not recipe.training.flops,
+        "training.torch_compile: compiled parts cannot be looked into": recipe.training.torch_compile,
+        "data.on_policy: which of the first steps the student answers is chance": recipe.data.on_policy is not None,
+        "products of quantised weights are no operations of PyTorch's own": any(map(is_quantized, models)),
+        f"attention by {', '.join(attention)} is no operation of PyTorch's own": bool(attention),
+        "under DeepSpeed it was not tried": bool(trainer.is_deepspeed_enabled),
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def attention_of(model: nn.Module) -> set[str]:
+    """The implementations of attention that the parts of a model run on."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return {str(kind) for config in configs if (kind := getattr(config, "_attn_implementation", None)) is not None}
 
 
 def check_engine(checkpoint: Path, trainer: AlignTITrainer) -> None:

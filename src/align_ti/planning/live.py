@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from align_ti.errors import ConfigError
+from align_ti.flops import flops_of
 from align_ti.phases import OTHER, Stopwatch
-from align_ti.planning.flops import flops_of
 
 aten = torch.ops.aten
 GRADIENTS = "gradients"

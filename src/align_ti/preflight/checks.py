@@ -16,19 +16,17 @@ from align_ti.data.conversation import Conversation
 from align_ti.models.families import full_attention_layers
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing, own_processor, pair_up
+from align_ti.models.traceless import traceless
 from align_ti.preflight.cost import cost_verdicts
 from align_ti.preflight.pair import Models, comparable_rows, fit_verdicts, on_device, visual_tokens
 from align_ti.preflight.pixels import pixel_verdicts
 from align_ti.preflight.samples import FirstRecords, Sample, data_verdicts, read_first
 from align_ti.preflight.terms import MISHAPS, fused_verdicts, projection, term_verdicts
-from align_ti.preflight.traceless import traceless
 from align_ti.preflight.verdicts import Verdict, worst
+from align_ti.training.gradients import FLOAT16_SCALE
 
 RECORDS = 64
 """Records that are read: the first ones, so that the check takes a minute and not an epoch."""
-
-FLOAT16_SCALE = 1024.0
-"""What a loss is multiplied by before it goes backward in float16, as a gradient scaler does."""
 
 PROBES = 2
 """Records that the probes run on."""

@@ -24,6 +24,7 @@ from align_ti.preflight.pair import Models, on_device, read_by
 from align_ti.preflight.verdicts import Verdict
 from align_ti.terms.base import Term
 from align_ti.terms.plain import Sample, own_logits
+from align_ti.training.gradients import only
 from align_ti.training.objective import distillation_loss
 from align_ti.training.passes import candidate_options
 
@@ -49,11 +50,6 @@ PROJECTION = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 MISHAPS = (AlignTIError, RuntimeError, ValueError, IndexError)
 """What a model or the loss may raise when something does not fit; the check says it as a verdict."""
-
-
-def only(objective: Objective, name: str) -> Objective:
-    """The objective with one term alone, at its weight."""
-    return Objective.only(chunk_rows=objective.chunk_rows, **{name: objective.terms[name]})
 
 
 def coarsest(models: Models) -> torch.dtype:

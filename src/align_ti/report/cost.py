@@ -1,4 +1,4 @@
-"""What training cost: parameters, steps, time, memory; where a step's time goes; accuracy against cost."""
+"""What training cost: parameters, tokens, steps, time, memory, FLOPs; where a step's time goes; accuracy against cost."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from align_ti.report import plots, study_plots
 from align_ti.report.drawing import Drawing, picture_of
 from align_ti.report.folders import Model, content, folders_of, names_in_colour
 from align_ti.report.headline import contest_of, title_of
-from align_ti.report.numbers import DASH, TIMES, amount, digits, scaled
+from align_ti.report.numbers import DASH, OPERATIONS, TIMES, amount, digits, scaled
 
 Row = dict[str, Any]
+
+AXES = {
+    "seconds": (TIMES, "accuracy-and-cost", "training time"),
+    "flops": (OPERATIONS, "accuracy-and-flops", "FLOPs of training"),
+}
+"""What accuracy is drawn against: units, the picture's name, and what the axis is called."""
 
 REPORT = "write the report"
 """The part of a demo whose time is not known yet while its page is written."""
@@ -27,7 +33,8 @@ def cost_of(models: Sequence[Model]) -> dict[str, Any]:
     return {
         "rows": [cost_row(model) for model in trained],
         "memory": next((of for model in trained if (of := model.folder.summary.get("memory"))), ""),
-        "frontier": frontier(trained, models),
+        "uncounted": {model.label: why for model in trained if (why := model.spent.get("flops_not_counted"))},
+        "frontiers": [one for by in AXES if (one := frontier(trained, models, by)) is not None],
         "phases": phases,
         "phase_names": phase_names(phases.values()),
         "phase_figure": phase_figure(phases, models) if phases else None,
@@ -41,7 +48,7 @@ def cost_row(model: Model) -> Row:
     parameters = model.trained_on.get("parameters", {})
     learnt, every = (sum(of[place] for of in parameters.values()) for place in (0, 1))
     records = records_per_step(model)
-    second = model.seconds_per_step
+    second, tokens, flops = model.seconds_per_step, model.spent.get("tokens"), model.flops
     return {
         "label": model.label,
         "terms": ", ".join(f"{name} x {weight:g}" if weight != 1 else name for name, weight in model.terms.items())
@@ -49,6 +56,9 @@ def cost_row(model: Model) -> Row:
         "parameters": f"{learnt:,} of {every:,}" if every else DASH,
         "steps": f"{model.trained_on['steps']:,}" if "steps" in model.trained_on else DASH,
         "records": DASH if records is None else f"{records:,}",
+        "tokens": DASH if tokens is None else f"{tokens:,}",
+        "responses": DASH if tokens is None else f"{model.spent['response_tokens']:,}",
+        "flops": DASH if flops is None else amount(OPERATIONS, flops),
         "second": DASH if second is None else f"{second:.3f}",
         "throughput": DASH if records is None or not second else digits(records / second),
         "seconds": DASH if model.seconds is None else amount(TIMES, model.seconds),
@@ -65,33 +75,40 @@ def records_per_step(model: Model) -> int | None:
     return int(training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * processes)
 
 
-def frontier(trained: Sequence[Model], models: Sequence[Model]) -> Drawing | None:
-    """Accuracy against training time of the students that were asked the same questions; None for fewer than two."""
-    found = contest_of(models)
-    timed = [] if found is None else [model for model in found.models if model in trained and model.seconds]
-    if found is None or len(timed) < 2:
+def frontier(trained: Sequence[Model], models: Sequence[Model], by: str) -> Drawing | None:
+    """Accuracy against a cost of the students that were asked the same questions; None for fewer than two whose cost is known.
+
+    Args:
+        trained: the students.
+        models: all models on the page.
+        by: `seconds` or `flops`.
+    """
+    found, (units, name, words) = contest_of(models), AXES[by]
+    costs = {model.key: cost for model in trained if (cost := getattr(model, by))}
+    known = [] if found is None else [model for model in found.models if model.key in costs]
+    if found is None or len(known) < 2:
         return None
-    scale, unit = scaled(TIMES, [model.seconds or 0.0 for model in timed])
+    scale, unit = scaled(units, list(costs.values()))
     variants: dict[str, Row] = {}
     names = names_in_colour(models)
-    for model in timed:
+    for model in known:
         one = told(interval(found.metric(model)))
         accuracy = {"mean": one["value"], "low": one["low"], "high": one["high"]}
-        variants[names[model.key]] = {"accuracy": accuracy, "seconds": model.seconds}
-    labels = {names[model.key]: model.label for model in timed}
-    title, of = title_of(found.scores[timed[0].key]), found.metric(timed[0]).unit
+        variants[names[model.key]] = {"accuracy": accuracy, by: costs[model.key]}
+    labels = {names[model.key]: model.label for model in known}
+    title, of = title_of(found.scores[known[0].key]), found.metric(known[0]).unit
     text = study_plots.frontier(
-        variants, labels, unbeaten(variants), "seconds", scale, (f"training time, {unit}", f"{title}, {of}")
+        variants, labels, unbeaten(variants, by), by, scale, (f"{words}, {unit}", f"{title}, {of}")
     )
-    rows = [(labels[key], one["seconds"], *one["accuracy"].values()) for key, one in variants.items()]
-    caption = "Bars: 95 % intervals. Dashed: the students that no other one beats in the same or less time."
-    return picture_of("accuracy-and-cost", text, ("model", "seconds", f"{title}, {of}", "low", "high"), rows, caption)
+    rows = [(labels[key], one[by], *one["accuracy"].values()) for key, one in variants.items()]
+    caption = "Bars: 95 % intervals. Dashed: the students that no other one beats at the same or a lower cost."
+    return picture_of(name, text, ("model", by, f"{title}, {of}", "low", "high"), rows, caption)
 
 
-def unbeaten(variants: Mapping[str, Row]) -> list[str]:
+def unbeaten(variants: Mapping[str, Row], by: str) -> list[str]:
     """Those that no other one reaches at the same or a lower cost, cheapest first."""
     found: list[str] = []
-    for name in sorted(variants, key=lambda name: (variants[name]["seconds"], -variants[name]["accuracy"]["mean"])):
+    for name in sorted(variants, key=lambda name: (variants[name][by], -variants[name]["accuracy"]["mean"])):
         if not found or variants[name]["accuracy"]["mean"] > variants[found[-1]]["accuracy"]["mean"]:
             found.append(name)
     return found

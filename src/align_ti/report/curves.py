@@ -1,17 +1,20 @@
-"""How training went: each term, weighted and not, learning rate, gradient norm, and scores on questions asked meanwhile."""
+"""How training went: each term, weighted and not, its share in the gradient, learning rate, and scores on questions asked meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from statistics import fmean
 from typing import Any
 
 from matplotlib.ticker import LogLocator
 
 from align_ti.report import study_plots
 from align_ti.report.drawing import INK, WIDTH, Drawing, axes, drawn, look, looks, picture_of, short
-from align_ti.report.folders import Model, names_in_colour
+from align_ti.report.folders import Model, content, names_in_colour
+from align_ti.report.numbers import DASH, number
 from align_ti.report.plots import colours_of, terms_in
-from align_ti.runs import read_lines
+from align_ti.runs import GRADIENT_SHARE, read_lines
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -36,6 +39,7 @@ def curves_of(models: Sequence[Model]) -> dict[str, Any] | None:
             {"label": labels[key], "figures": term_figures(log, key, labels[key]), "same": all_ones(log)}
             for key, log in logs.items()
         ],
+        "shares": [found for model in models if model.key in logs and (found := shares(model)) is not None],
         "lines": [
             lines(logs, labels, names, name, words)
             for name, words in LINES.items()
@@ -103,6 +107,72 @@ def terms(log: Log, key: str, title: str, *, weighted: bool) -> Drawing:
     return picture_of(
         f"terms-{key}-{'weighted' if weighted else 'unweighted'}", text, ("term", "step", "value"), rows, title
     )
+
+
+def shares(model: Model) -> dict[str, Any] | None:
+    """Each term's share in the gradient: before the first step, as the check found it, and along training; None if neither is known."""
+    verdicts = content(model.run.check).get("verdicts", ())
+    found = {one["name"].removeprefix("term."): one["values"] for one in verdicts if one["name"].startswith("term.")}
+    before = {name: 100 * of["gradient_share"] for name, of in found.items() if "gradient_share" in of}
+    along: dict[str, dict[int, float]] = {}
+    # In the order in which they were written: of a step that a resumed run repeats the later line counts.
+    for line in read_lines(model.run.metrics):
+        for key, value in line.items():
+            if key.endswith(GRADIENT_SHARE) and value is not None and isfinite(value):
+                along.setdefault(key.removesuffix(GRADIENT_SHARE), {})[line["step"]] = 100 * value
+    names = list(dict.fromkeys([*along, *before]))
+    if not names:
+        return None
+    curves = {name: sorted(along.get(name, {}).items()) for name in names}
+    rows = [
+        {
+            "term": name,
+            "before": shown(before.get(name)),
+            "first": shown(points[0][1] if points else None),
+            "last": shown(points[-1][1] if points else None),
+            "mean": shown(fmean(value for _, value in points) if points else None),
+        }
+        for name, points in curves.items()
+    ]
+    steps = sorted({step for points in along.values() for step in points})
+    return {
+        "label": model.label,
+        "rows": rows,
+        "steps": (f"{steps[0]:,}", f"{steps[-1]:,}", f"{len(steps):,}") if steps else None,
+        "figure": share_figure(curves, model) if len(steps) > 1 else None,
+    }
+
+
+def shown(share: float | None) -> str:
+    """A share in per cent, or a dash."""
+    return DASH if share is None else number(share, 1)
+
+
+def share_figure(curves: Mapping[str, Sequence[tuple[int, float]]], model: Model) -> Drawing:
+    """A line for each term, in per cent."""
+    rows = [(term, *point) for term, points in curves.items() for point in points]
+    title = f"{model.label}: share of each term in the gradient"
+    with look():
+        figure, ax = axes(WIDTH, 2.7)
+        styles = looks(list(curves))
+        for term, colour in colours_of(list(curves)).items():
+            points, style = curves[term], styles[term]
+            if points:
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    linestyle=style.dash,
+                    marker=style.marker,
+                    markersize=4,
+                    markevery=max(1, len(points) // 6),
+                    label=short(term, 22),
+                )
+        ax.set_ylim(0, 100)
+        ax.set_xlabel("step")
+        ax.set_ylabel("share, %")
+        ax.legend(frameon=False, fontsize=9, ncols=2)
+        text = drawn(figure, title)
+    return picture_of(f"gradient-shares-{model.key}", text, ("term", "step", "share, %"), rows, title)
 
 
 def lines(

@@ -95,6 +95,17 @@ class Model:
         return of_model(self.folder.summary, "peak_memory_mib", self.name)
 
     @property
+    def spent(self) -> Told:
+        """What its training left in `cost.json`: tokens and FLOPs among it, where they were counted."""
+        told: Told = content(self.run.cost) if self.role == "trained" else {}
+        return told
+
+    @property
+    def flops(self) -> float | None:
+        """The FLOPs of all steps, where they were counted."""
+        return self.spent.get("flops")
+
+    @property
     def seconds(self) -> float | None:
         """The time of all steps, at the median time of one."""
         steps = self.trained_on.get("steps", self.folder.summary.get("steps"))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from align_ti.report.progress import Bar, Row, Section, counted, duration, number
-from align_ti.runs import RunFolder, owner_lives, read_lines
+from align_ti.runs import GRADIENT_SHARE, RunFolder, owner_lives, read_lines
 
 State = Literal["waiting", "preparing", "training", "stopped", "done"]
 
@@ -162,10 +162,12 @@ def bar(of: RunProgress, label: str) -> Bar:
 
 
 def sections(of: RunProgress, prefix: str = "") -> tuple[Section, ...]:
-    """The tables of a run: terms, training, held-out questions, phases; those that the log has nothing of are left out."""
+    """The tables of a run: terms, their shares in the gradient, training, held-out questions, phases; those of which nothing is known
+    are left out."""
     trained = [line for line in of.lines if "loss" in line]
     found = [
         Section(f"{prefix}objective", ("unweighted", "weighted"), term_rows(trained)),
+        Section(f"{prefix}share in the gradient", ("%", "step"), share_rows(of.lines)),
         Section(f"{prefix}training", ("last",), training_rows(of, trained)),
         Section(f"{prefix}held-out questions", ("last", "95 %", "step"), held_out_rows(of.lines)),
         Section(f"{prefix}time of a step", ("ms", "share"), phase_rows(of.phases)),
@@ -188,6 +190,17 @@ def term_rows(trained: Sequence[Line]) -> tuple[Row, ...]:
         weighted = None if value is None or weight is None else value * weight
         rows.append(Row(name, (number(value), number(weighted)), curve(trained, name)))
     return (*rows, Row("loss", ("", number(last["loss"])), curve(trained, "loss")))
+
+
+def share_rows(lines: Sequence[Line]) -> tuple[Row, ...]:
+    """Each term's share in the gradient at the last step that it was measured at."""
+    rows = []
+    for key in dict.fromkeys(key for line in lines for key in line if key.endswith(GRADIENT_SHARE)):
+        last = next(line for line in reversed(lines) if key in line)
+        rows.append(
+            Row(key.removesuffix(GRADIENT_SHARE), (f"{100 * last[key]:.1f}", f"{last['step']:,}"), curve(lines, key))
+        )
+    return tuple(rows)
 
 
 def training_rows(of: RunProgress, trained: Sequence[Line]) -> tuple[Row, ...]:
@@ -246,6 +259,7 @@ def log_lines(of: RunProgress, prefix: str = "") -> list[str]:
             for key, value in line.items()
             if key.startswith("task_") and not key.endswith(("_low", "_high"))
         ]
+        parts += [f"{key} {number(value)}" for key, value in line.items() if key.endswith(GRADIENT_SHARE)]
         if len(parts) > 1:
             told.append("  ".join(parts))
     return told

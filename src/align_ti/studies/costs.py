@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
 from align_ti.config import Evaluation, Recipe
 from align_ti.errors import RunError
+from align_ti.flops import FlopCount
 from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder, read_json, write_json
 from align_ti.studies.design import Study
@@ -31,8 +29,6 @@ them. One such run may be a third off: the median of five is what steps are set 
 
 COUNTED = (2, 10)
 """Steps of the two short runs whose difference in operations is that of the steps between them."""
-
-Shape = Sequence[int]
 
 Advance = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and all there is."""
@@ -125,33 +121,10 @@ def flops_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:
     """The floating-point operations of a step, counted in the first few: those of matrix products, convolutions and attention."""
     counted = []
     for steps in COUNTED:
-        # A CPU's attention has an operator of its own, which torch does not count.
-        with (
-            FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
-            short_run(recipe, steps, folder),
-        ):
+        with FlopCount() as count, short_run(recipe, steps, folder):
             pass
-        counted.append(counter.get_total_flops())
+        counted.append(count.total)
     return float(counted[1] - counted[0]) / (COUNTED[1] - COUNTED[0])
-
-
-def attention_on_cpu() -> dict[Any, Any]:
-    """The operations of attention's operators on a CPU, by operator."""
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return {forward: attention_flops, backward: attention_backward_flops}
-
-
-def attention_flops(query: Shape, key: Shape, value: Shape, *_rest: Any, out_shape: Any = None, **_options: Any) -> int:
-    """The operations of attention, by the shapes of what it takes; torch gives shapes in place of tensors."""
-    return int(sdpa_flop_count(query, key, value))
-
-
-def attention_backward_flops(
-    gradient: Shape, query: Shape, key: Shape, value: Shape, *_rest: Any, out_shape: Any = None, **_options: Any
-) -> int:
-    """The operations of attention's backward pass, likewise."""
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
 @contextmanager
@@ -160,7 +133,8 @@ def short_run(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[RunFo
     work = folder.root / "work"
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix="cost-") as out:
-        training = recipe.training.model_copy(update={"max_steps": steps, "save_steps": steps + 1})
+        alone = {"flops": False, "gradient_shares_every": 0}
+        training = recipe.training.model_copy(update={"max_steps": steps, "save_steps": steps + 1, **alone})
         data = recipe.data.model_copy(update={"eval": None})
         changed = {"out": str(Path(out) / "run"), "training": training, "data": data, "evaluation": Evaluation()}
         yield distil(recipe.model_copy(update=changed), check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,15 @@ from align_ti.models.loading import check_loaded, check_precision, check_teacher
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
 from align_ti.models.sharding import as_one_call, called_as, is_sharded, shard
-from align_ti.phases import OTHER, phase
+from align_ti.models.traceless import traceless
+from align_ti.phases import OTHER, outside_of_steps, phase
 from align_ti.runs import read_json, write_json
+from align_ti.training.gradients import FLOAT16_SCALE, LogsGradients, added_gradients, norm_of, only, shares_of
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
 from align_ti.training.passes import candidate_options, candidates_for
 from align_ti.training.rollout import respond
 from align_ti.training.watch import StepPhases
+from align_ti.training.work import TrainingWork
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +105,9 @@ class AlignTITrainer(Trainer):
         data_collator: by default one that pads with the processor's pad token.
         scores: the size of the sample on which layers are scored.
         phases: if given, it measures where the time of each step goes.
+        work: if given, it counts the tokens that are trained on, and the FLOPs of the first steps.
+        gradient_shares_every: steps between two measurements of each term's share in the gradient, which the log has as
+            `kd_gradient_share` and `kd_gradient_norm`; 0: none.
         on_policy: if given, the student answers some training batches. In the log, `on_policy_share` is the share of these batches,
             and `cut_share` the share of their answers that were truncated at the limit.
         shard_teacher: spread the teacher's weights over all processes, with any training engine; no effect with one process.
@@ -122,6 +129,8 @@ class AlignTITrainer(Trainer):
         phases: StepPhases | None = None,
         on_policy: OnPolicy | None = None,
         shard_teacher: bool = False,
+        work: TrainingWork | None = None,
+        gradient_shares_every: int = 0,
         **trainer_options: Any,
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
@@ -167,10 +176,11 @@ class AlignTITrainer(Trainer):
             args._n_gpu = 1
         config = unwrapped(model).config
         kept = {name: value for name, value in vars(config).items() if name == "use_cache"}
-        self.phases = phases
-        if phases is not None:
-            # First, so that a step's time holds nothing of the other callbacks.
-            trainer_options["callbacks"] = [phases, *(trainer_options.get("callbacks") or [])]
+        self.phases, self.work = phases, work
+        self.gradient_shares_every, self.shares = gradient_shares_every, LogsGradients(self.log)
+        # First, so that a step's time holds nothing of the other callbacks, and a checkpoint's list all of its files.
+        first = [one for one in (phases, work) if one is not None]
+        trainer_options["callbacks"] = [*first, *(trainer_options.get("callbacks") or []), self.shares]
         super().__init__(
             model=model,
             args=args,
@@ -224,8 +234,10 @@ class AlignTITrainer(Trainer):
 
         Raises:
             ConfigError: FSDP 1; sequences or layers split over devices; mixed precision under DeepSpeed; on-policy batches where
-                weights are sharded; FSDP's own checkpointing where a term has candidates.
+                weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is not whole
+                on each process, or where backward runs layers again in the way of reentrant checkpointing.
         """
+        self.check_gradient_shares()
         split = getattr(self.accelerator, "parallelism_config", None)
         for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
             if split is not None and getattr(split, f"{kind}_size", 1) > 1:
@@ -259,6 +271,27 @@ class AlignTITrainer(Trainer):
             raise ConfigError(
                 "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
                 "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
+            )
+
+    def check_gradient_shares(self) -> None:
+        """Refuse to measure shares in the gradient where a term's own cannot be had without touching the step's.
+
+        Raises:
+            ConfigError: FSDP or DeepSpeed, or reentrant gradient checkpointing.
+        """
+        if not self.gradient_shares_every:
+            return
+        asked = f"gradient_shares_every is {self.gradient_shares_every} (in a recipe: training.gradient_shares_every)"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"{asked}, but the run is trained by FSDP or DeepSpeed, which take a gradient apart as soon as backward has made it; "
+                "use one process or DDP, or set it to 0."
+            )
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise ConfigError(
+                f"{asked}, but gradient checkpointing is reentrant, which knows the gradient of the whole step alone; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or gradient_shares_every to 0."
             )
 
     @property
@@ -441,6 +474,20 @@ class AlignTITrainer(Trainer):
             self.phases.begin_step()
         with phase("data"):
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self.counting():
+            batches = self.prepared(batches)
+        step, every = self.state.global_step + 1, self.gradient_shares_every
+        if every and batches and (step == 1 or step % every == 0):
+            with outside_of_steps():
+                self.shares.pending = shares_of(self.gradient_norms(batches))
+        return batches, count
+
+    def counting(self) -> AbstractContextManager[None]:
+        """A block whose FLOPs are a step's, if they are counted."""
+        return nullcontext() if self.work is None else self.work.counting()
+
+    def prepared(self, batches: list[Any]) -> list[Any]:
+        """The batches of one optimizer step, answered where they are to be, and the masses of the step if there are several."""
         if self.on_policy is not None:
             batches = [self.perhaps_answered(batch, number, self.on_policy) for number, batch in enumerate(batches)]
         self.step_totals = None
@@ -452,7 +499,33 @@ class AlignTITrainer(Trainer):
                 for name, mass in self.known_masses(batch, objective).items():
                     sums[name] = sums.get(name, 0) + mass
             self.step_totals = self.over_processes(sums)
-        return batches, count
+        return batches
+
+    def gradient_norms(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The norm of each term's own gradient, weighted as in the loss, over the batches of an optimizer step on all processes.
+
+        Each term is computed and taken backward alone, on the candidates that the step itself reads. Gradients, random states and the
+        place in the sequence of draws are then as they were, so that the step is the same as without it.
+        """
+        objective, whole = self.resolve_layer(), self.accelerator.unwrap_model(self.model)
+        parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
+        scale = FLOAT16_SCALE if self.args.fp16 else 1.0
+        place = self.draw_step, self.draws
+        norms = {}
+        for name in objective.terms:
+            alone = only(objective, name)
+
+            def loss_on(batch: Mapping[str, Any], alone: Objective = alone) -> Callable[[], Tensor]:
+                return lambda: self.loss_of(whole, self._prepare_inputs(dict(batch)), alone, training=True).loss * scale
+
+            with traceless(whole):
+                whole.train()
+                gradients = added_gradients([loss_on(batch) for batch in batches], parameters)
+            if self.args.world_size > 1:
+                gradients = [self.accelerator.reduce(one, "sum") for one in gradients]
+            norms[name] = norm_of(gradients) / scale
+            self.draw_step, self.draws = place
+        return norms
 
     def perhaps_answered(self, batch: dict[str, Any], number: int, settings: OnPolicy) -> dict[str, Any]:
         """The batch with this number in the step, or, as chance has it, the same one answered by the student.
@@ -539,7 +612,7 @@ class AlignTITrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in transformers: the loss of one batch, and its gradients added up; what is no phase inside it is backward."""
-        with phase("backward"):
+        with phase("backward"), self.counting():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -557,6 +630,18 @@ class AlignTITrainer(Trainer):
                 "the teacher's processor makes other inputs than the student's, but the batch holds none for it; pass conversations as "
                 "the dataset, or give each sample the teacher's own (align_ti.data.lengths.paired)."
             )
+        if training and self.work is not None:
+            self.work.add(inputs)
+        output = self.loss_of(model, inputs, objective, training=training)
+        (self.train_sums if training else self.eval_sums).add(output)
+        # Data parallelism averages gradients over processes; the sum over processes is meant.
+        value = output.loss * self.args.world_size if training else output.loss
+        return (value, {"loss": output.loss.detach()}) if return_outputs else value
+
+    def loss_of(
+        self, model: nn.Module, inputs: Mapping[str, Any], objective: Objective, *, training: bool
+    ) -> DistillationOutput:
+        """The objective of one batch; in training each term is divided by its mass over the whole optimizer step."""
         whole = self.accelerator.unwrap_model(model)
         student = unwrapped(whole)
 
@@ -586,11 +671,9 @@ class AlignTITrainer(Trainer):
             return loss() if model is whole and not is_sharded(whole) else called_as(model, whole, loss)
 
         with phase(OTHER):
+            # The loss by way of the wrapper, which may have put its hooks on it.
             value, output = as_one_call(self.teacher_model, called)
-        (self.train_sums if training else self.eval_sums).add(output)
-        # Data parallelism averages gradients over processes; the sum over processes is meant.
-        value = value * self.args.world_size if training else value
-        return (value, {"loss": output.loss.detach()}) if return_outputs else value
+        return replace(output, loss=value)
 
     def prediction_step(
         self,

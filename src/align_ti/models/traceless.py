@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 
 @contextmanager
-def traceless(*models: PreTrainedModel) -> Iterator[None]:
+def traceless(*models: nn.Module) -> Iterator[None]:
     """Inside the block models may be run in any mode and take gradients; after it they and all random states are as before.
 
     Kept and put back: each module's train or eval mode, gradients, buffers, attention implementation, and the random states of
-    Python, numpy and torch. Weights are not copied: nothing in a check writes them.
+    Python, numpy and torch. Weights are not copied: no measurement writes them.
     """
     kept = [_Kept(model) for model in models]
     python, array = random.getstate(), np.random.get_state()
@@ -38,7 +37,7 @@ def traceless(*models: PreTrainedModel) -> Iterator[None]:
 class _Kept:
     """What a measurement may change in a model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.modes = {module: module.training for module in model.modules()}
         self.grads: dict[Tensor, Tensor | None] = {parameter: parameter.grad for parameter in model.parameters()}
         self.buffers = {buffer: buffer.clone() for buffer in model.buffers()}

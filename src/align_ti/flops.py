@@ -1,4 +1,4 @@
-"""FLOPs of matrix products and attention, from shapes; an attention kernel counts its whole rectangle, causal or not."""
+"""FLOPs of matrix products, convolutions and attention, from shapes; attention counts its whole rectangle, causal or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -48,3 +49,20 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         )
     formula: Callable[..., Any] | None = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs of PyTorch's own operations inside the block, backward passes included; the operations stay as they are.
+
+    What PyTorch has no formula for is not seen: kernels of other packages, and what a compiler has made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        """FLOPs of all blocks so far."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.total += flops_of(func, args, kwargs or {}, out)
+        return out
