@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
