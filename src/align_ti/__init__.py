@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from align_ti.training.objective import distillation_loss as distillation_loss
     from align_ti.training.trainer import AlignTITrainer as AlignTITrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "AlignTIError": "errors",
