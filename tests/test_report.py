@@ -398,7 +398,7 @@ def test_what_was_not_measured_is_a_dash_not_a_zero(tmp_path):
         run_folder(tmp_path, peak_memory_mib={"align_ti": None}, seconds_per_step={"align_ti": None})
     ).read_text()
     row = next(line for line in page.splitlines() if line.startswith("<tr><td>Align-TI"))
-    assert row.count(f"<td>{DASH}</td>") == 7
+    assert row.count(f"<td>{DASH}</td>") == 10
     assert "None" not in page
 
 

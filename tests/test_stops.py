@@ -146,7 +146,8 @@ def send(step, steps):
 try:
     distil(Recipe.model_validate(yaml.safe_load(open(sys.argv[1]))), steps=send)
 except RequeueError as error:
-    print("stopped", os.environ["RANK"], str(error).split(";")[0], flush=True)
+    # In one piece: two processes write to one pipe.
+    sys.stdout.write(f"stopped {os.environ['RANK']} {str(error).split(';')[0]}\\n")
 part_in_order()
 """
 
