@@ -292,7 +292,7 @@ def share_table() -> str:
 
 def demo_table() -> str:
     """What the demo spends, and on what."""
-    spent = read("demo/seed-0.json")["spent_seconds"]
+    spent = read("demo.json")["spent_seconds"]
     return table(("part of `make demo`", "seconds"), ((name, number(seconds, 1)) for name, seconds in spent.items()))
 
 
