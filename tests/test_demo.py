@@ -17,14 +17,22 @@ SIZES = Sizes(train=4, validation=1, test=3)
 SHORT = TRAINING.model_copy(update={"max_steps": 7, "logging_steps": 1, "per_device_train_batch_size": 4})
 
 
-def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
-    out = tmp_path / "demo"
-    stages = {}
+class Stages(dict[str, tuple[int, int]]):
+    """How far each stage of a demo came."""
 
-    def advance(stage, done, total):
-        stages[stage] = (done, total)
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self[stage] = (done, total)
 
-    summary = run_demo(out, seed=1, sizes=SIZES, training=SHORT, advance=advance)
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory):
+    """A demo whose methods were trained one after the other: its folder, summary and stages."""
+    out, stages = tmp_path_factory.mktemp("demo") / "in turn", Stages()
+    return out, run_demo(out, seed=1, sizes=SIZES, training=SHORT, advance=stages), stages
+
+
+def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(in_turn):
+    out, summary, stages = in_turn
     assert all(done == total for done, total in stages.values())
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["seed"] == 1 and summary["pictures"] == 3
@@ -58,23 +66,18 @@ def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
         run_demo(out, seed=2, sizes=SIZES, training=SHORT)
 
 
-def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(tmp_path):
-    tiny, short = Sizes(train=2, validation=1, test=1), SHORT.model_copy(update={"max_steps": 2})
-    stages: dict[str, tuple[int, int]] = {}
-
-    def advance(stage, done, total):
-        stages[stage] = (done, total)
-
-    in_turn = run_demo(tmp_path / "in turn", sizes=tiny, training=short)
-    side_by_side = run_demo(tmp_path / "side by side", sizes=tiny, training=short, jobs=2, advance=advance)
-    own = ("spent_seconds", "seconds_per_step", "peak_memory_mib", "provenance")
-    assert {**side_by_side, **dict.fromkeys(own)} == {**in_turn, **dict.fromkeys(own)}
-    assert stages["train: Align-TI"] == stages["train: SFT"] == (2, 2)
-    assert "train and measure, 2 at a time" in side_by_side["spent_seconds"]
+def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(in_turn, tmp_path):
+    before, told, stages = *in_turn[:2], Stages()
+    out = tmp_path / "side by side"
+    summary = run_demo(out, seed=1, sizes=SIZES, training=SHORT, jobs=2, advance=stages)
+    own = dict.fromkeys(("spent_seconds", "seconds_per_step", "peak_memory_mib", "provenance"))
+    assert {**summary, **own} == {**told, **own}
+    assert stages["train: Align-TI"] == stages["train: SFT"] == (7, 7)
+    assert "train and measure, 2 at a time" in summary["spent_seconds"]
     for method in objectives(0):
-        weights = [(tmp_path / name / method / "student" / "model.safetensors") for name in ("in turn", "side by side")]
+        weights = [folder / method / "student" / "model.safetensors" for folder in (before, out)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert not (tmp_path / "side by side" / "cache").exists()
+    assert not (out / "cache").exists()
 
 
 def test_the_three_methods_differ_in_their_terms_alone():
