@@ -406,6 +406,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-times": partial(study_tables.times, "ablation"),
     "equal-time-variants": partial(study_tables.variants, "equal-time"),
     "equal-time-differences": partial(study_tables.differences, "equal-time"),
+    "reviewers-variants": partial(study_tables.variants, "reviewers"),
+    "reviewers-differences": partial(study_tables.differences, "reviewers"),
     "long-variants": partial(study_tables.variants, "long"),
     "long-differences": partial(study_tables.differences, "long"),
     "long-kinds": partial(study_tables.metrics, "long", "exact match"),
