@@ -20,12 +20,13 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(READY)
 
-# torch first: a looser requirement of another package would pull another build of it.
+# torch first: a looser requirement of another package would pull another build of it. Modules are compiled when they
+# are first imported: most never are.
 $(READY): requirements/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements/constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$(grep '^torch==' requirements/constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c requirements/constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(READY)

@@ -66,7 +66,7 @@ def test_the_demo_measures_every_method_and_goes_on_where_it_stopped(in_turn):
         run_demo(out, seed=2, sizes=SIZES, training=SHORT)
 
 
-def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(in_turn, tmp_path):
+def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(in_turn, tmp_path, monkeypatch):
     before, told, stages = *in_turn[:2], Stages()
     out = tmp_path / "side by side"
     summary = run_demo(out, seed=1, sizes=SIZES, training=SHORT, jobs=2, advance=stages)
@@ -78,6 +78,9 @@ def test_methods_that_are_trained_side_by_side_end_as_those_in_turn(in_turn, tmp
         weights = [folder / method / "student" / "model.safetensors" for folder in (before, out)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not (out / "cache").exists()
+    # Nothing is left to do, so no process is started.
+    monkeypatch.setattr("align_ti.demo.side_by_side", None)
+    assert {**run_demo(out, seed=1, sizes=SIZES, training=SHORT, jobs=2), **own} == {**told, **own}
 
 
 def test_the_three_methods_differ_in_their_terms_alone():

@@ -245,6 +245,11 @@ class Method:
     recipe: Recipe
     split: str
 
+    @property
+    def done(self) -> bool:
+        """Whether the student is trained and measured."""
+        return RunFolder(Path(self.recipe.out)).student.exists() and self.root.evaluation(self.name).exists()
+
     def run(self, advance: Advance) -> None:
         """Trains and measures the student; what is done already is not done again."""
         label = LABELS[self.name]
@@ -255,13 +260,14 @@ class Method:
 
 
 def train_all(methods: Sequence[Method], jobs: int, advance: Advance, prepare: Callable[[], None]) -> None:
-    """All methods, `jobs` of them at a time, each of these in a process of its own."""
-    if jobs == 1:
-        for method in methods:
+    """All methods that are not done, `jobs` of them at a time, each of these in a process of its own."""
+    left = [method for method in methods if not method.done]
+    if jobs == 1 or not left:
+        for method in left:
             method.run(advance)
         return
     # The last takes longest, so it begins first.
-    tasks = {LABELS[method.name]: method.run for method in reversed(methods)}
+    tasks = {LABELS[method.name]: method.run for method in reversed(left)}
     with part(f"train and measure, {jobs} at a time"):
         side_by_side(tasks, jobs, advance, max(1, torch.get_num_threads() // jobs), prepare)
 
