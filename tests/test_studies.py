@@ -148,6 +148,15 @@ def test_the_mean_over_seeds_of_equal_runs_and_pictures_has_its_exact_interval()
     assert told.value == 100 and 80 < told.low < 100 and told.high == 100
 
 
+@pytest.mark.parametrize(("most", "end"), [(8, 100.0), (0, 0.0)])
+def test_the_interval_of_a_share_over_seeds_stays_between_0_and_100(most, end):
+    # Tables had 99.8 % (99.0 to 100.6).
+    pictures = np.arange(30)
+    told = over_seeds([shares(np.where(pictures < missed, abs(most - 1), most)) for missed in (0, 1, 1, 12)])
+    assert end in (told.low, told.high)
+    assert 0 <= told.low < told.value < told.high <= 100
+
+
 @pytest.mark.parametrize("part", [0.0, 0.25, 1.0, 1.5])
 def test_the_gap_that_is_closed_is_the_share_of_the_way(part):
     pictures = np.arange(20) % 3

@@ -339,6 +339,7 @@ def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
     """The mean score of one way of making a model, with an interval that holds for other seeds and other questions (`hierarchical`).
 
     The p value is that of a mean of 0. Of a single seed it is the score alone, with the interval of its questions (`interval`).
+    A share's interval ends at 0 and 100 %: Student's may reach beyond, where no true value is.
 
     Raises:
         DataError: a cluster that one run alone has.
@@ -352,7 +353,9 @@ def over_seeds(of: Sequence[Metric], *, level: float = LEVEL) -> Difference:
         return Difference(value=float(values.mean()), low=nan, high=nan, p=nan, clusters=1, seeds=len(runs))
     found = crossed(values, np.stack([pseudo_values(one) for one in runs]), level)
     if found is not None:
-        return found
+        if runs[0].unit != "%":
+            return found
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 100.0))
     alone = interval(runs[0], level=level)
     return Difference(
         value=alone.value, low=alone.low, high=alone.high, p=nan, clusters=alone.clusters, seeds=len(runs)
