@@ -537,6 +537,27 @@ def test_costs_are_measured_once_and_more_terms_cost_more(folder, tmp_path, monk
     assert not list((at.root / "work").glob("cost-*"))
 
 
+def test_costs_can_be_those_of_a_student_that_has_begun_to_learn(folder, tmp_path, monkeypatch):
+    starts = []
+
+    def seconds(recipe, at):
+        starts.append(Path(recipe.student.path))
+        return float((starts[-1] / "model.safetensors").exists())
+
+    monkeypatch.setattr(costs, "seconds_of_a_step", seconds)
+    monkeypatch.setattr(costs, "flops_of_a_step", lambda recipe, at: float(recipe.student.path == str(starts[-1])))
+    study = read_study(write_study(folder, tmp_path / "s.yaml", cost_after=2, variants={"kd": {}}))
+    at = StudyFolder(study.out)
+    found = costs.measured_costs(study, at, lambda what, number, total: None)
+    # The time was taken, and operations counted, with a student of that run, which is gone now.
+    assert (found["kd"].seconds_per_step, found["kd"].flops_per_step) == (1.0, 1.0)
+    assert starts[-1] != Path(study.first("kd").student.path) and not starts[-1].exists()
+    # Costs of first steps are others.
+    study = read_study(write_study(folder, tmp_path / "s.yaml", variants={"kd": {}}))
+    costs.measured_costs(study, at, lambda what, number, total: None)
+    assert starts[-1] == Path(study.first("kd").student.path)
+
+
 def test_counted_operations_are_those_of_the_products():
     torch = pytest.importorskip("torch")
     from align_ti.flops import FlopCount

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,25 +50,32 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         RunError: the budget is less than one step of a variant.
     """
     known: dict[str, Any] = read_json(folder.costs) if folder.costs.exists() else {}
-    of = {name: digest_of(study.templates[name]) for name in study.variants}
+    after = study.file.cost_after
+    of = {name: digest_of(study.templates[name]) + (f" after {after}" if after else "") for name in study.variants}
     missing = [name for name in study.variants if known.get(name, {}).get("of") != of[name]]
     rounds = ROUNDS if study.file.equal == "time" else 1
     seconds: dict[str, list[float]] = {name: [] for name in missing}
-    done, total = 0, len(missing) * (rounds + 1)
-    for _ in range(rounds):
-        for name in missing:
-            advance(f"time a step: {study.label(name)}", done, total)
-            seconds[name].append(seconds_of_a_step(study.first(name), folder))
+    done, total = 0, len(missing) * (rounds + 1 + bool(after))
+    with ExitStack() as stack:
+        recipes = {name: study.first(name) for name in missing}
+        for name in missing if after else ():
+            advance(f"train before measuring: {study.label(name)}", done, total)
+            recipes[name] = stack.enter_context(begun(recipes[name], after, folder))
             done += 1
-    for name in missing:
-        advance(f"count a step: {study.label(name)}", done, total)
-        known[name] = {
-            "of": of[name],
-            "seconds_per_step": median(seconds[name]),
-            "flops_per_step": flops_of_a_step(study.first(name), folder),
-        }
-        done += 1
-        advance(f"count a step: {study.label(name)}", done, total)
+        for _ in range(rounds):
+            for name in missing:
+                advance(f"time a step: {study.label(name)}", done, total)
+                seconds[name].append(seconds_of_a_step(recipes[name], folder))
+                done += 1
+        for name in missing:
+            advance(f"count a step: {study.label(name)}", done, total)
+            known[name] = {
+                "of": of[name],
+                "seconds_per_step": median(seconds[name]),
+                "flops_per_step": flops_of_a_step(recipes[name], folder),
+            }
+            done += 1
+            advance(f"count a step: {study.label(name)}", done, total)
     if missing:
         write_json(folder.costs, known)
     steps = equal_steps(study, known)
@@ -109,6 +116,14 @@ def digest_of(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluation", "out", "seed"})
     content["training"] = {key: value for key, value in content.get("training", {}).items() if key != "max_steps"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def begun(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[Recipe]:
+    """The recipe with the student that its own first steps make as the start; that student goes with the block."""
+    with short_run(recipe, steps, folder) as run:
+        student = recipe.student.model_copy(update={"path": str(run.student)})
+        yield recipe.model_copy(update={"student": student})
 
 
 def seconds_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:

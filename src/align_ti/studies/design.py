@@ -43,6 +43,9 @@ class StudyFile(Knobs):
     the floating-point operations, of the steps of `budget`. nothing: each variant's own steps."""
     budget: str | None = None
     """The variant whose training.max_steps sets the budget of time or flops; by default the first."""
+    cost_after: int = Field(default=0, ge=0)
+    """Steps that each variant is trained before the cost of its steps is measured: what a step costs may change in training, and TPA's
+    falls as the student learns."""
     score: str | None = None
     """The benchmark whose headline decides; by default the first of evaluation.tasks, or exact match on data.eval."""
     gap_from: str | None = None
