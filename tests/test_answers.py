@@ -711,7 +711,7 @@ def test_the_verb_writes_the_file_and_says_what_is_in_it(folder, answered, tmp_p
     assert done.exit_code == 0, done.output
     assert out.read_bytes() == answered.read_bytes()
     told = " ".join(done.output.split())
-    assert "to 12 of 12 records" in told and "picture names in it start from" in told
+    assert "for 12 of 12 records" in told and "image paths in it are relative to" in told
     done = run(
         folder / "teacher", folder / "train.json", "--out", tmp_path / "drawn.jsonl", "--dtype", "float32",
         "--max-new-tokens", 6, "--temperature", 1, "--top-p", 0.98, "--seed", 3,

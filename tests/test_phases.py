@@ -277,7 +277,7 @@ def test_the_page_shows_phases_escaped_as_table_and_chart(tmp_path):
     (root / "align_ti" / "phases.json").write_text(json.dumps(told("data", "<b>vision</b>", "a&b")))
     page = write_report(root).read_text()
     assert page.count("<svg") == before.count("<svg") + 1
-    assert "Where a step's time goes" in page
+    assert "Step time by phase" in page
     assert "&lt;b&gt;vision&lt;/b&gt;" in page and "<b>" not in page
     assert "<td>21.50</td><td>22.50</td><td>33.3 %</td>" in page
     assert "<td>100.00</td><td>67.50</td><td>100 %</td>" in page
