@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "goes on from it" in stderr
+    assert "resumes from it" in stderr
     (checkpoint,) = out.glob("checkpoint-*")
     step = int(checkpoint.name.rpartition("-")[2])
     assert 1 <= step < 400

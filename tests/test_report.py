@@ -182,7 +182,7 @@ def test_without_a_clear_gap_the_difference_is_told(tmp_path):
     page = write_report(compared_folder(tmp_path / "demo", weak)).read_text()
     told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
     assert "% of the gap" not in page and "+25.0 points" in told and "from SFT" in told
-    assert "not clearly better" in page
+    assert "not significantly better" in page
 
 
 def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
@@ -371,7 +371,7 @@ def test_a_run_without_questions_has_a_page_of_its_training(tmp_path):
         json.dumps({"seconds_per_step": 0.2, "peak_memory_mib": None, "memory": "resident"})
     )
     page = write_report(root).read_text()
-    assert "have not been asked any question" in page and '<section id="training">' in page
+    assert "have not been evaluated on any questions" in page and '<section id="training">' in page
     assert '<section id="scores">' not in page and "12.0 s" in page
 
 

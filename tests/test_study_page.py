@@ -180,7 +180,10 @@ def test_a_lead_is_told_the_way_round_that_it_is(whole, tmp_path):
         content["variants"][name]["accuracy"]["mean"] = mean
     content["differences"][0] |= {"mean": -10.0, "corrected_low": -14.0, "corrected_high": -5.0}
     words = told(content, tmp_path)
-    assert "Its lead over Align-TI, the second best, is +10.00 points (+5.00 to +14.00, corrected for 2 comparisons)." in words
+    assert (
+        "Its lead over Align-TI, the second best, is +10.00 points (+5.00 to +14.00, corrected for 2 comparisons)."
+        in words
+    )
     content["differences"][0]["corrected_high"] = 1.0
     assert "which is not significant" in told(content, tmp_path)
     content["differences"] = content["differences"][1:]

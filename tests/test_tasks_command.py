@@ -114,7 +114,7 @@ def test_a_stop_and_the_rest_give_the_files_of_one_go(folder, whole, tmp_path, m
 
     out, teacher = tmp_path / "out", str(folder / "teacher")
     monkeypatch.setattr(asking, "said_to", stopped)
-    with pytest.raises(InterruptedRunError, match="goes on from there"):
+    with pytest.raises(InterruptedRunError, match="resumes from there"):
         predict(teacher, some(folder), out, batch_size=4, max_new_tokens=4)
     assert not (out / "pope.jsonl").exists()
     (part,) = part_paths(out / "pope.jsonl")

@@ -283,7 +283,7 @@ def test_the_time_of_a_run_that_nobody_has_made_comes_from_the_cost_of_a_step(tm
 def test_a_study_without_runs_left_is_done_and_one_that_nobody_works_at_says_so(tmp_path):
     write_study(tmp_path)
     (tmp_path / "work" / "ours" / "0" / "run" / "recipe.yaml").unlink()
-    assert progress(tmp_path, NOW).state.endswith("the same `align-ti study` goes on")
+    assert progress(tmp_path, NOW).state.endswith("the same `align-ti study` command resumes")
     write_study(tmp_path, recipes={"kd": {}})
     done = progress(tmp_path, NOW)
     assert done.done and "--retry" in done.state
@@ -310,7 +310,7 @@ def test_without_a_terminal_it_prints_a_line_for_every_entry_until_the_run_is_do
     assert said[10] == "student distilled from teacher: training"
     assert [one.split("  ")[0] for one in said[11:]] == [
         "step 60 of 100",
-        f"student from teacher: done after 60 steps; the student is in {run.student}",
+        f"student distilled from teacher: done after 60 steps; the student is in {run.student}",
     ]
 
 
@@ -328,7 +328,7 @@ def test_it_imports_no_torch_and_ends_cleanly_on_ctrl_c(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("waiting: no run has begun")
+    assert process.stdout.readline().startswith("waiting: no run has started")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")

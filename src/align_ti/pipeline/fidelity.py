@@ -243,8 +243,8 @@ def term_measures(
         totals, masses, record = (np.concatenate(of) for of in zip(*parts, strict=True))
         if not masses.sum():
             raise DataError(
-                f"none of the {len(conversations)} records has a row that {name} compares; records with a response, and for iva with "
-                "an instruction behind a picture, are accepted."
+                f"none of the {len(conversations)} records has a position that {name} compares; records with a response, and for iva "
+                "with an instruction after an image, are accepted."
             )
         metrics[MEASURES[name]] = per_record(totals, masses, record, clusters)
     return metrics

@@ -102,9 +102,7 @@ def frontier(trained: Sequence[Model], models: Sequence[Model], by: str) -> Draw
         variants, labels, unbeaten(variants, by), by, scale, (f"{words}, {unit}", f"{title}, {of}")
     )
     rows = [(labels[key], one[by], *one["accuracy"].values()) for key, one in variants.items()]
-    caption = (
-        "Bars: 95 % intervals. Dashed: the Pareto frontier (students that no other one beats at the same or a lower cost)."
-    )
+    caption = "Bars: 95 % intervals. Dashed: the Pareto frontier (students that no other one beats at the same or a lower cost)."
     return picture_of(name, text, ("model", by, f"{title}, {of}", "low", "high"), rows, caption)
 
 
