@@ -179,7 +179,7 @@ def test_troubles_are_told_the_newest_last(tmp_path):
     run.append_metrics(line(60, loss=float("nan")))
     assert progress(tmp_path, NOW).troubles == (
         "check, warn: pixels.teacher: grey; mend it",
-        "record 2 was cut from 90 to 64 tokens",
+        "record 2 was truncated from 90 to 64 tokens",
         "skipped: a.json, record 1: no picture",
         "step 60: loss is nan",
     )
@@ -198,7 +198,7 @@ def test_shares_in_the_gradient_have_a_table_and_a_line_of_the_log(tmp_path):
         shares = {"kd_gradient_share": share, "kd_gradient_norm": 3.0, "sft_gradient_share": 1 - share}
         run.append_metrics({"step": step, **shares, "time": NOW - 60})
     view = progress(tmp_path, NOW)
-    (table,) = [section for section in view.sections if section.title == "share in the gradient"]
+    (table,) = [section for section in view.sections if section.title == "share in the gradient norms"]
     assert [(row.label, row.cells, row.curve) for row in table.rows] == [
         ("kd", ("12.5", "40"), (0.75, 0.125)),
         ("sft", ("87.5", "40"), (0.25, 0.875)),
@@ -268,7 +268,7 @@ def test_a_study_tells_runs_done_under_way_and_left(tmp_path):
     assert view.bars[0].note == "about 4 min 50 s left"
     (variants, *rest) = view.sections
     assert [row.cells for row in variants.rows] == [("2 of 2", "61.2 %; failed"), ("0 of 2, 1 running", "")]
-    assert rest[0].title == "Ours, seed 0: objective"
+    assert rest[0].title == "Ours, seed 0: loss terms"
     assert view.troubles == ("kd, seed 1 failed: ModelError: no head",)
     assert view.log[:2] == ("kd, seed 0: 61.2 %", "kd, seed 1: failed")
 
