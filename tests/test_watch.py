@@ -141,7 +141,7 @@ def test_a_finished_run_is_done_and_a_dead_one_has_stopped(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     run.lock.write_text(f"{gone.stdout.strip()} on {platform.node()}\n")
     stopped = progress(tmp_path, NOW)
-    assert stopped.state == "student from teacher: stopped at step 40" and not stopped.done
+    assert stopped.state == "student distilled from teacher: stopped at step 40" and not stopped.done
     assert "the same command resumes" in stopped.troubles[-1]
     assert stopped.bars[0].note == "stopped"
     run.student.mkdir()
@@ -230,7 +230,7 @@ def test_a_demo_shows_its_three_runs_and_what_is_measured(tmp_path):
     view = progress(tmp_path, NOW - 60)
     assert [(bar.label, bar.done, bar.note[:7]) for bar in view.bars] == [
         ("SFT", 100, "done"),
-        ("SFT + vanilla KD", 40, "1 s a s"),
+        ("SFT + vanilla KD", 40, "1 s / st"),
         ("Align-TI", 0, "waiting"),
     ]
     assert view.state == "SFT + vanilla KD: training" and not view.done
