@@ -127,7 +127,7 @@ def test_before_the_first_line_it_waits(tmp_path):
     root.mkdir()
     assert progress(root, NOW).bars == ()
     run = write_run(root, ())
-    assert progress(root, NOW).state == "student from teacher: preparing, no step is logged yet"
+    assert progress(root, NOW).state == "student distilled from teacher: preparing, no step is logged yet"
     run.recipe.write_text("a: [half a rec")
     assert progress(root, NOW).state.startswith("waiting")
     file = tmp_path / "file"
@@ -230,7 +230,7 @@ def test_a_demo_shows_its_three_runs_and_what_is_measured(tmp_path):
     view = progress(tmp_path, NOW - 60)
     assert [(bar.label, bar.done, bar.note[:7]) for bar in view.bars] == [
         ("SFT", 100, "done"),
-        ("SFT + vanilla KD", 40, "1 s / st"),
+        ("SFT + vanilla KD", 40, "1 s / s"),
         ("Align-TI", 0, "waiting"),
     ]
     assert view.state == "SFT + vanilla KD: training" and not view.done
