@@ -128,7 +128,7 @@ def fidelity(
     notes = [f"{name} could not be measured: {reason}" for name, reason in unmeasured.items()]
     if own.left_out:
         notes.append(
-            f"{own.left_out} of {len(records)} answers of its own are empty or hold special tokens as words, and are left out."
+            f"{own.left_out} of {len(records)} self-generated answers are empty or contain special tokens as text; they are excluded."
         )
     scores = scored(
         BENCHMARK,
