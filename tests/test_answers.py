@@ -723,7 +723,7 @@ def test_the_verb_writes_the_file_and_says_what_is_in_it(folder, answered, tmp_p
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     told = " ".join(done.output.split())
-    assert "was cut at 6 tokens" in told and "record(s) were left out" in told and "is empty" in told
+    assert "truncated at 6 tokens" in told and "record(s) were skipped" in told and "is empty" in told
     wrong = run(*data, "--top-k", 3)
     assert isinstance(wrong.exception, ConfigError) and "temperature is 0" in str(wrong.exception)
 

@@ -373,7 +373,7 @@ def test_a_tower_that_gives_another_number_of_vectors_is_named(setting):
     setting.teacher.config.vision_feature_select_strategy = "default"
     verdicts = setting.check()
     assert named(verdicts) == {"visual_tokens.teacher"}
-    assert "70 vectors for 72" in verdicts["visual_tokens.teacher"].measured
+    assert "70 feature vectors for 72" in verdicts["visual_tokens.teacher"].measured
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])

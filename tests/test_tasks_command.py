@@ -213,7 +213,7 @@ def test_all_benchmarks_and_the_mean_of_six_by_one_command(folder, tmp_path, mon
     assert f" {mean:.1f} " in row
     assert "the published benchmark has 8910" in done.stdout
     again = called("evaluate", folder / "teacher", *tasks, "--dry-run")
-    assert "nothing is asked" in again.stdout
+    assert "no model is run" in again.stdout
 
 
 def test_score_equals_evaluate_and_needs_no_torch(folder, whole, tmp_path):
@@ -284,9 +284,9 @@ WRONG = [
     (["evaluate", "m", "d.json", "--tasks", "pope"], "leave the other out"),
     (
         ["evaluate", "m", "d.json", "--limit", "3", "--strict-original"],
-        "--limit, --strict-original belong(s) to --tasks",
+        "--limit, --strict-original can be used only with --tasks",
     ),
-    (["evaluate", "m", "--tasks", "pope", "--teacher", "t"], "belong to a file of records"),
+    (["evaluate", "m", "--tasks", "pope", "--teacher", "t"], "can be used only with a file of records"),
     (["evaluate", "m", "--tasks", "pop", "--data", "."], "no benchmark is named 'pop'"),
     (["evaluate", "m", "--tasks", "pope,pope", "--data", "."], "each once"),
     (["evaluate", "m", "--tasks", "own:anls,own", "--data", "."], "each once"),
