@@ -137,7 +137,7 @@ def test_a_hub_s_base_model_is_named_and_nothing_leaves_its_place_in_the_card(tm
     assert front["base_model"] == "some-lab/small: model" and front["align_ti"]["teacher"] == "teacher`s"
     assert "/secret" not in text and str(tmp_path) not in text
     assert "`` teacher`s ``" in text and "| `a\\|b` | 1 | 2 |" in text
-    assert "Nothing: the recipe names no data" in text and "model-index" not in front
+    assert "Nothing: the recipe names no evaluation data" in text and "model-index" not in front
     shown = run.recipe.read_text()
     run.recipe.write_text(shown.replace("eval: null", "eval: /secret/held-out.json"))
     assert "Nothing yet: evaluation on `held-out.json`" in write_card(run, tmp_path).read_text()

@@ -291,7 +291,7 @@ WRONG = [
     (["evaluate", "m", "--tasks", "pope,pope", "--data", "."], "each once"),
     (["evaluate", "m", "--tasks", "own:anls,own", "--data", "."], "each once"),
     (["evaluate", "m", "--tasks", "pope"], "--data is missing"),
-    (["evaluate", "m", "--tasks", "own"], "the file of questions by --questions"),
+    (["evaluate", "m", "--tasks", "own"], "the file of questions with --questions"),
     (["score", "p.jsonl", "--task", "own", "--scorer", "exat", "--questions", "q"], "no scorer is named 'exat'"),
     (["score", "p.jsonl", "--task", "pope", "--out", "x.json"], "ends in .scores.json"),
 ]
