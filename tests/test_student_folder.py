@@ -101,7 +101,7 @@ def test_the_card_has_metadata_objective_data_versions_and_measurements(finished
     assert f"| `language_model` | {trained[0]:,} | {trained[1]:,} |" in text
     summary = json.loads(run.summary.read_text())
     header = next(line for line in text.splitlines() if "student before" in line)
-    assert header == "| | teacher | student before | student |"
+    assert header == "| | teacher | student before training | student |"
     row = next(line for line in text.splitlines() if line.startswith("| `overall` (8) |"))
     assert [float(value) for value in re.findall(r"\| (\d+\.\d) \(", row)] == pytest.approx(
         [summary["accuracy"][name]["overall"] for name in ("teacher", "before", "student")], abs=0.05
