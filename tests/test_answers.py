@@ -221,7 +221,7 @@ def test_pictures_inside_a_table_are_written_beside_the_file_as_they_are(folder,
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "data.parquet"), split="train").to_list()
     rows[1]["image"]["bytes"] = content
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    with pytest.raises(DataError, match=r"row 2: the answer in .*line 2 is to other words or pictures"):
+    with pytest.raises(DataError, match=r"row 2: the answer in .*line 2 is to other text or pictures"):
         read_mixture(Data(train=str(tmp_path / "data.parquet"), responses="teacher", answers=str(out)))
 
 
@@ -334,7 +334,7 @@ def test_a_second_writer_is_noticed(folder, answered, tmp_path):
         (b"my notes\n", "no line of `align-ti generate`"),
         (b"my notes", "no line of `align-ti generate`"),
         (b'{"id": 1, "conversations": []}\n', "no line of `align-ti generate`"),
-        (b'{"generated": {"model": "m"}}\n{"generated"', "line 1: the file has answers made otherwise"),
+        (b'{"generated": {"model": "m"}}\n{"generated"', "line 1: the file has answers with other settings"),
     ],
 )
 def test_a_file_that_is_not_its_own_is_left_as_it_is(folder, tmp_path, content, message):
@@ -351,7 +351,12 @@ def test_answers_made_otherwise_or_to_other_data_are_not_mixed_in_one_file(folde
     before = out.read_bytes()
     longer = GREEDY.model_copy(update={"max_new_tokens": 41})
     for teacher, source, settings, message in (
-        (babbling(folder), folder / "train.json", GREEDY, "made otherwise .model is .*able' there and .*teacher' here"),
+        (
+            babbling(folder),
+            folder / "train.json",
+            GREEDY,
+            "with other settings .model is .*able' there and .*teacher' here",
+        ),
         (able(folder), folder / "train.json", longer, "max_new_tokens is 40 there and 41 here"),
         (able(folder), folder / "train.json", DRAWN, "temperature is 0.0 there and 1.0 here; seed is None there and 3"),
         (able(folder), folder / "shapes.json", GREEDY, "record .* of train.json, which is not there with these words"),
@@ -555,12 +560,12 @@ def test_data_that_moved_keep_their_answers_and_data_that_changed_do_not(folder,
     records[3]["conversations"][0]["value"] += " Please."
     with pytest.raises(
         DataError,
-        match=r"record 4, id 3: the answer in .*jsonl, line \d+ is to other words or pictures .*run `align-ti",
+        match=r"record 4, id 3: the answer in .*jsonl, line \d+ is to other text or pictures .*run `align-ti",
     ):
         read(records)
     records[3]["conversations"][0]["value"] = records[3]["conversations"][0]["value"].removesuffix(" Please.")
     records[3]["image"] = "train-2.png"
-    with pytest.raises(DataError, match=r"record 4, id 3: the answer in .* is to other words or pictures"):
+    with pytest.raises(DataError, match=r"record 4, id 3: the answer in .* is to other text or pictures"):
         read(records)
 
 
@@ -607,7 +612,7 @@ def test_a_run_goes_on_with_its_own_answers_only(folder, answered, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:-20], r"line 12: not valid JSON.* goes on with a file that was left unfinished"),
+        (lambda text: text[:-20], r"line 12: not valid JSON.* resumes an unfinished file"),
         (lambda text: text.replace('"cut"', '"kut"', 1), r"line 1: the record does not say what it answers"),
         (lambda text: text.replace('"record": "', '"record": 1, "x": "', 1), "line 1: the record does not say"),
         (
@@ -711,14 +716,14 @@ def test_the_verb_writes_the_file_and_says_what_is_in_it(folder, answered, tmp_p
     assert done.exit_code == 0, done.output
     assert out.read_bytes() == answered.read_bytes()
     told = " ".join(done.output.split())
-    assert "to 12 of 12 records" in told and "picture names in it start from" in told
+    assert "for 12 of 12 records" in told and "image paths in it are relative to" in told
     done = run(
         folder / "teacher", folder / "train.json", "--out", tmp_path / "drawn.jsonl", "--dtype", "float32",
         "--max-new-tokens", 6, "--temperature", 1, "--top-p", 0.98, "--seed", 3,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     told = " ".join(done.output.split())
-    assert "was cut at 6 tokens" in told and "record(s) were left out" in told and "is empty" in told
+    assert "truncated at 6 tokens" in told and "record(s) were skipped" in told and "is empty" in told
     wrong = run(*data, "--top-k", 3)
     assert isinstance(wrong.exception, ConfigError) and "temperature is 0" in str(wrong.exception)
 

@@ -98,7 +98,7 @@ def test_predictions_of_another_task_are_refused(tasks, name):
     with pytest.raises(DataError, match="no questions"):
         task.score([], answers)
     report = task.score(items, answers | {"elsewhere": "Yes"})
-    assert "1 predictions belong to no question that was scored: passed over." in report.notes
+    assert "1 predictions belong to no scored question: ignored." in report.notes
     assert scores(report) == scores(task.score(items, answers))
 
 

@@ -101,7 +101,7 @@ def test_markup_and_control_characters_of_a_model_stay_text(folder, monkeypatch)
     assert result.exit_code == 0, result.output
     assert "[red]a[/red]" in result.output and "[/nope]" in result.output
     assert "\x1b" not in result.output and "\x9b" not in result.output
-    assert "cut at 6 tokens" in result.output
+    assert "truncated at 6 tokens" in result.output
     assert visible("a\x1bb\x00\n\tü\u200d\ud800") == "a�b�\n\tü\u200d�"
 
 

@@ -119,7 +119,7 @@ def test_train_score_evaluate_and_report_work_together(folder, tmp_path):
     done = run("train", folder / "recipe.yaml", *[part for change in changes for part in ("--set", change)])
     assert done.returncode == 0, done.stderr
     assert (out / "student" / "model.safetensors").is_file()
-    assert "exact match, per cent, 12 questions" in done.stdout
+    assert "exact match, %, 12 questions" in done.stdout
     page = (out / "report.html").read_text()
     (out / "report.html").unlink()
     assert run("report", out).returncode == 0
@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "goes on from it" in stderr
+    assert "resumes from it" in stderr
     (checkpoint,) = out.glob("checkpoint-*")
     step = int(checkpoint.name.rpartition("-")[2])
     assert 1 <= step < 400
@@ -181,7 +181,7 @@ def test_a_dry_run_that_skips_says_what_and_why(folder, tmp_path):
         "train", folder / "recipe.yaml", "--dry-run", *[part for change in changes for part in ("--set", change)]
     )
     assert done.returncode == 0, done.stderr
-    assert "12 to learn from" in done.stdout and "1 skipped" in done.stdout and "gone.png" in done.stdout
+    assert "12 for training" in done.stdout and "1 skipped" in done.stdout and "gone.png" in done.stdout
     assert not (tmp_path / "dry").exists()
     changes[-1] = "data.max_skipped=0"
     done = run(

@@ -193,7 +193,7 @@ def test_the_verb_writes_the_folder_and_says_what_is_in_it(parts, tmp_path):
     options = ["--vision", str(parts / "clip"), "--text", str(parts / "llama"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, ["compose", *options])
     assert done.exit_code == 0, done.output
-    assert "visual tokens per picture" in done.output and "now 381" in done.output
+    assert "visual tokens per image" in done.output and "now 381" in done.output
     AutoProcessor.from_pretrained(tmp_path / "out")
     again = CliRunner().invoke(app, ["compose", *options])
     assert isinstance(again.exception, RunError)

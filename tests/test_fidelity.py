@@ -124,7 +124,7 @@ def test_own_answers_are_read_up_to_where_the_student_said_them(pair, found, ans
     ]
     empty = sum(not text for text, _ in answers)
     assert found["notes"] == [
-        f"{empty} of {len(records)} answers of its own are empty or hold special tokens as words, and are left out."
+        f"{empty} of {len(records)} self-generated answers are empty or contain special tokens as text; they are excluded."
     ]
 
 

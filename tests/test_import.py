@@ -175,7 +175,7 @@ def test_the_verb_writes_the_folder_and_says_what_is_in_it(tmp_path):
     official = write_official(tmp_path)
     done = CliRunner().invoke(app, ["import", str(official.folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "visual tokens per picture" in done.output and "pictures are padded to a square" in done.output
+    assert "visual tokens per image" in done.output and "pictures are padded to a square" in done.output
     check_equal(official, tmp_path / "out", "pad")
 
 

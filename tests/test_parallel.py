@@ -78,6 +78,6 @@ def test_ctrl_c_stops_all(tmp_path):
     def advance(*_) -> None:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(InterruptedRunError, match="stopped; long will go on"):
+    with pytest.raises(InterruptedRunError, match="stopped; long will resume"):
         side_by_side({"long": functools.partial(waits, mark)}, 1, advance)
     assert mark.with_suffix(".stopped").exists()

@@ -273,15 +273,15 @@ def told(*names: str) -> dict[str, object]:
 def test_the_page_shows_phases_escaped_as_table_and_chart(tmp_path):
     root = run_folder(tmp_path)
     before = write_report(root).read_text()
-    assert "step's time" not in before
+    assert "Step time by phase" not in before
     (root / "align_ti" / "phases.json").write_text(json.dumps(told("data", "<b>vision</b>", "a&b")))
     page = write_report(root).read_text()
     assert page.count("<svg") == before.count("<svg") + 1
-    assert "Where a step's time goes" in page
+    assert "Step time by phase" in page
     assert "&lt;b&gt;vision&lt;/b&gt;" in page and "<b>" not in page
     assert "<td>21.50</td><td>22.50</td><td>33.3 %</td>" in page
     assert "<td>100.00</td><td>67.50</td><td>100 %</td>" in page
-    assert "Align-TI &lt;b&gt; 17, without the first 5" in page
+    assert "Align-TI &lt;b&gt; 17, excluding the first 5" in page
 
 
 def test_the_page_shows_what_a_demo_spent(tmp_path):
@@ -289,7 +289,7 @@ def test_the_page_shows_what_a_demo_spent(tmp_path):
     page = write_report(run_folder(tmp_path, spent_seconds=spent)).read_text()
     assert "<td>draw the &lt;i&gt;</td><td>3.0</td><td>75.0 %</td>" in page
     assert "write the report" not in page
-    assert "spent" not in write_report(run_folder(tmp_path)).read_text()
+    assert "Wall time of the demo" not in write_report(run_folder(tmp_path)).read_text()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

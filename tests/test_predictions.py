@@ -286,7 +286,7 @@ def test_our_own_file_knows_its_benchmark_and_its_questions(tmp_path):
     Writer(tmp_path / "few.jsonl", told).add(map(prediction, limited))
     few = score_file(tmp_path / "few.jsonl", Letters(), ITEMS)
     assert few.headline["value"] == 100 and few.questions == len(limited) < 7
-    assert any("of 7 questions were asked" in note for note in few.report.notes)
+    assert any("of 7 questions were used" in note for note in few.report.notes)
 
 
 def test_scores_by_two_rules_are_not_compared(tmp_path):

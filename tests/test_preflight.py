@@ -359,7 +359,7 @@ def test_heads_may_be_padded_but_not_too_small(setting):
     setting.teacher.resize_token_embeddings(512)
     assert named(setting.check()) == set()
     setting.student.resize_token_embeddings(300)
-    assert "300 rows for 454 tokens" in setting.check()["vocabularies"].measured
+    assert "300 rows, but the tokenizer has 454 tokens" in setting.check()["vocabularies"].measured
 
 
 def test_different_image_tokens_are_named(setting):
@@ -373,7 +373,7 @@ def test_a_tower_that_gives_another_number_of_vectors_is_named(setting):
     setting.teacher.config.vision_feature_select_strategy = "default"
     verdicts = setting.check()
     assert named(verdicts) == {"visual_tokens.teacher"}
-    assert "70 vectors for 72" in verdicts["visual_tokens.teacher"].measured
+    assert "70 feature vectors for 72" in verdicts["visual_tokens.teacher"].measured
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])

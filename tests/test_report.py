@@ -182,7 +182,7 @@ def test_without_a_clear_gap_the_difference_is_told(tmp_path):
     page = write_report(compared_folder(tmp_path / "demo", weak)).read_text()
     told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
     assert "% of the gap" not in page and "+25.0 points" in told and "from SFT" in told
-    assert "not clearly better" in page
+    assert "not significantly better" in page
 
 
 def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
@@ -264,7 +264,7 @@ def test_fidelity_stands_on_the_page_with_its_intervals(tmp_path):
     notes = {"align_ti": ["<b>visual_kl</b> could not be measured"]}
     page = write_report(run_folder(tmp_path, fidelity=own, fidelity_notes=notes, labels=labels)).read_text()
     assert page.count("0.512") == 2 and page.count("0.400 to 0.600") == 2 and "KL, response tokens" in page
-    row = next(line for line in page.splitlines() if line.startswith("<tr><td>agreement, own answers"))
+    row = next(line for line in page.splitlines() if line.startswith("<tr><td>top-1 agreement, self-generated answers"))
     assert "61.3" in row and "interval unknown" in row and f"<td>{DASH}</td>" in row
     assert "&lt;b&gt;visual_kl&lt;/b&gt; could not" in page
 
@@ -306,7 +306,7 @@ def test_shares_in_the_gradient_stand_beside_the_terms(tmp_path):
     ]
     (root / "align_ti" / "check.json").write_text(json.dumps({"verdicts": verdicts}))
     page = write_report(root).read_text()
-    assert page.count("Share of each term") == 1 and "Measured along training" not in page
+    assert page.count("Share of each term") == 1 and "During training it was measured" not in page
     assert f"<tr><td>sft</td><td>12.5</td><td>{DASH}</td><td>{DASH}</td><td>{DASH}</td></tr>" in page
     assert "<td>&lt;i&gt;own&lt;/i&gt;</td><td>87.5</td>" in page
     with (root / "align_ti" / "metrics.jsonl").open("a") as file:
@@ -317,7 +317,7 @@ def test_shares_in_the_gradient_stand_beside_the_terms(tmp_path):
     page = write_report(root).read_text()
     assert "<tr><td>sft</td><td>12.5</td><td>50.0</td><td>25.0</td><td>37.5</td></tr>" in page
     assert f"<tr><td>tpa</td><td>{DASH}</td><td>50.0</td><td>75.0</td><td>62.5</td></tr>" in page
-    assert "Measured along training 2 times, first at step 1, last at step 3" in page
+    assert "During training it was measured 2 times, first at step 1, last at step 3" in page
     assert 'download="gradient-shares-' in page
 
 
@@ -371,7 +371,7 @@ def test_a_run_without_questions_has_a_page_of_its_training(tmp_path):
         json.dumps({"seconds_per_step": 0.2, "peak_memory_mib": None, "memory": "resident"})
     )
     page = write_report(root).read_text()
-    assert "have not been asked any question" in page and '<section id="training">' in page
+    assert "have not been evaluated on any questions" in page and '<section id="training">' in page
     assert '<section id="scores">' not in page and "12.0 s" in page
 
 

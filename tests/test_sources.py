@@ -379,7 +379,7 @@ def test_half_a_surrogate_pair_is_refused_by_the_record():
 
 def test_a_caption_in_place_of_a_file_name_is_refused_and_not_looked_for(folder):
     # The file system's own error reached the user as a traceback.
-    with pytest.raises(DataError, match=r"here: picture .* cannot be looked for \(File name too long\)"):
+    with pytest.raises(DataError, match=r"here: picture .* cannot be opened \(File name too long\)"):
         Conversation((Turn("user", "<image>Q"), Turn("assistant", "A")), (folder / ("a" * 300),), "here").check_files()
 
 

@@ -101,7 +101,7 @@ def test_the_card_has_metadata_objective_data_versions_and_measurements(finished
     assert f"| `language_model` | {trained[0]:,} | {trained[1]:,} |" in text
     summary = json.loads(run.summary.read_text())
     header = next(line for line in text.splitlines() if "student before" in line)
-    assert header == "| | teacher | student before | student |"
+    assert header == "| | teacher | student before training | student |"
     row = next(line for line in text.splitlines() if line.startswith("| `overall` (8) |"))
     assert [float(value) for value in re.findall(r"\| (\d+\.\d) \(", row)] == pytest.approx(
         [summary["accuracy"][name]["overall"] for name in ("teacher", "before", "student")], abs=0.05
@@ -137,7 +137,7 @@ def test_a_hub_s_base_model_is_named_and_nothing_leaves_its_place_in_the_card(tm
     assert front["base_model"] == "some-lab/small: model" and front["align_ti"]["teacher"] == "teacher`s"
     assert "/secret" not in text and str(tmp_path) not in text
     assert "`` teacher`s ``" in text and "| `a\\|b` | 1 | 2 |" in text
-    assert "Nothing: the recipe names no data" in text and "model-index" not in front
+    assert "Nothing: the recipe names no evaluation data" in text and "model-index" not in front
     shown = run.recipe.read_text()
     run.recipe.write_text(shown.replace("eval: null", "eval: /secret/held-out.json"))
     assert "Nothing yet: evaluation on `held-out.json`" in write_card(run, tmp_path).read_text()

@@ -580,7 +580,7 @@ def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
     monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
     path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
-    assert told.exit_code == 0 and "left to do: 2 runs, 12 s of training" in told.output
+    assert told.exit_code == 0 and "remaining: 2 runs, 12 s of training" in told.output
     assert not (tmp_path / "s").exists()
     wrong = CliRunner().invoke(app, ["study", path, "--shard", "3/2"])
     assert isinstance(wrong.exception, ConfigError) and "--shard is '3/2'" in str(wrong.exception)

@@ -171,7 +171,7 @@ def test_the_first_sentence_tells_the_best_its_gap_and_its_cost(whole, tmp_path)
     words = told(content, tmp_path)
     assert "Align-TI is best: Digits accuracy 99.0 %" in words
     assert "it closed 42 % (30 to 55) of the gap between SFT and the teacher" in words
-    assert "at 2.00 h of training and 3.00 PFLOP a run, 2.00 and 3.00 times those of SFT." in words
+    assert "at 2.00 h of training and 3.00 PFLOP per run, 2.00 and 3.00 times those of SFT." in words
 
 
 def test_a_lead_is_told_the_way_round_that_it_is(whole, tmp_path):
@@ -180,9 +180,12 @@ def test_a_lead_is_told_the_way_round_that_it_is(whole, tmp_path):
         content["variants"][name]["accuracy"]["mean"] = mean
     content["differences"][0] |= {"mean": -10.0, "corrected_low": -14.0, "corrected_high": -5.0}
     words = told(content, tmp_path)
-    assert "Its lead over Align-TI, the next, is +10.00 points (+5.00 to +14.00, corrected for 2 comparisons)." in words
+    assert (
+        "Its lead over Align-TI, the second best, is +10.00 points (+5.00 to +14.00, corrected for 2 comparisons)."
+        in words
+    )
     content["differences"][0]["corrected_high"] = 1.0
-    assert "the study cannot tell the two apart" in told(content, tmp_path)
+    assert "which is not significant" in told(content, tmp_path)
     content["differences"] = content["differences"][1:]
     assert "is not among the study's comparisons" in told(content, tmp_path)
 
@@ -194,7 +197,7 @@ def test_what_failed_or_is_missing_stands_above_the_tables(whole, tmp_path):
     assert "1 of 9 runs not run yet: Align-TI, seed 2." in above
     assert "RunError: <b>the disk</b> is full" in words
     assert "failed" in words[words.index("Scores by seed") :] and "missing" in words[words.index("Scores by seed") :]
-    assert "Not complete" not in told(whole | {"failed": [], "missing": []}, tmp_path)
+    assert "Incomplete" not in told(whole | {"failed": [], "missing": []}, tmp_path)
 
 
 def test_a_study_that_has_barely_begun_has_a_page(tmp_path):
@@ -202,7 +205,7 @@ def test_a_study_that_has_barely_begun_has_a_page(tmp_path):
     words = words_of(page_of(begun, tmp_path))
     assert "align_ti no finished run" in words
     assert "interval unknown" in words or begun["differences"][0]["low"] is not None
-    assert "gap is told" in words and "Time to quality" not in words and "None" not in words and "nan" not in words
+    assert "gap is reported" in words and "Time to quality" not in words and "None" not in words and "nan" not in words
     every = tuple((name, 0) for name in ("sft", "kd", "align_ti"))
     assert "No run has finished yet." in words_of(page_of(study_content(seeds=1, missing=every), tmp_path))
 
@@ -225,7 +228,7 @@ def test_what_is_unknown_is_told_as_unknown(whole, tmp_path):
     words = words_of(page_of(content, tmp_path))
     assert "None" not in words and "nan" not in words
     assert words.count("interval unknown") >= 2 * len(content["differences"])
-    assert "no interval can be told" in words
+    assert "the runs so far give no interval" in words
 
 
 def test_time_to_quality_says_how_many_seeds_got_there(whole, tmp_path):
@@ -234,7 +237,7 @@ def test_time_to_quality_says_how_many_seeds_got_there(whole, tmp_path):
     row |= {"reached": 1, "seeds": 2, "share": None, "share_low": None, "share_high": None}
     row["per_seed"] = {"0": {"share": None}, "2": {"share": 0.625}}
     words = told(content, tmp_path)
-    assert "Align-TI KD not told 1 of 2 0: not reached, 2: 0.62" in words
+    assert "Align-TI KD undefined 1 of 2 0: not reached, 2: 0.62" in words
     row |= {"reached": 2, "share": 0.7, "share_low": 0.61, "share_high": 0.8}
     assert "Align-TI KD 0.70 0.61 to 0.80 2 of 2" in told(content, tmp_path)
 
@@ -249,7 +252,7 @@ def test_equal_scores_and_costs_do_no_harm(whole, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         words = words_of(page_of(content, tmp_path))
-    assert "SFT and KD and Align-TI are level at the top" in words
+    assert "SFT and KD and Align-TI are tied for the best result" in words
 
 
 def test_many_variants_are_told_apart_without_colours(whole):

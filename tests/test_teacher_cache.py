@@ -503,7 +503,7 @@ def test_the_verb_says_bytes_and_break_even_and_writes_nothing_in_a_dry_run(pair
         result = CliRunner().invoke(app, ["cache", str(file), *more])
         assert result.exit_code == 0, result.output
         said = " ".join(result.output.replace("│", " ").split())
-        assert re.search(r"\d+ bytes a token of the teacher, \d+ a row", said)
+        assert re.search(r"\d+ bytes per teacher token, \d+ per stored position", said)
         assert re.search(r"break-even \d+ passes|break-even never", said)
         assert (tmp_path / "cache").exists() == (not more)
 

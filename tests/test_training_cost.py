@@ -110,7 +110,7 @@ def test_a_run_that_is_measured_is_the_same_to_the_last_digit(folder, tmp_path, 
         sum(one["mean_seconds"] for one in told["phases"].values()), abs=1e-4
     )
     page = write_report(measured.root).read_text()
-    assert "Share of each term in the gradient" in page and "Measured along training 3 times" in page
+    assert "Share of each term in the gradient norms" in page and "During training it was measured 3 times" in page
 
 
 def test_flops_are_those_that_pytorchs_counter_finds_in_the_same_steps(folder, tmp_path):

@@ -87,14 +87,14 @@ def test_a_run_shows_terms_training_and_the_time_left(tmp_path):
         }
     )
     view = progress(run.root, NOW - 50)
-    assert (view.state, view.done, view.troubles) == ("student from teacher: training", False, ())
+    assert (view.state, view.done, view.troubles) == ("student distilled from teacher: training", False, ())
     (bar,) = view.bars
     # 60 steps of a second are left, of which the log has been silent for 10.
-    assert (bar.done, bar.total, bar.note) == (40, 100, "1 s a step, 50 s left, logged 10 s ago")
+    assert (bar.done, bar.total, bar.note) == (40, 100, "1 s / step, 50 s left, last log entry 10 s ago")
     told = cells(view)
     assert told["kd"] == ("0.05", "0.1") and told["loss"] == ("", "0.1")
     # A step has 4 records, twice, on 3 processes.
-    assert told["records a second"] == ("24",)
+    assert told["records / s"] == ("24",)
     assert (told["memory, MiB"], told["branch share"]) == (("700",), ("0.25",))
     assert told["own answers"] == ("50", "40.5 to 60", "40")
     assert "kd_weight" not in told and "kd weight" not in told
@@ -123,11 +123,11 @@ def test_a_character_cut_in_half_or_a_line_separator_in_a_string_breaks_no_line(
 
 def test_before_the_first_line_it_waits(tmp_path):
     root = tmp_path / "run"
-    assert progress(root, NOW).state == f"waiting: no run has begun in {root} yet"
+    assert progress(root, NOW).state == f"waiting: no run has started in {root} yet"
     root.mkdir()
     assert progress(root, NOW).bars == ()
     run = write_run(root, ())
-    assert progress(root, NOW).state == "student from teacher: preparing, no step is logged yet"
+    assert progress(root, NOW).state == "student distilled from teacher: preparing, no step is logged yet"
     run.recipe.write_text("a: [half a rec")
     assert progress(root, NOW).state.startswith("waiting")
     file = tmp_path / "file"
@@ -141,8 +141,8 @@ def test_a_finished_run_is_done_and_a_dead_one_has_stopped(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     run.lock.write_text(f"{gone.stdout.strip()} on {platform.node()}\n")
     stopped = progress(tmp_path, NOW)
-    assert stopped.state == "student from teacher: stopped at step 40" and not stopped.done
-    assert "the same command goes on" in stopped.troubles[-1]
+    assert stopped.state == "student distilled from teacher: stopped at step 40" and not stopped.done
+    assert "the same command resumes" in stopped.troubles[-1]
     assert stopped.bars[0].note == "stopped"
     run.student.mkdir()
     done = progress(tmp_path, NOW)
@@ -179,7 +179,7 @@ def test_troubles_are_told_the_newest_last(tmp_path):
     run.append_metrics(line(60, loss=float("nan")))
     assert progress(tmp_path, NOW).troubles == (
         "check, warn: pixels.teacher: grey; mend it",
-        "record 2 was cut from 90 to 64 tokens",
+        "record 2 was truncated from 90 to 64 tokens",
         "skipped: a.json, record 1: no picture",
         "step 60: loss is nan",
     )
@@ -198,7 +198,7 @@ def test_shares_in_the_gradient_have_a_table_and_a_line_of_the_log(tmp_path):
         shares = {"kd_gradient_share": share, "kd_gradient_norm": 3.0, "sft_gradient_share": 1 - share}
         run.append_metrics({"step": step, **shares, "time": NOW - 60})
     view = progress(tmp_path, NOW)
-    (table,) = [section for section in view.sections if section.title == "share in the gradient"]
+    (table,) = [section for section in view.sections if section.title == "share in the gradient norms"]
     assert [(row.label, row.cells, row.curve) for row in table.rows] == [
         ("kd", ("12.5", "40"), (0.75, 0.125)),
         ("sft", ("87.5", "40"), (0.25, 0.875)),
@@ -230,14 +230,14 @@ def test_a_demo_shows_its_three_runs_and_what_is_measured(tmp_path):
     view = progress(tmp_path, NOW - 60)
     assert [(bar.label, bar.done, bar.note[:7]) for bar in view.bars] == [
         ("SFT", 100, "done"),
-        ("SFT + vanilla KD", 40, "1 s a s"),
+        ("SFT + vanilla KD", 40, "1 s / s"),
         ("Align-TI", 0, "waiting"),
     ]
     assert view.state == "SFT + vanilla KD: training" and not view.done
     assert cells(view)["SFT"] == ("41.2", "38.0 to 44.5")
     for name in METHODS:
         write_run(tmp_path / name).student.mkdir(exist_ok=True)
-    assert progress(tmp_path, NOW).state == "Align-TI: trained; it is measured next"
+    assert progress(tmp_path, NOW).state == "Align-TI: trained; evaluation is next"
     (tmp_path / "report.html").write_text("")
     assert progress(tmp_path, NOW).done
 
@@ -262,13 +262,13 @@ def write_study(root: Path, **more: object) -> None:
 def test_a_study_tells_runs_done_under_way_and_left(tmp_path):
     write_study(tmp_path)
     view = progress(tmp_path, NOW - 60)
-    assert view.state == "4 runs: 1 done, 1 failed, 1 under way, 1 left" and not view.done
+    assert view.state == "4 runs: 1 done, 1 failed, 1 running, 1 remaining" and not view.done
     assert [(bar.label, bar.done, bar.total) for bar in view.bars] == [("runs", 2, 4), ("Ours, seed 0", 40, 100)]
     # 60 s of training and 30 s around it; then 100 steps of 2 s.
     assert view.bars[0].note == "about 4 min 50 s left"
     (variants, *rest) = view.sections
-    assert [row.cells for row in variants.rows] == [("2 of 2", "61.2 %; failed"), ("0 of 2, 1 under way", "")]
-    assert rest[0].title == "Ours, seed 0: objective"
+    assert [row.cells for row in variants.rows] == [("2 of 2", "61.2 %; failed"), ("0 of 2, 1 running", "")]
+    assert rest[0].title == "Ours, seed 0: loss terms"
     assert view.troubles == ("kd, seed 1 failed: ModelError: no head",)
     assert view.log[:2] == ("kd, seed 0: 61.2 %", "kd, seed 1: failed")
 
@@ -283,7 +283,7 @@ def test_the_time_of_a_run_that_nobody_has_made_comes_from_the_cost_of_a_step(tm
 def test_a_study_without_runs_left_is_done_and_one_that_nobody_works_at_says_so(tmp_path):
     write_study(tmp_path)
     (tmp_path / "work" / "ours" / "0" / "run" / "recipe.yaml").unlink()
-    assert progress(tmp_path, NOW).state.endswith("the same `align-ti study` goes on")
+    assert progress(tmp_path, NOW).state.endswith("the same `align-ti study` command resumes")
     write_study(tmp_path, recipes={"kd": {}})
     done = progress(tmp_path, NOW)
     assert done.done and "--retry" in done.state
@@ -296,7 +296,7 @@ def test_once_fits_into_eighty_columns(tmp_path):
     write_study(tmp_path / "study")
     write_run(tmp_path / "study" / "work" / "ours" / "1" / "run", tuple(range(1, 60)))
     text = command("watch", tmp_path / "study", "--once", width=80).stdout
-    assert "Ours, seed 0" in text and "records a second" in text and "no head" in text
+    assert "Ours, seed 0" in text and "records / s" in text and "no head" in text
     assert BLOCKS[-1] in text
     assert max(map(len, text.splitlines())) <= 80
 
@@ -307,10 +307,10 @@ def test_without_a_terminal_it_prints_a_line_for_every_entry_until_the_run_is_do
     monkeypatch.setattr("align_ti.cli.watching.time.sleep", lambda _: next(waits)())
     said = command("watch", run.root).stdout.splitlines()
     assert [one.split("  ")[0] for one in said[:10]] == [f"step {step} of 100" for step in range(20, 30)]
-    assert said[10] == "student from teacher: training"
+    assert said[10] == "student distilled from teacher: training"
     assert [one.split("  ")[0] for one in said[11:]] == [
         "step 60 of 100",
-        f"student from teacher: done after 60 steps; the student is in {run.student}",
+        f"student distilled from teacher: done after 60 steps; the student is in {run.student}",
     ]
 
 
@@ -328,7 +328,7 @@ def test_it_imports_no_torch_and_ends_cleanly_on_ctrl_c(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("waiting: no run has begun")
+    assert process.stdout.readline().startswith("waiting: no run has started")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
@@ -388,7 +388,7 @@ def test_the_page_is_served_to_this_machine_alone_and_nothing_else_is(tmp_path):
     run = write_run(tmp_path / "run")
     with served(run.root) as port:
         status, page = get(port)
-        assert status == 200 and "records a second" in page and 'http-equiv="refresh"' in page
+        assert status == 200 and "records / s" in page and 'http-equiv="refresh"' in page
         for path in (
             "/recipe.yaml",
             "/../run/recipe.yaml",

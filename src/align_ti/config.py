@@ -736,7 +736,7 @@ def read_mapping(path: Path, called: str, accepted: str) -> dict[str, Any]:
             f"{path}: the {called} does not exist; `align-ti recipes list` names those that are shipped."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}; mend it.") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}; fix it.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file is accepted.") from error
     if not isinstance(content, dict):

@@ -34,7 +34,7 @@ from align_ti.report.folder_progress import METHODS
 from align_ti.report.page import write_report
 from align_ti.runs import RunFolder, provenance, read_json, write_json
 
-LABELS = {"teacher": "teacher", "start": "start", **METHODS}
+LABELS = {"teacher": "teacher", "start": "student before training", **METHODS}
 
 # Chosen once, on the validation split (docs/benchmark.md tells how); the test split and the seed had no say.
 TRAINING = Training(
@@ -184,7 +184,7 @@ def compare_methods(
         models = {name: Teacher(path=str(path), dtype="float32") for name, path in paths.items()}
         right = {name: [one["right"] for one in result["answers"]] for name, result in results.items()}
         show_inside(
-            root, models, conversations, right, EVALUATION.shown, layer, partial(advance, "look inside the models")
+            root, models, conversations, right, EVALUATION.shown, layer, partial(advance, "attention and next tokens")
         )
 
     summary = summarise("Align-TI on real handwriting", seed, results, LABELS, runs)
@@ -210,7 +210,7 @@ def measure(root: RunFolder, name: str, path: Path, split: str, advance: Advance
 
     def answered(count: int) -> None:
         done[0] += count
-        advance(f"measure: {LABELS[name]}", done[0], len(conversations))
+        advance(f"evaluate: {LABELS[name]}", done[0], len(conversations))
 
     teacher = None if name == "teacher" else str(data / "teacher")
     write_json(file, evaluate_model(str(path), conversations, EVALUATION, teacher=teacher, advance=answered))

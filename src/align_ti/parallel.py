@@ -75,7 +75,7 @@ def side_by_side(
                     raise RunError(f"{name}: {said[0] or f'its process ended with exit code {code}'}")
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"stopped; {' and '.join(running)} will go on from what is saved: give the same command again."
+            f"stopped; {' and '.join(running)} will resume from what is saved: run the same command again."
         ) from None
     finally:
         for process in running.values():

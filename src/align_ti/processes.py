@@ -76,7 +76,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         if code not in OWN_CODES:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             print(
-                f"error: process {failed} of {count} {how}, and the others were ended; the same command goes on from the last "
+                f"error: process {failed} of {count} {how}, and the others were ended; the same command resumes from the last "
                 "checkpoint, if there is one.",
                 file=sys.stderr,
             )

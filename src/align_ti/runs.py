@@ -251,13 +251,13 @@ class RunFolder:
                 changed = [name for name in changed if name not in SPLIT]
                 if changed:
                     raise RunError(
-                        f"{self.root} holds a run with other settings ({', '.join(sorted(changed))}); a run goes on only with its own; "
+                        f"{self.root} holds a run with other settings ({', '.join(sorted(changed))}); a run resumes only with its own; "
                         "choose another folder (out), or remove this one."
                     )
                 if kept.get("extensions", {}) != extensions:
                     raise RunError(
-                        f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, and it would go on "
-                        "by another objective; restore them, or choose another folder (out)."
+                        f"{self.root}: the extensions ({', '.join(extensions)}) have changed since this run began, and it would resume "
+                        "with another objective; restore them, or choose another folder (out)."
                     )
                 if not self.student.exists():
                     self.check_step(
@@ -284,7 +284,7 @@ class RunFolder:
         """
         if before != now:
             raise RunError(
-                f"{self.root} holds a run of {before} records a step, and this one would take {now}; a run goes on with any number of "
+                f"{self.root} holds a run of {before} records a step, and this one would take {now}; a run resumes with any number of "
                 "processes whose product with training.per_device_train_batch_size and training.gradient_accumulation_steps is "
                 f"{before}; change these, or choose another folder (out)."
             )

@@ -82,7 +82,7 @@ def check_template(processor: ProcessorMixin, config: LlavaConfig, name: str) ->
     if tuple(samples[0]["pixel_values"].shape[-2:]) != (size, size):
         raise ModelError(
             f"{name}: the image processor makes pictures of {tuple(samples[0]['pixel_values'].shape[-2:])} pixels, the tower reads "
-            f"{size} x {size}; mend preprocessor_config.json beside the tower."
+            f"{size} x {size}; fix preprocessor_config.json in the tower's folder."
         )
     check_prompt(single, processor, name)
     return int(samples[0]["input_ids"][samples[0]["roles"] == RESPONSE][-1])

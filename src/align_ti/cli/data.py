@@ -65,22 +65,22 @@ def generate(
 
     with bars() as advance:
         made = generate_answers(
-            teacher, source, out, settings, advance=lambda done, total: advance("answer", done, total)
+            teacher, source, out, settings, advance=lambda done, total: advance("generate answers", done, total)
         )
-    console.print(f"answers: {made.out}, to {made.lines} of {made.records} records")
+    console.print(f"answers: {made.out}, for {made.lines} of {made.records} records")
     if made.images is not None:
-        console.print(f"picture names in it start from {made.images}")
+        console.print(f"image paths in it are relative to {made.images}")
     if made.cut:
         console.print(
-            f"{made.cut} record(s) have an answer that was cut at {max_new_tokens} tokens; data.responses does not use them; raise "
+            f"{made.cut} record(s) have an answer truncated at {max_new_tokens} tokens; data.responses does not use them; raise "
             "--max-new-tokens."
         )
     if made.records > made.lines:
-        console.print(f"{made.records - made.lines} record(s) were left out:")
+        console.print(f"{made.records - made.lines} record(s) were skipped:")
         for one in made.left_out[:5]:
             console.print(f"  {one.reason}")
         if len(made.left_out) < made.records - made.lines:
-            console.print("  (reasons of an earlier call were told there)")
+            console.print("  (an earlier call has printed the other reasons)")
 
 
 def cache(
@@ -124,25 +124,27 @@ def show_cached(cached: Cached, written: bool) -> None:
     """What a teacher cache holds, what it took, and from how many passes over the data it saves time."""
     per_row = cached.totals.bytes / max(1, cached.totals.rows)
     title = "teacher cache" if written else f"dry run: from {cached.measured} records; nothing is written"
-    table = Table("what", "value", title=title)
-    table.add_row("records", f"{cached.records}, {cached.totals.samples} different ones")
+    table = Table("item", "value", title=title)
+    table.add_row("records", f"{cached.records}, {cached.totals.samples} of them distinct")
     table.add_row(
         "size",
-        f"{size(cached.totals.bytes)}: {cached.bytes_per_token:.0f} bytes a token of the teacher, {per_row:.0f} a row that is kept "
-        f"({cached.totals.rows / max(1, cached.totals.tokens):.0%} of the tokens, {cached.hidden} numbers each)",
+        f"{size(cached.totals.bytes)}: {cached.bytes_per_token:.0f} bytes per teacher token, {per_row:.0f} per stored position "
+        f"({cached.totals.rows / max(1, cached.totals.tokens):.0%} of the tokens, {cached.hidden} values each)",
     )
-    table.add_row("IVA's layer", "none: response rows alone" if cached.layer is None else str(cached.layer))
+    table.add_row(
+        "IVA's layer", "none: only response positions are stored" if cached.layer is None else str(cached.layer)
+    )
     cost = cached.cost
     table.add_row(
-        "ms a record",
-        f"{1000 * cost.teacher:.2f} the teacher, {1000 * cost.writing:.2f} writing, {1000 * cost.reading:.2f} reading",
+        "ms / record",
+        f"teacher {1000 * cost.teacher:.2f}, writing {1000 * cost.writing:.2f}, reading {1000 * cost.reading:.2f}",
     )
     even = cost.even
     table.add_row(
         "break-even",
-        "never: reading takes as long as the teacher"
+        "never: reading takes as long as the teacher's forward pass"
         if even is None
-        else f"{even} passes over the data (epochs x students), where (teacher + writing) + passes x reading < passes x teacher",
+        else f"{even} passes over the data (epochs x students): (teacher + writing) + passes x reading < passes x teacher",
     )
     console.print(table)
 
@@ -172,7 +174,7 @@ def digits(
 
         def drawn(count: int) -> None:
             done[0] += count
-            advance("draw", done[0], train + validation + test)
+            advance("draw images", done[0], train + validation + test)
 
         write_benchmark(out, seed, Sizes(train=train, validation=validation, test=test), drawn)
     console.print(f"benchmark: {out}")

@@ -105,12 +105,14 @@ def evaluate(
         }
         if wrong := [name for name, value in for_tasks.items() if value is not None]:
             raise ConfigError(
-                f"{', '.join(wrong)} belong(s) to --tasks, but a file of records was given ({data}); leave one of the two out."
+                f"{', '.join(wrong)} can be used only with --tasks, but a file of records is given ({data}); leave one of the two out."
             )
         evaluate_records(model, data, images, teacher, batch_size, max_new_tokens or 128, dtype or "float32", out)
         return
     if images is not None or teacher is not None:
-        raise ConfigError("--images and --teacher belong to a file of records (DATA); leave them out with --tasks.")
+        raise ConfigError(
+            "--images and --teacher can be used only with a file of records (DATA); leave them out with --tasks."
+        )
     precision: Any = dtype or "auto"
     settings = Teacher(path=model, dtype=precision)
     asked = {name: scorer_of(name, scorer) for name in task_names(tasks or "")}
@@ -142,7 +144,7 @@ def evaluate(
 
 def show_asked(read: list[Task], max_new_tokens: int | None) -> None:
     """What would be asked of each benchmark, as a table."""
-    table = Table("benchmark", "questions", "pictures", "tokens of an answer", title="dry run: nothing is asked")
+    table = Table("benchmark", "questions", "images", "tokens per answer", title="dry run: no model is run")
     for task in read:
         pictures = len({str(image) for item in task.items for image in item.images})
         tokens = task.tokens(max_new_tokens)
@@ -199,18 +201,18 @@ def evaluate_records(
 
         def answered(count: int) -> None:
             done[0] += count
-            advance("answer", done[0], len(conversations))
+            advance("generate answers", done[0], len(conversations))
 
         settings = Evaluation(batch_size=batch_size, max_new_tokens=max_new_tokens)
         result = evaluate_model(model, conversations, settings, teacher=teacher, dtype=dtype, advance=answered)
-    table = Table("kind", "accuracy %", "95 %", "questions")
+    table = Table("question type", "accuracy, %", "95 % CI", "questions")
     for kind, score in result["accuracy"].items():
         table.add_row(
             kind, f"{score['per_cent']:.1f}", f"{score['low']:.1f}-{score['high']:.1f}", str(score["questions"])
         )
     console.print(table)
     if result["cut"]:
-        console.print(f"{result['cut']} answer(s) were cut at {max_new_tokens} tokens; raise --max-new-tokens.")
+        console.print(f"{result['cut']} answer(s) were truncated at {max_new_tokens} tokens; raise --max-new-tokens.")
     if "fidelity" in result:
         show_fidelity(result["fidelity"])
     if out is not None:
@@ -225,7 +227,7 @@ def task_names(tasks: str) -> list[str]:
     """
     found = [name.strip() for name in tasks.split(",") if name.strip()]
     if not found or len({name.partition(":")[0] for name in found}) < len(found):
-        raise ConfigError(f"--tasks is {tasks!r}; accepted: names with commas between them, each once.")
+        raise ConfigError(f"--tasks is {tasks!r}; accepted: comma-separated names, each once.")
     return found
 
 
@@ -242,8 +244,8 @@ def task_place(name: str, folder: Path | None, questions: Path | None) -> Path:
     """
     place = questions if name.partition(":")[0] == "own" and questions is not None else folder
     if place is None:
-        own = ", or the file of questions by --questions" if name.partition(":")[0] == "own" else ""
-        raise ConfigError(f"--data is missing; name the folder that holds the files of {name} by it{own}.")
+        own = ", or the file of questions with --questions" if name.partition(":")[0] == "own" else ""
+        raise ConfigError(f"--data is missing; use it to name the folder with the files of {name}{own}.")
     return place
 
 
@@ -274,7 +276,7 @@ def score(
     chosen = benchmark(scorer_of(task, scorer))
     items = chosen.items(task_place(task, folder, questions))
     found = score_file(predictions, chosen, items, strict_original=strict_original)
-    table = Table("score", "value", "95 %", title=f"{chosen.title}, {found.questions} questions")
+    table = Table("score", "value", "95 % CI", title=f"{chosen.title}, {found.questions} questions")
     for name, told in found.content["metrics"].items():
         table.add_row(name, with_unit(told["value"], told["unit"]), ends(told["low"], told["high"]))
     console.print(table)

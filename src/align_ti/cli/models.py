@@ -78,12 +78,12 @@ def import_checkpoint(
 
 def show_made(made: Made) -> None:
     """What was written, as a table."""
-    table = Table("what", "value", title=str(made.folder))
+    table = Table("item", "value", title=str(made.folder))
     for part, count in made.parameters.items():
         table.add_row(part, f"{count / 1e6:.2f} M parameters")
     table.add_row("precision", made.dtype)
     table.add_row("image token", str(made.image_token))
-    table.add_row("visual tokens per picture", str(made.visual_tokens))
+    table.add_row("visual tokens per image", str(made.visual_tokens))
     table.add_row("end-of-turn token ids", ", ".join(map(str, made.end_tokens)))
     console.print(table)
     for note in made.notes:
@@ -146,7 +146,7 @@ def chat(
     if question is not None:
         ask_each(chats, question)
         return
-    console.print("Ask; Ctrl-D ends.")
+    console.print("Type a question; Ctrl-D ends the chat.")
     while True:
         try:
             text = console.input("\nyou: ").strip()
@@ -170,4 +170,4 @@ def ask_each(chats: Mapping[str, Any], question: str) -> None:
             answer, cut = one.ask(question)
         console.print(Text.assemble((f"{name}: ", "bold"), visible(answer) or "(an empty answer)"), soft_wrap=True)
         if cut:
-            console.print(f"(cut at {one.max_new_tokens} tokens; raise --max-new-tokens)")
+            console.print(f"(truncated at {one.max_new_tokens} tokens; raise --max-new-tokens)")

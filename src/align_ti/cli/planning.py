@@ -67,14 +67,14 @@ def show_plan(plan: Plan, limit: int | None) -> None:
     from align_ti.planning.plan import FILLED, NOTHING_FITS, shown_mapping
 
     layout = plan.case.layout
-    table = Table("part", "GB", title=f"memory of a device: {layout.engine}, {layout.devices} device(s)")
+    table = Table("component", "GB", title=f"memory per device: {layout.engine}, {layout.devices} device(s)")
     for name, size in shown_mapping(plan.memory.parts):
         table.add_row(name, size)
     table.add_section()
-    table.add_row("all", f"{plan.memory.total / 1e9:,.3f}")
+    table.add_row("total", f"{plan.memory.total / 1e9:,.3f}")
     console.print(table)
     if plan.traffic.parts:
-        sent = Table("sent", "GB", title="sent by a device in an optimizer step")
+        sent = Table("data", "GB", title="sent per device and optimizer step")
         for name, size in shown_mapping(plan.traffic.parts):
             sent.add_row(name, size)
         console.print(sent)
@@ -86,9 +86,9 @@ def show_plan(plan: Plan, limit: int | None) -> None:
         console.print(f"fits in {FILLED:.0%} of {limit / 1e9:g} GB.")
         return
     console.print(
-        f"does not fit in {FILLED:.0%} of {limit / 1e9:g} GB, the rest being an allocator's and the libraries'."
+        f"does not fit in {FILLED:.0%} of {limit / 1e9:g} GB; the rest is reserved for the allocator and libraries."
     )
-    options = Table("option, by itself", "GB", "saves", "fits")
+    options = Table("option (alone)", "GB", "saved", "fits")
     for one in plan.advice:
         saved = plan.memory.total - one.total
         options.add_row(one.change, f"{one.total / 1e9:,.3f}", f"{saved / 1e9:,.3f}", "yes" if one.fits else "no")

@@ -15,8 +15,8 @@ from align_ti.errors import ConfigError
 
 def list_recipes() -> None:
     """List every shipped recipe, and every config for `accelerate launch`, with its first line."""
-    for title, folder in (("recipe", "recipes"), ("config of accelerate", ENGINES)):
-        table = Table(title, "what it is")
+    for title, folder in (("recipe", "recipes"), ("accelerate config", ENGINES)):
+        table = Table(title, "description")
         for name, text in shipped(folder).items():
             table.add_row(name, text.splitlines()[0].lstrip("# "))
         console.print(table)

@@ -81,7 +81,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def show_plan(checked: Study, plan: Planned) -> None:
     """The runs of a study, and what they will take."""
-    table = Table("variant", "runs", "done", "steps", "s a step", "GFLOP a step", "time of a run")
+    table = Table("variant", "runs", "done", "steps", "s / step", "GFLOP / step", "time per run")
     for name, row in plan.rows.items():
         table.add_row(
             checked.label(name),
@@ -94,15 +94,13 @@ def show_plan(checked: Study, plan: Planned) -> None:
         )
     console.print(table)
     console.print(f"equal: {checked.file.equal}; seeds: {', '.join(map(str, checked.file.seeds))}")
-    console.print(f"left to do: {plan.left} runs, {duration(plan.seconds)} of training{plan.measuring}")
-    console.print(
-        f"disk: {plan.working / 2**20:,.0f} MiB for each run under way, {plan.kept / 2**20:,.0f} MiB kept at the end"
-    )
+    console.print(f"remaining: {plan.left} runs, {duration(plan.seconds)} of training{plan.measuring}")
+    console.print(f"disk: {plan.working / 2**20:,.0f} MiB per active run, {plan.kept / 2**20:,.0f} MiB at the end")
 
 
 def show_study(content: dict[str, Any]) -> None:
     """The variants and the differences of a study; what is missing or has failed."""
-    table = Table("variant", content["title"], "seeds", "steps", "seconds", "gap closed")
+    table = Table("variant", content["title"], "seeds", "steps", "training, s", "gap closed")
     for name, row in content["variants"].items():
         table.add_row(
             content["labels"][name],
@@ -116,7 +114,7 @@ def show_study(content: dict[str, Any]) -> None:
         )
     console.print(table)
     if content["differences"]:
-        table = Table("difference", "points", "corrected", "relative", "p corrected")
+        table = Table("difference", "points (95 % CI)", "corrected CI", "relative", "corrected p")
         for one in content["differences"]:
             table.add_row(
                 f"{content['labels'][one['of']]} - {content['labels'][one['to']]}",
@@ -128,14 +126,14 @@ def show_study(content: dict[str, Any]) -> None:
         console.print(table)
     for one in content["failed"]:
         console.print(
-            f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry runs it again)"
+            f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry repeats it)"
         )
     if any(len(one["per_seed"]) == 1 for one in content["variants"].values()):
         console.print(
-            "of variants with a single seed, nothing is known of how runs differ by chance; their intervals leave it out."
+            "variants with a single seed have no estimate of run-to-run variance; their intervals do not include it."
         )
     if content["missing"]:
-        console.print(f"missing: {len(content['missing'])} runs; the same command makes them.")
+        console.print(f"missing: {len(content['missing'])} runs; the same command trains them.")
 
 
 def between(value: float, low: float | None, high: float | None, unit: str, sign: bool = False) -> str:

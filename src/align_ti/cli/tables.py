@@ -9,7 +9,7 @@ from rich.table import Table
 
 from align_ti.cli.terminal import console
 from align_ti.phases import phase_names
-from align_ti.report.tables import FIDELITY, bounds, figure
+from align_ti.report.tables import FIDELITY, PARTS, bounds, figure
 
 if TYPE_CHECKING:
     from align_ti.runs import RunFolder
@@ -20,7 +20,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     names = list(summary["accuracy"])
     if not names:
         return
-    table = Table(title=f"exact match, per cent, {summary['questions']} questions")
+    table = Table(title=f"exact match, %, {summary['questions']} questions")
     table.add_column("")
     for name in names:
         table.add_column(summary["labels"][name], justify="right")
@@ -28,22 +28,22 @@ def show_summary(summary: dict[str, Any]) -> None:
         table.add_row(kind, *(f"{summary['accuracy'][name][kind]:.1f}" for name in names))
         if kind == "overall":
             intervals = [summary["interval_95"][name][kind] for name in names]
-            table.add_row("  95 %", *(f"{low:.1f}-{high:.1f}" for low, high in intervals), end_section=True)
+            table.add_row("  95 % CI", *(f"{low:.1f}-{high:.1f}" for low, high in intervals), end_section=True)
     table.add_section()
     measured = summary.get("fidelity", {})
     for key, form, title in (
-        ("top1_agreement", ".1f", "agreement %"),
-        ("own_agreement", ".1f", "  own answers"),
+        ("top1_agreement", ".1f", "top-1 agreement, %"),
+        ("own_agreement", ".1f", "  self-generated answers"),
         ("visual_kl", ".3f", "visual KL, nats"),
-        ("transition_kl", ".3f", "transition KL"),
+        ("transition_kl", ".3f", "transition KL, nats"),
     ):
         if any(key in of for of in measured.values()):
             values = [measured.get(name, {}).get(key, {}).get("value") for name in names]
             table.add_row(title, *(shown(value, form) for value in values))
     for key, form, title in (
-        ("divergence_nats", ".3f", "KL, nats"),
+        ("divergence_nats", ".3f", "response KL, nats"),
         ("seconds_per_step", ".3f", "s / step"),
-        ("peak_memory_mib", ".0f", "peak MiB"),
+        ("peak_memory_mib", ".0f", "peak memory, MiB"),
     ):
         table.add_row(title, *(shown(summary[key].get(name), form) for name in names))
     console.print(table)
@@ -56,7 +56,7 @@ def show_tasks(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     table = Table("benchmark", "score", "questions")
     for name in models:
         table.add_column(name, justify="right")
-        table.add_column("95 %", justify="right")
+        table.add_column("95 % CI", justify="right")
     for name, first in next(iter(models.values())).items():
         told = [scores[name] for scores in models.values()]
         cells = [cell for one in told for cell in (f"{one['value']:.1f}", ends(one["low"], one["high"]))]
@@ -65,7 +65,7 @@ def show_tasks(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     if None not in means:
         table.add_section()
         cells = [cell for value, low, high in filter(None, means) for cell in (f"{value:.1f}", ends(low, high))]
-        table.add_row("mean of the six", "as in the paper", "", *cells)
+        table.add_row("mean of six", "as in the paper", "", *cells)
     console.print(table)
     for model, scores in models.items():
         for one in scores.values():
@@ -76,14 +76,14 @@ def show_tasks(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
 
 def show_fidelity(found: Mapping[str, Any]) -> None:
     """How near a model is to its teacher: each measure with its interval, then agreement along the answers."""
-    table = Table("fidelity to the teacher", "value", "95 %")
+    table = Table("fidelity to the teacher", "value", "95 % CI")
     for name, title in FIDELITY.items():
         if name in found:
             one = found[name]
             table.add_row(f"{title} ({one['unit']})", figure(one["value"], one["unit"]), bounds(one, one["unit"]))
     console.print(table)
-    table = Table("position in the answer", title="agreement with the teacher, %")
-    for title in ("right answers", "95 %", "own answers", "95 %"):
+    table = Table("position in the answer", title="top-1 agreement with the teacher, %")
+    for title in ("reference answers", "95 % CI", "self-generated answers", "95 % CI"):
         table.add_column(title, justify="right")
     along = {name: {one["position"]: one for one in rows} for name, rows in found["by_position"].items()}
     for position in sorted({position for rows in along.values() for position in rows}):
@@ -101,8 +101,8 @@ def show_fidelity(found: Mapping[str, Any]) -> None:
 def show_comparison(found: dict[str, Any]) -> None:
     """Scores and differences as a table: a row for each model on each metric."""
     first, many = found["models"][0], found["comparisons"] > 1
-    table = Table("benchmark", "score", "model", caption=f"Differences are to {first}.")
-    for title in ("value", "95 %", "difference", "95 %", *(("p (Holm)",) if many else ("p",))):
+    table = Table("benchmark", "score", "model", caption=f"Difference: the model minus {first}.")
+    for title in ("value", "95 % CI", "difference", "95 % CI", *(("p (Holm)",) if many else ("p",))):
         table.add_column(title, justify="right")
     for row in found["rows"]:
         differences = {one["of"]: one for one in row["differences"]}
@@ -117,8 +117,8 @@ def show_comparison(found: dict[str, Any]) -> None:
     console.print(table)
     if many:
         console.print(
-            f"p values are corrected for {found['comparisons']} comparisons (Holm); each interval holds by itself, those that hold "
-            "together are in the JSON (--out)."
+            f"p values are corrected for {found['comparisons']} comparisons (Holm). The intervals are not corrected; "
+            "simultaneous intervals are in the JSON (--out)."
         )
     for note in found["notes"]:
         console.print(note)
@@ -132,7 +132,7 @@ def show_phases(runs: Mapping[str, RunFolder]) -> None:
     if not found:
         return
     steps = next(iter(found.values()))["steps"]
-    table = Table(title="milliseconds of a training step", caption=f"mean of {steps} steps")
+    table = Table(title="time of a training step, ms", caption=f"mean of {steps} steps")
     table.add_column("phase")
     for name in found if len(found) > 1 else ["ms"]:
         table.add_column(name, justify="right")
@@ -149,14 +149,14 @@ def show_phases(runs: Mapping[str, RunFolder]) -> None:
 def show_spent(spent: Mapping[str, float]) -> None:
     """How long each part of a demo took, all calls together."""
     whole = sum(spent.values())
-    table = Table(title="what the demo spent")
+    table = Table(title="wall time of the demo")
     table.add_column("part")
     for column in ("s", "%"):
         table.add_column(column, justify="right")
     for name, seconds in spent.items():
-        table.add_row(name, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}")
+        table.add_row(PARTS.get(name, name), f"{seconds:.1f}", f"{100 * seconds / whole:.1f}")
     table.add_section()
-    table.add_row("all", f"{whole:.1f}", "100.0")
+    table.add_row("total", f"{whole:.1f}", "100.0")
     console.print(table)
 
 

@@ -29,7 +29,7 @@ def terms(
     for kind in kinds:
         table = Table(title=f"{kind}s", title_justify="left")
         table.add_column("name")
-        table.add_column("what it is")
+        table.add_column("description")
         for known in names(kind):
             table.add_row(known, first_paragraph(lookup(kind, known)))
         console.print(table)

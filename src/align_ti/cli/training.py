@@ -56,7 +56,7 @@ def train(
         run = train_and_measure(
             checked,
             steps=lambda done, total: advance("train", done, total),
-            advance=lambda name, done, total: advance(f"measure: {name}", done, total),
+            advance=lambda name, done, total: advance(f"evaluate: {name}", done, total),
             check=check,
             seen=show_troubles,
         )

@@ -116,7 +116,7 @@ def shown(view: Progress) -> Group:
         parts.append(bar_table(view.bars))
     parts += [section_table(section) for section in view.sections]
     if view.troubles:
-        parts += [Text("troubles", style="bold red"), *(Text(f"  {line}") for line in view.troubles)]
+        parts += [Text("problems", style="bold red"), *(Text(f"  {line}") for line in view.troubles)]
     return Group(*parts)
 
 

@@ -187,8 +187,8 @@ def begun(path: Path, order: Sequence[Key], made: Made) -> Begun:
             ]
             if differ:
                 raise RunError(
-                    f"{place}: the file has answers made otherwise ({'; '.join(differ)}); it is gone on with by the same model and "
-                    "settings only; choose another file (--out), or remove this one."
+                    f"{place}: the file has answers with other settings ({'; '.join(differ)}); it can be resumed only with the "
+                    "same model and settings; choose another file (--out), or remove this one."
                 )
             key = Key(*(str(told.get(name)) for name in Key._fields))
             at = positions.get(key, -1)
@@ -279,9 +279,7 @@ class Answers:
             DataError: it is none of `align-ti generate`, or answers a record again in other words.
         """
         if isinstance(raw, DataError):
-            raise DataError(
-                f"{raw} The same `align-ti generate` goes on with a file that was left unfinished."
-            ) from raw
+            raise DataError(f"{raw} The same `align-ti generate` command resumes an unfinished file.") from raw
         told = generated_in(raw) or {}
         names, cut = [told.get(name) for name in Key._fields], told.get("cut")
         if not all(isinstance(name, str) for name in names) or not isinstance(cut, bool):
@@ -319,7 +317,7 @@ class Answers:
         if known:
             (place, *_) = (answer.place for answer in known.values())
             raise DataError(
-                f"{conversation.place}: the answer in {place} is to other words or pictures than this record has now; answers to the "
+                f"{conversation.place}: the answer in {place} is to other text or pictures than this record has now; answers to the "
                 f"same are accepted; restore the data, or run `align-ti generate` on {source.path} again."
             )
         has = sum(name == key.source for name, _ in self.found)

@@ -123,7 +123,7 @@ def refuse_too_many(refused: Sequence[Refused], records: int, limit: float) -> N
     if limit_reached(len(refused), records, limit):
         first = "\n".join(f"  {one.reason}" for one in refused[:3])
         raise DataError(
-            f"{len(refused)} of {records} records cannot be used, but data.max_skipped is {limit}; mend the data or raise the limit. "
+            f"{len(refused)} of {records} records cannot be used, but data.max_skipped is {limit}; fix the data or raise the limit. "
             f"The first:\n{first}"
         )
 

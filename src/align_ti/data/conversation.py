@@ -70,7 +70,7 @@ class Conversation:
                 there = not isinstance(image, Path) or image.is_file()
             except OSError as error:
                 raise DataError(
-                    f"{self.place}: picture {image!s:.80}... cannot be looked for ({error.strerror}); a file name is accepted; mend "
+                    f"{self.place}: picture {image!s:.80}... cannot be opened ({error.strerror}); a file name is accepted; fix "
                     "the record."
                 ) from error
             if not there:
@@ -100,7 +100,7 @@ def check(conversation: Conversation) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise DataError(
                 f"{place}: {text.encode('utf-8', 'backslashreplace').decode()[:60]!r} holds half of a surrogate pair, such as an emoji "
-                "cut in two; whole characters are accepted; mend the record."
+                "cut in two; whole characters are accepted; fix the record."
             )
     spoken = [turn for turn in turns if turn.speaker != "system"]
     if any(turn.speaker == "system" for turn in turns[1:]):

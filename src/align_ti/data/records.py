@@ -185,7 +185,7 @@ def picture(value: Any, place: str, root: ImageRoot) -> Picture:
     if isinstance(name, str) and name and content is None:
         return root.path(name, place)
     raise DataError(
-        f"{place}: a picture is {value!r:.80}; a file name, or an object with 'bytes' or 'path', is accepted; mend the record."
+        f"{place}: a picture is {value!r:.80}; a file name, or an object with 'bytes' or 'path', is accepted; fix the record."
     )
 
 

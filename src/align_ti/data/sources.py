@@ -181,9 +181,9 @@ def parse(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         hint = "; one object a line: name the file .jsonl" if error.msg == "Extra data" else ""
         raise DataError(
-            f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend or remove it{hint}."
+            f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; fix or remove it{hint}."
         ) from error
     except ValueError as error:
-        raise DataError(f"{place}: not usable JSON: {error}; mend or remove it.") from error
+        raise DataError(f"{place}: not usable JSON: {error}; fix or remove it.") from error
     except RecursionError:
         raise DataError(f"{place}: not usable JSON: nested too deeply; a list of flat records is accepted.") from None

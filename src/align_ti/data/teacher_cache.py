@@ -204,7 +204,7 @@ class ShardWriter:
                 draft.unlink()
             raise CacheError(
                 f"{self.folder}: a shard cannot be written ({error}); room on a disk that can be written is needed; free some, and run "
-                "the same command again: it goes on from the last whole shard."
+                "the same command again: it resumes from the last whole shard."
             ) from error
         self.held, self.told, self.size = {}, {}, 0
 
@@ -322,7 +322,7 @@ class TeacherCache:
         except FileNotFoundError:
             raise CacheError(
                 f"data.teacher_cache: {folder} is unfinished (no index.json); a finished cache is accepted; the same `align-ti cache` "
-                "goes on with it."
+                "resumes it."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(

@@ -172,8 +172,8 @@ def check_header(content: Any, path: Path, about: About) -> None:
     ]
     if differ:
         raise RunError(
-            f"{path}: the file has predictions made otherwise ({'; '.join(differ)}); it is gone on with by the same model, questions "
-            "and settings only; choose another folder (--out), or remove this file."
+            f"{path}: the file has predictions with other settings ({'; '.join(differ)}); it can be resumed only with the same "
+            "model, questions and settings; choose another folder (--out), or remove this file."
         )
 
 

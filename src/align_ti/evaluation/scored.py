@@ -58,9 +58,9 @@ def score_file(path: Path, benchmark: Benchmark, items: Sequence[Item], *, stric
     if strict_original:
         notes.append("Scored strictly as the original script does, its defects included.")
     if len(read.items) < len(items):
-        notes.append(f"{len(read.items)} of {len(items)} questions were asked (--limit).")
+        notes.append(f"{len(read.items)} of {len(items)} questions were used (--limit).")
     if read.cut:
-        notes.append(f"{read.cut} answers were cut at the token limit.")
+        notes.append(f"{read.cut} answers were truncated at the token limit.")
     report = Report(report.metrics, report.headline, report.right, tuple(notes))
     model = path.stem if read.about is None else read.about.model
     content = scored(benchmark.name, report, model, asked_and_scored(read.items, strict_original), benchmark.title)

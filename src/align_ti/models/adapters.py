@@ -143,7 +143,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
         model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(
-            f"the adapters cannot be merged ({error}); training has diverged; go on from an earlier checkpoint with a lower "
+            f"the adapters cannot be merged ({error}); training has diverged; resume from an earlier checkpoint with a lower "
             "training.learning_rate."
         ) from error
     return unwrapped(model.get_base_model())
@@ -181,7 +181,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     )
     if differing:
         raise ModelError(
-            f"{folder}: the checkpoint trains other weights than this student: {len(differing)} differ, first {differing[0]}; go on "
+            f"{folder}: the checkpoint trains other weights than this student: {len(differing)} differ, first {differing[0]}; resume "
             "with the same student.lora and student.freeze."
         )
     with torch.no_grad():

@@ -131,7 +131,7 @@ def check_loaded(path: str, info: Mapping[str, Any]) -> None:
     if wrong:
         raise ModelError(
             f"{path}: {len(wrong)} weight(s) cannot be loaded: {'; '.join(wrong[:3])}; a complete checkpoint of the model that its "
-            "config.json names is accepted; save it again, or mend the config."
+            "config.json names is accepted; save it again, or fix the config."
         )
 
 

@@ -229,7 +229,7 @@ def ask_share(
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"stopped at {task.benchmark.name}, after {count} of {total} questions of this process; the answers are in {writer.path}: "
-            "the same command goes on from there."
+            "the same command resumes from there."
         ) from None
 
 

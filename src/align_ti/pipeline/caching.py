@@ -167,8 +167,8 @@ def cache_teacher(
         if state.is_main_process:
             add_writing(work.folder, seconds + time.perf_counter() - started, wrote)
         raise InterruptedRunError(
-            f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command goes "
-            "on from there."
+            f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command resumes "
+            "from there."
         ) from None
     state.wait_for_everyone()
     if state.is_main_process:

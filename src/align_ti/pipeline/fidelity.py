@@ -128,7 +128,7 @@ def fidelity(
     notes = [f"{name} could not be measured: {reason}" for name, reason in unmeasured.items()]
     if own.left_out:
         notes.append(
-            f"{own.left_out} of {len(records)} answers of its own are empty or hold special tokens as words, and are left out."
+            f"{own.left_out} of {len(records)} self-generated answers are empty or contain special tokens as text; they are excluded."
         )
     scores = scored(
         BENCHMARK,
@@ -243,8 +243,8 @@ def term_measures(
         totals, masses, record = (np.concatenate(of) for of in zip(*parts, strict=True))
         if not masses.sum():
             raise DataError(
-                f"none of the {len(conversations)} records has a row that {name} compares; records with a response, and for iva with "
-                "an instruction behind a picture, are accepted."
+                f"none of the {len(conversations)} records has a position that {name} compares; records with a response, and for iva "
+                "with an instruction after an image, are accepted."
             )
         metrics[MEASURES[name]] = per_record(totals, masses, record, clusters)
     return metrics

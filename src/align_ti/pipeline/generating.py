@@ -193,6 +193,6 @@ def continued(
             advance(done, len(records))
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"stopped after {done} of {len(records)} records; their answers are in {writer.out}: the same command goes on from there."
+            f"stopped after {done} of {len(records)} records; their answers are in {writer.out}: the same command resumes from there."
         ) from None
     return left_out, writer

@@ -172,7 +172,7 @@ def summarise(
     }
 
 
-LABELS = {"teacher": "teacher", "before": "student before", "student": "student"}
+LABELS = {"teacher": "teacher", "before": "student before training", "student": "student"}
 """The models of a run by name, and what they are called in tables."""
 
 

@@ -138,8 +138,8 @@ def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, a
         kept = TypeAdapter(Checked).validate_python(read_json(run.checked))
         if kept.of != digest(data.conversations):
             raise RunError(
-                f"{run.root}: the training data have changed since this run began, so its order cannot be gone on with; restore them, "
-                "or choose another folder (out)."
+                f"{run.root}: the training data have changed since this run began, so it cannot resume in the same order; "
+                "restore them, or choose another folder (out)."
             )
         return kept
     skip = recipe.data.on_bad_record == "skip"

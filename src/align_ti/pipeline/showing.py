@@ -85,7 +85,7 @@ def show_inside(
         groups = same_image_groups(conversations, count, INSTRUCTIONS)
     except DataError:
         groups = []
-        notes.append("No picture of these records has two different instructions, so where models look is not shown.")
+        notes.append("No image of these records has two different instructions, so attention maps are not shown.")
     answers = [Answer(conversations[index]) for index in chosen_records(conversations, right, count)]
     students = [name for name in models if name != "teacher"]
     focus: dict[str, Focus] = {}
@@ -99,12 +99,12 @@ def show_inside(
             try:
                 focus[name] = focus_of(model, processor, groups)
             except UNSHOWN as error:
-                notes.append(f"{name}: where it looks cannot be shown: {error}")
+                notes.append(f"{name}: attention maps cannot be shown: {error}")
             for answer in answers:
                 try:
                     answer.read_by(name, model, processor)
                 except UNSHOWN as error:
-                    notes.append(f"{name}: what it says next cannot be shown: {error}")
+                    notes.append(f"{name}: next-token distributions cannot be shown: {error}")
     advance(len(models), len(models))
     write_json(run.looks, {**told_looks(run, groups, focus, layer), "notes": notes})
     told = [one for number, answer in enumerate(answers) if (one := answer.told(run, number)) is not None]

@@ -182,7 +182,7 @@ def distil_into(
         stopped = RequeueError if recorder.stopped == REQUEUE else InterruptedRunError
         raise stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
-            "command goes on from it."
+            "command resumes from it."
         )
     save_student(run, recipe, parts, trainer)
     worked = work.summary(trainer.args, trainer.state.global_step)
@@ -233,13 +233,13 @@ def check_engine(checkpoint: Path, trainer: AlignTITrainer) -> None:
     reads = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "DDP or one process"
     if wrote != reads:
         raise RunError(
-            f"{checkpoint} was written by {wrote}, and this run is trained by {reads}; a run goes on by the engine that it began with; "
-            "launch it so, or choose another folder (out)."
+            f"{checkpoint} was written by {wrote}, and this run is trained by {reads}; a run resumes only with the engine "
+            "that it began with; launch it with that engine, or choose another folder (out)."
         )
     if parts and parts != trainer.args.world_size:
         raise RunError(
             f"{checkpoint} was written by DeepSpeed with {parts} processes, and {trainer.args.world_size} are to read it, which "
-            f"DeepSpeed cannot; go on with {parts}, or train by FSDP 2, whose checkpoints any number of processes reads."
+            f"DeepSpeed cannot; resume with {parts}, or train by FSDP 2, whose checkpoints any number of processes reads."
         )
 
 

@@ -127,7 +127,7 @@ class Pretended(Live):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             if args[0].dtype != torch.bool:
                 raise ConfigError(
-                    "a term or model decides by a number that it computed from weights, which a plan does not have; leave the term out "
+                    "a term or model branches on a value computed from weights, which a plan does not have; leave the term out "
                     "of the plan (--set objective.NAME.weight=0); sft, kd, iva and tpa are accepted."
                 )
             return True

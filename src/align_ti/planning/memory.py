@@ -54,8 +54,8 @@ class Layout:
             )
         if self.shard_teacher and self.devices == 1:
             raise ConfigError(
-                "--shard-teacher is given with 1 device, which has nobody to share the teacher with; accepted: --devices 2 or more; "
-                "give more devices, or leave it out."
+                "--shard-teacher is given with 1 device, but sharding needs several; accepted: --devices 2 or more; "
+                "use more devices, or leave it out."
             )
 
 

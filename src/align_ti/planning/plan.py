@@ -20,7 +20,7 @@ from align_ti.training.passes import candidate_options
 FILLED = 0.9
 """Share of a device that a plan may fill: an allocator's blocks, libraries and longer records need the rest, as in `align-ti check`."""
 
-NOTHING_FITS = "no option here makes it fit: take smaller models or larger devices."
+NOTHING_FITS = "none of these options makes it fit: use smaller models or devices with more memory."
 """What is said where no option helps."""
 
 VISUAL, RESPONSE = 576, 256
@@ -76,11 +76,11 @@ class Plan:
     def _repr_html_(self) -> str:
         """What `align-ti plan` prints: memory by part, bytes sent, what was assumed, and what to change if it does not fit."""
         layout = self.case.layout
-        parts = [*shown_mapping(self.memory.parts), ("all", f"{self.memory.total / 1e9:,.3f}")]
-        shown = [table(("part", "GB"), parts, f"memory of a device: {layout.engine}, {layout.devices} device(s)")]
+        parts = [*shown_mapping(self.memory.parts), ("total", f"{self.memory.total / 1e9:,.3f}")]
+        shown = [table(("component", "GB"), parts, f"memory per device: {layout.engine}, {layout.devices} device(s)")]
         if self.traffic.parts:
             sent = shown_mapping(self.traffic.parts)
-            shown.append(table(("sent", "GB"), sent, "sent by a device in an optimizer step"))
+            shown.append(table(("data", "GB"), sent, "sent per device and optimizer step"))
         if self.assumed:
             shown.append(paragraph(f"assumed: {'; '.join(self.assumed)}."))
         if self.advice:
@@ -95,7 +95,7 @@ class Plan:
                 for one in self.advice
             ]
             shown.append(
-                table(("option, by itself", "GB", "saves", "fits"), options, "it does not fit; what to change")
+                table(("option (alone)", "GB", "saved", "fits"), options, "does not fit: options that save memory")
             )
             shown.append(paragraph(f"change first: {self.first}." if self.first else NOTHING_FITS))
         return "".join(shown)
@@ -119,14 +119,12 @@ def batch_of(
     if visual is None:
         told = families.tokens_per_tile(unwrapped(pair.student))
         visual = min(VISUAL if told is None else told, tokens // 2)
-        assumed.append(
-            f"{visual} of them are visual ({'one picture' if told else 'the config does not tell'}; --visual)"
-        )
+        assumed.append(f"{visual} of them are visual ({'one image' if told else 'not given by the config'}; --visual)")
     if response is None:
         response = max(1, min(RESPONSE, (tokens - visual) // 2))
         assumed.append(f"{response} of them are response (--response)")
     if row_share == 1.0 and candidate_options(recipe.objective.terms) is not None:
-        assumed.append("every candidate needs a row of its own, the most there can be (--row-share)")
+        assumed.append("every candidate is computed in its own row, the upper bound (--row-share)")
     records = recipe.training.per_device_train_batch_size if records is None else records
     return Batch(records=records, tokens=tokens, visual=visual, response=response, row_share=row_share), tuple(assumed)
 
@@ -156,7 +154,7 @@ def make_plan(
     if layout.shard_teacher and not can_shard(recipe):
         raise ConfigError(
             "the teacher is to be sharded (teacher.sharded, --shard-teacher), but teacher.quantization or teacher.device is given; "
-            "weights on the student's device in a floating type are accepted; leave out one of the two."
+            "only floating-point weights on the student's device are accepted; leave out one of the two."
         )
     pair = pretend_pair(recipe)
     batch, assumed = batch_of(recipe, pair, **sizes)

@@ -53,8 +53,8 @@ class Batch:
             )
         if self.tokens < self.visual + self.response + 1:
             raise ConfigError(
-                f"{self.tokens} tokens a record hold no {self.visual} visual and {self.response} response tokens and one of an "
-                "instruction; give more with --tokens, or fewer with --visual and --response."
+                f"{self.tokens} tokens per record are too few for {self.visual} visual, {self.response} response tokens and one "
+                "instruction token; give more with --tokens, or fewer with --visual and --response."
             )
 
 
@@ -95,7 +95,7 @@ def planned_objective(objective: Objective, teacher: PreTrainedModel | None) -> 
         if not layers:
             name = objective.needs_layer[0]
             raise ConfigError(
-                f"objective.{name}.layer is 'auto', but no layer of {type(teacher).__name__} sees every earlier token, so none can be "
+                f"objective.{name}.layer is 'auto', but {type(teacher).__name__} has no layer with full attention, so none can be "
                 f"chosen; leave the term out (objective.{name}.weight: 0)."
             )
         objective = objective.at_layer(layers[len(layers) // 2])
@@ -147,8 +147,8 @@ def pictures(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Tensor], t
             "pixel_values": torch.zeros(shown, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
         }, ()
     return {}, (
-        f"the vision tower's pass is not in the estimate: {batch.visual} visual tokens are no whole pictures by the config of "
-        f"{config.model_type}",
+        f"the vision tower's forward pass is not included: by the config of {config.model_type}, "
+        f"{batch.visual} visual tokens are not a whole number of images",
     )
 
 

@@ -163,8 +163,8 @@ def attempt(name: str, check: Callable[[], Verdict | list[Verdict]]) -> list[Ver
                 name=name,
                 state="fail",
                 measured=f"the check stopped with: {first_line(error).rstrip('.')}",
-                expected="a model that reads these records",
-                way_out="mend what the message names",
+                expected="a forward pass without errors",
+                way_out="fix what the message names",
             )
         ]
 
@@ -174,9 +174,9 @@ def not_run() -> Verdict:
     return Verdict(
         name="not_run",
         state="warn",
-        measured="the models were not probed, since a check above failed",
-        expected="every check",
-        way_out="mend what failed and check again",
+        measured="the models were not run, since a check above failed",
+        expected="every check is run",
+        way_out="fix the failed checks and run the check again",
     )
 
 
@@ -185,7 +185,7 @@ def no_pictures(found: FirstRecords) -> Verdict:
     return Verdict(
         name="pixels",
         state="warn",
-        measured=f"none of the first {found.read} records has a picture, so nothing shows whether pixels reach the answers",
-        expected="records with pictures",
-        way_out="put some of them first, or train on text alone knowingly",
+        measured=f"none of the first {found.read} records has an image, so it was not tested whether images influence the answers",
+        expected="records with images",
+        way_out="put some of them first; nothing to do if the training data are text only",
     )

@@ -136,8 +136,8 @@ def does_not_run(error: str) -> Verdict:
         name="memory",
         state="fail",
         measured=f"a forward and backward pass stopped with: {error.rstrip('.')}",
-        expected="a pass that ends",
-        way_out=f"mend what the message names; if memory ran out: {LESS}",
+        expected="a pass without errors",
+        way_out=f"fix what the message names; if memory ran out: {LESS}",
     )
 
 
@@ -152,7 +152,7 @@ def memory(models: Models, measured: Measured, wanted: int, processes: int) -> V
         f"exchange of gradients {exchange:.4g} + " if exchange else ""
     )
     if measured.mib is None:
-        said, total = f"{known}an unknown peak, since this system does not tell", None
+        said, total = f"{known}an unknown peak, which this system does not report", None
     else:
         # Gradients have the size of what is trained whatever the batch; the rest of the peak grows with it.
         activations = max(measured.mib - trained, 0.0) * wanted / measured.records
@@ -203,8 +203,9 @@ def duration(measured: Measured, shorter: float, training: Training, num_records
         name="time",
         state="pass",
         measured=f"an optimizer step takes about {seconds:.3g} s, {steps} steps about {clock(seconds * steps)} (one pass of "
-        f"{measured.records} record(s) with {measured.tokens} tokens took {measured.seconds:.3g} s; data and optimizer come on top)",
-        expected="no limit, for planning",
+        f"{measured.records} record(s) with {measured.tokens} tokens took {measured.seconds:.3g} s; data loading and the "
+        "optimizer's update come on top)",
+        expected="no limit; for planning only",
         values={"seconds_per_step": seconds, "steps": steps, "measured_seconds": measured.seconds},
     )
 

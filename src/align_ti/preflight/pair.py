@@ -73,13 +73,13 @@ def vocabularies(models: Models, processor: ProcessorMixin, teacher_processor: P
     if problem is None and processor.tokenizer.pad_token_id is None:
         problem = "the tokenizer has no pad token, so records of different lengths cannot share a batch"
     if problem is None and small:
-        problem = f"the {small[0]}'s head has {sizes[small[0]]} rows for {tokens} tokens of the tokenizer"
+        problem = f"the {small[0]}'s output head has {sizes[small[0]]} rows, but the tokenizer has {tokens} tokens"
     heads = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return Verdict(
         name="vocabularies",
         state="fail" if problem else "pass",
         measured=(problem or f"the tokenizer has {tokens} tokens").rstrip("."),
-        expected=f"one id for each token that both know, and a row for each token (rows: {heads})",
+        expected=f"the same id for each token in both models, and a row of the output head for each token (rows: {heads})",
         way_out="choose a student and a teacher of one tokenizer family, whose tokenizer has a pad token",
         values={"tokenizer": tokens, **{f"head_{name}": size for name, size in sizes.items()}},
     )
@@ -97,8 +97,8 @@ def image_tokens(models: Models, processor: ProcessorMixin, teacher_processor: P
         name="image_tokens",
         state="fail" if apart else "pass",
         measured="the image token is " + ", ".join(f"{found} in the {name}" for name, found in ids.items()),
-        expected="one id for a model and its processor",
-        way_out="use the processor that belongs to the models, or choose models of one processor",
+        expected="the same id in a model and its processor",
+        way_out="use the processor that belongs to the models, or choose models with the same processor",
         values=ids,
     )
 
@@ -114,9 +114,9 @@ def layout(models: Models, objective: Objective) -> Verdict:
     return Verdict(
         name="layout",
         state="fail" if problem else "pass",
-        measured=problem.rstrip(".") if problem else "masks, positions and logits are of a kind that is followed",
-        expected="models whose own forward pass the loss repeats exactly",
-        way_out="choose other models, or leave out the term that the sentence names",
+        measured=problem.rstrip(".") if problem else "attention masks, positions and logits are of a supported kind",
+        expected="models whose forward pass the loss reproduces exactly",
+        way_out="choose other models, or leave out the term that the message names",
     )
 
 
@@ -126,7 +126,8 @@ def finite_weights(name: str, model: PreTrainedModel) -> Verdict:
     return Verdict(
         name=f"weights.{name}",
         state="fail" if bad else "pass",
-        measured=f"{len(bad)} weight(s) of the {name} hold NaN or infinity" + (f", first {bad[0]}" if bad else ""),
+        measured=f"{len(bad)} weight tensor(s) of the {name} contain NaN or infinity"
+        + (f", first {bad[0]}" if bad else ""),
         expected="0",
         way_out="load another checkpoint, or another dtype: float16 overflows where bfloat16 does not",
         values={"tensors": len(bad)},
@@ -146,8 +147,9 @@ def parts(student: PreTrainedModel) -> Verdict:
     return Verdict(
         name="parts",
         state="pass" if trained else "fail",
-        measured=f"{named}; {millions(trained)} of {millions(all_of)} parameters are trained, all {size / 2**20:.4g} MiB are saved",
-        expected="something to train",
+        measured=f"{named}; {millions(trained)} of {millions(all_of)} parameters are trained; the saved student "
+        f"has {size / 2**20:.4g} MiB",
+        expected="at least one trained parameter",
         way_out="freeze fewer parts (student.freeze)",
         values={"parts": counts, "trained": trained, "saved_bytes": size},
     )
@@ -186,10 +188,10 @@ def comparable_rows(
     return Verdict(
         name="rows",
         state="fail" if bad else "pass",
-        measured=f"in {len(bad)} of {len(samples)} records the rows of student and teacher cannot be compared"
+        measured=f"in {len(bad)} of {len(samples)} records the positions of student and teacher cannot be matched"
         + (f", first: {bad[0].rstrip('.')}" if bad else ""),
-        expected="for each of the student's rows one of the teacher's",
-        way_out="choose models whose templates end a turn alike, or set what the sentence names",
+        expected="one teacher position for each student position",
+        way_out="choose models whose chat templates end a turn alike, or set the option that the message names",
         values={"records": len(samples), "not_comparable": len(bad)},
     )
 
@@ -211,10 +213,10 @@ def visual_tokens(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -
     return Verdict(
         name=f"visual_tokens.{name}",
         state="fail" if wrong else "pass",
-        measured=f"the {name}'s tower gives {'no count' if given is None else given} vectors for {expected} visual tokens of the batch"
-        + (f", and its forward pass says: {error}" if error else ""),
-        expected="as many as visual tokens",
-        way_out="choose towers of one picture size, patch size and feature strategy, and the processor that belongs to them",
+        measured=f"the {name}'s vision tower gives {'an unknown number of' if given is None else given} feature vectors for {expected} "
+        "visual tokens of the batch" + (f", and its forward pass fails with: {error}" if error else ""),
+        expected="one feature vector for each visual token",
+        way_out="choose towers with the same image size, patch size and feature selection, and the processor that belongs to them",
         values={"tokens": expected, "vectors": given},
     )
 

@@ -105,12 +105,12 @@ def pixels_matter(name: str, change: Change) -> Verdict:
     return Verdict(
         name=f"pixels.{name}",
         state="fail" if blind else "warn" if faint else "pass",
-        measured=f"other pictures change the {name}'s log-probabilities by {change.pictures:.2g} nats on average, the same again "
+        measured=f"other images change the {name}'s log-probabilities by {change.pictures:.2g} nats on average, a repeated pass "
         f"by {change.repeat:.2g}, rounding by {change.rounding:.2g}",
-        expected=f"a change, and one of more than {SEEN:g} times rounding",
-        way_out=f"no picture reaches the {name}'s answers: look at its vision tower's and projector's weights"
+        expected=f"a change of more than {SEEN:g} times the rounding error",
+        way_out=f"images do not influence the {name}'s answers: check the weights of its vision tower and projector"
         if blind
-        else "train on if the projector is untrained; else look at the vision tower's and projector's weights",
+        else "continue if the projector is untrained; otherwise check the weights of vision tower and projector",
         values={"pictures": change.pictures, "repeat": change.repeat, "rounding": change.rounding},
     )
 
@@ -124,9 +124,9 @@ def batch_alone(name: str, model: PreTrainedModel, change: Change) -> Verdict:
     return Verdict(
         name=f"batch.{name}",
         state="fail" if wrong else "pass",
-        measured=f"the {name}'s log-probabilities move by {change.batch:.2g} nats on average when a record is read in a batch, and by "
-        f"{change.pictures:.2g} with other pictures",
-        expected=f"rounding alone (at most {limit:g} in {str(model.dtype).removeprefix('torch.')})",
-        way_out="the batch's pictures are mixed up, or padding is seen: look at the processor's and the model's versions",
+        measured=f"the {name}'s log-probabilities change by {change.batch:.2g} nats on average when a record is run in a batch, and by "
+        f"{change.pictures:.2g} with other images",
+        expected=f"rounding error alone (at most {limit:g} in {str(model.dtype).removeprefix('torch.')})",
+        way_out="records of a batch get each other's images or attend to padding: check the versions of processor and model",
         values={"batch": change.batch, "limit": limit},
     )

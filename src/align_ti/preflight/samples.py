@@ -76,7 +76,7 @@ def read_first(
             continue
         found.usable.append(sample)
         if missing := missing_answer(sample, processor):
-            found.cut.append(f"{record.place}: the response tokens do not hold {missing!r:.60}")
+            found.cut.append(f"{record.place}: the response tokens do not contain {missing!r:.60}")
     return found
 
 
@@ -119,7 +119,7 @@ def readable(found: FirstRecords) -> Verdict:
         state="fail" if bad else "pass",
         measured=f"{len(bad)} of the first {found.read} records cannot be used" + (f", first: {bad[0]}" if bad else ""),
         expected="0, since training stops at such a record",
-        way_out="mend or remove them",
+        way_out="fix or remove them",
         values={"read": found.read, "unreadable": len(bad)},
     )
 
@@ -130,10 +130,10 @@ def whole_responses(found: FirstRecords, may_cut: bool) -> Verdict:
     return Verdict(
         name="responses",
         state="fail" if found.too_long or (bad and not may_cut) else "warn" if bad else "pass",
-        measured=f"of the first {found.read} records {len(found.too_long)} are too long and {len(found.cut)} lose words of a response"
+        measured=f"of the first {found.read} records {len(found.too_long)} are too long and {len(found.cut)} have truncated responses"
         + (f", first: {bad[0]}" if bad else ""),
-        expected="0 and 0: a student learns from a cut response to stop in the middle",
-        way_out="raise data.max_length, shorten these records, or switch the tokenizer's truncation off",
+        expected="0 and 0: from truncated responses a student learns to stop early",
+        way_out="raise data.max_length, shorten these records, or disable the tokenizer's truncation",
         values={"read": found.read, "too_long": len(found.too_long), "cut": len(found.cut)},
     )
 
@@ -148,11 +148,11 @@ def role_shares(found: FirstRecords, needs_pictures: bool) -> Verdict:
     return Verdict(
         name="roles",
         state="fail" if shares["response"] == 0 else "warn" if thin or blind else "pass",
-        measured=f"{length:.0f} tokens a record: "
+        measured=f"{length:.0f} tokens per record: "
         + ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
-        + f"; {looked_at} of {len(found.usable)} records have an instruction behind a picture",
-        expected="0.5 % response tokens at least, and pictures that an instruction looks at where a term is about them",
-        way_out="look at the renderings in check.html: the chat template or the data hide responses or pictures",
+        + f"; {looked_at} of {len(found.usable)} records have an instruction after an image",
+        expected="at least 0.5 % response tokens, and an instruction after an image if a term uses visual tokens",
+        way_out="look at the samples in check.html: the chat template or the data drop responses or images",
         values={**shares, "tokens_per_record": length, "looked_at": looked_at},
     )
 

@@ -35,7 +35,7 @@ def sample_text(rendering: Rendering) -> Text:
 
 def role_legend() -> Text:
     """What the colours mean."""
-    legend = Text("samples as the student reads them: ")
+    legend = Text("a sample as the student reads it, by token role: ")
     for role, style in ROLE_STYLES.items():
         legend.append(role, style=style).append("  ")
     return legend

@@ -137,15 +137,16 @@ def alive(term: Term, life: Life, share: float) -> Verdict:
     measured = (
         f"{name} cannot be computed: {life.error.rstrip('.')}"
         if life.error
-        else f"no row of the batch counts in {name}"
+        else f"no position of the batch enters {name}"
         if idle
-        else f"{name} is {life.value:.4g}{unit} with a gradient of norm {life.gradient:.3g}, {share:.2%} of all terms' norms"
+        else f"{name} is {life.value:.4g}{unit} with a gradient of norm {life.gradient:.3g}, {share:.2%} of the sum "
+        "of all terms' gradient norms"
     )
     return Verdict(
         name=f"term.{name}",
         state="fail" if dead else "warn" if idle or share < SMALL_SHARE else "pass",
         measured=measured,
-        expected=f"finite, not 0, with gradient, and {SMALL_SHARE:.1%} of the norms at least",
+        expected=f"finite, not 0, with a gradient, and at least {SMALL_SHARE:.1%} of that sum",
         way_out=term.fix if dead or idle else f"raise objective.{name}.weight, or set it to 0 to save its cost",
         values={"value": life.value, "mass": life.mass, "gradient_norm": life.gradient, "gradient_share": share},
     )
@@ -168,8 +169,8 @@ def projection(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> V
     return Verdict(
         name=f"projection.{name}",
         state="pass" if apart <= limit else "fail",
-        measured=f"projected rows of the {name} differ from its own logits by {apart:.2g} of the largest, {scale:.3g}",
-        expected=f"at most {limit:g}: rounding",
+        measured=f"the logits that the loss projects differ from the {name}'s own by {apart:.2g} of the largest logit, {scale:.3g}",
+        expected=f"at most {limit:g} (rounding error)",
         way_out=f"the {name}'s forward pass does something to its logits (a soft cap, a scale) that the loss does not; use another "
         "model, or report its family",
         values={"difference": apart, "limit": limit, "largest_logit": scale},
@@ -203,7 +204,7 @@ def fused_verdicts(
             verdicts.append(not_compared(name))
             continue
         same = abs(ours - expected) <= absolute + relative * abs(expected)
-        said = f"{name} on one sample is {ours:.6g} by the loss and {expected:.6g} by plain re-computation"
+        said = f"{name} on one sample is {ours:.6g} in the loss and {expected:.6g} in the reference computation"
         verdicts.append(unequal(name, said, relative, {"loss": ours, "plain": expected}, same=same))
     return verdicts
 
@@ -213,9 +214,9 @@ def not_compared(name: str) -> Verdict:
     return Verdict(
         name=f"fused.{name}",
         state="warn",
-        measured=f"{name} has no plain re-computation for these options and models",
+        measured=f"{name} has no reference computation for these options and models",
         expected="a comparison",
-        way_out="none is needed for a built-in term: the tests compare it on tiny models; hold one of your own to "
+        way_out="nothing to do for a built-in term, which the tests compare on tiny models; test your own with "
         "align_ti.testing.check_term",
     )
 
@@ -328,6 +329,6 @@ def few_candidates(sample: Sample, options: CandidateOptions, pairing: Pairing) 
             tried[step] = [gold, *others[: TRIED - 1]]
     if not tried:
         raise ValueError(
-            "every response token of the sample is left out of the candidates; a row needs one that is not."
+            "every response token of the sample is excluded from the candidates; at least one other token is needed."
         )
     return tried

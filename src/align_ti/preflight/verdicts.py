@@ -65,6 +65,6 @@ def failed(verdicts: Sequence[Verdict], report: str) -> str | None:
         return None
     lines = "\n".join(f"  {verdict.name}: {verdict.sentence}" for verdict in bad)
     return (
-        f"{len(bad)} check(s) failed, so nothing is trained:\n{lines}\n"
-        f"All verdicts are in {report}. Mend what is named and run again, or train all the same with --no-check (check: false)."
+        f"{len(bad)} check(s) failed, so training does not start:\n{lines}\n"
+        f"All verdicts are in {report}. Fix the failed checks and run again, or train anyway with --no-check (check: false)."
     )

@@ -109,7 +109,7 @@ def model_index(name: str, scores: Mapping[str, Mapping[str, Any]]) -> list[dict
         result = results.setdefault(
             dataset,
             {
-                "task": {"type": "image-text-to-text", "name": "Questions about pictures"},
+                "task": {"type": "image-text-to-text", "name": "Visual question answering"},
                 "dataset": {"type": dataset, "name": score["title"]},
                 "metrics": [],
             },

@@ -12,6 +12,7 @@ from align_ti.report.drawing import Drawing, picture_of
 from align_ti.report.folders import Model, content, folders_of, names_in_colour
 from align_ti.report.headline import contest_of, title_of
 from align_ti.report.numbers import DASH, OPERATIONS, TIMES, amount, digits, scaled
+from align_ti.report.tables import PARTS
 
 Row = dict[str, Any]
 
@@ -101,7 +102,7 @@ def frontier(trained: Sequence[Model], models: Sequence[Model], by: str) -> Draw
         variants, labels, unbeaten(variants, by), by, scale, (f"{words}, {unit}", f"{title}, {of}")
     )
     rows = [(labels[key], one[by], *one["accuracy"].values()) for key, one in variants.items()]
-    caption = "Bars: 95 % intervals. Dashed: the students that no other one beats at the same or a lower cost."
+    caption = "Bars: 95 % intervals. Dashed: the Pareto frontier (students that no other one beats at the same or a lower cost)."
     return picture_of(name, text, ("model", by, f"{title}, {of}", "low", "high"), rows, caption)
 
 
@@ -132,7 +133,9 @@ def phase_figure(phases: Mapping[str, Row], models: Sequence[Model]) -> Drawing:
 
 def spent_in(summary: Mapping[str, Any]) -> Row | None:
     """What a demo spent its time on; None for other runs."""
-    spent = {name: seconds for name, seconds in summary.get("spent_seconds", {}).items() if name != REPORT}
+    spent = {
+        PARTS.get(name, name): seconds for name, seconds in summary.get("spent_seconds", {}).items() if name != REPORT
+    }
     if not spent:
         return None
     whole = sum(spent.values())

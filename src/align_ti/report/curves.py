@@ -21,8 +21,8 @@ Log = Sequence[Mapping[str, Any]]
 LINES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "branch_share": "share of TPA's candidates that needed a row of their own",
-    "on_policy_share": "share of batches that the student answered",
+    "branch_share": "share of TPA's candidates computed in their own row",
+    "on_policy_share": "share of on-policy batches (responses by the student)",
 }
 """What is drawn with a line for each model, by its name in the log."""
 
@@ -58,7 +58,7 @@ def term_figures(log: Log, key: str, label: str) -> list[Drawing]:
     """Each term along training, unweighted and, where a weight is not 1, weighted."""
     figures = [terms(log, key, f"{label}: terms, unweighted", weighted=False)]
     if not all_ones(log):
-        figures.append(terms(log, key, f"{label}: terms times their weights, and the loss", weighted=True))
+        figures.append(terms(log, key, f"{label}: weighted terms and the loss", weighted=True))
     return figures
 
 
@@ -151,7 +151,7 @@ def shown(share: float | None) -> str:
 def share_figure(curves: Mapping[str, Sequence[tuple[int, float]]], model: Model) -> Drawing:
     """A line for each term, in per cent."""
     rows = [(term, *point) for term, points in curves.items() for point in points]
-    title = f"{model.label}: share of each term in the gradient"
+    title = f"{model.label}: share of each term in the gradient norms"
     with look():
         figure, ax = axes(WIDTH, 2.7)
         styles = looks(list(curves))
@@ -234,6 +234,6 @@ def task_figures(models: Sequence[Model], labels: Mapping[str, str]) -> list[Dra
         ]
         header = ("model", "step", name, "low", "high")
         figures.append(
-            picture_of(f"learning-{name}", text, header, rows, f"{name} while training; bands: 95 % intervals")
+            picture_of(f"learning-{name}", text, header, rows, f"{name} during training; bands: 95 % intervals")
         )
     return figures

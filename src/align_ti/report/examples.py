@@ -90,14 +90,18 @@ def choices(
     """Who is right: each choice's rule for the script (+KEY: right, -KEY: wrong), and its words."""
     found: list[tuple[str, str]] = []
     if before is not None and after is not None:
-        found.append((f"+{after.key} -{before.key}", f"learnt: {before.label} wrong, {after.label} right"))
-        found.append((f"-{after.key} +{before.key}", f"lost: {before.label} right, {after.label} wrong"))
+        found.append(
+            (f"+{after.key} -{before.key}", f"corrected by training: {before.label} wrong, {after.label} correct")
+        )
+        found.append(
+            (f"-{after.key} +{before.key}", f"made wrong by training: {before.label} correct, {after.label} wrong")
+        )
     if teacher is not None and after is not None:
-        found.append((f"+{teacher.key} -{after.key}", f"{teacher.label} right, {after.label} wrong"))
-        found.append((f"-{teacher.key} +{after.key}", f"{teacher.label} wrong, {after.label} right"))
+        found.append((f"+{teacher.key} -{after.key}", f"{teacher.label} correct, {after.label} wrong"))
+        found.append((f"-{teacher.key} +{after.key}", f"{teacher.label} wrong, {after.label} correct"))
     keys = [model.key for model in models]
-    found.append((" ".join(f"+{key}" for key in keys), "all right"))
+    found.append((" ".join(f"+{key}" for key in keys), "all correct"))
     found.append((" ".join(f"-{key}" for key in keys), "all wrong"))
     for model in models:
-        found += [(f"+{model.key}", f"{model.label} right"), (f"-{model.key}", f"{model.label} wrong")]
+        found += [(f"+{model.key}", f"{model.label} correct"), (f"-{model.key}", f"{model.label} wrong")]
     return found

@@ -55,12 +55,12 @@ def of_demo(root: Path, now: float) -> Progress:
     runs = {name: run_progress(root / name, now) for name in METHODS}
     begun = [name for name, run in runs.items() if run.state != "waiting"]
     done = (root / "report.html").exists() and all(run.state == "done" for run in runs.values())
-    state = "preparing: the benchmark is drawn, teacher and start are measured, the teacher's layers scored"
+    state = "preparing: images are drawn, teacher and student are evaluated, the teacher's layers are scored"
     shown: tuple[Section, ...] = ()
     if begun:
         last = begun[-1]
         trained = runs[last].state == "done"
-        state = f"{METHODS[last]}: " + ("trained; it is measured next" if trained else runs[last].state)
+        state = f"{METHODS[last]}: " + ("trained; evaluation is next" if trained else runs[last].state)
         shown = sections(runs[last], f"{METHODS[last]}: ")
     if done:
         state = f"done; the report is in {root / 'report.html'}"
@@ -78,11 +78,11 @@ def of_demo(root: Path, now: float) -> Progress:
 def measured(root: Path) -> tuple[Section, ...]:
     """The accuracy of each model of a demo that has been measured."""
     rows = []
-    for name, label in {"teacher": "teacher", "start": "start", **METHODS}.items():
+    for name, label in {"teacher": "teacher", "start": "student before training", **METHODS}.items():
         score = mapping(mapping(content(root / f"evaluation-{name}.json").get("accuracy")).get("overall"))
         if score:
             rows.append(Row(label, (f"{score['per_cent']:.1f}", f"{score['low']:.1f} to {score['high']:.1f}")))
-    return (Section("exact match", ("%", "95 %"), tuple(rows)),) if rows else ()
+    return (Section("exact match", ("%", "95 % CI"), tuple(rows)),) if rows else ()
 
 
 # --- a study ----------------------------------------------------------------------------------------------------------
@@ -109,15 +109,15 @@ def of_study(root: Path, now: float) -> Progress:
     note = ""
     if left and len(known) == len(seconds) and active:
         note = f"about {duration(sum(known) / len(active))} left"
-    counts = {"done": len(finished) - len(failed), "failed": len(failed), "under way": len(active)}
-    counts["left"] = len(left) - len(active)
+    counts = {"done": len(finished) - len(failed), "failed": len(failed), "running": len(active)}
+    counts["remaining"] = len(left) - len(active)
     state = f"{counted(len(every), 'run')}: " + ", ".join(
         f"{number} {what}" for what, number in counts.items() if number
     )
     if not left:
-        state += f"; the page is {root / 'study.html'}" + ("; --retry runs again what failed" if failed else "")
+        state += f"; the page is {root / 'study.html'}" + ("; --retry repeats failed runs" if failed else "")
     elif not active:
-        state += "; no run is under way: the same `align-ti study` goes on"
+        state += "; no run is active: the same `align-ti study` command resumes"
     troubles = [f"{called[run]} failed: {record['error']}" for run, record in failed.items()]
     troubles += [f"{called[run]}: {one}" for run, under_way in working.items() for one in under_way.troubles]
     return Progress(
@@ -149,7 +149,7 @@ def variants(
     for name, label in labels.items():
         told = [outcome(finished[name, seed], study) for seed in seeds if (name, seed) in finished]
         under_way = sum((name, seed) in active for seed in seeds)
-        runs = f"{len(told)} of {len(seeds)}" + (f", {under_way} under way" if under_way else "")
+        runs = f"{len(told)} of {len(seeds)}" + (f", {under_way} running" if under_way else "")
         rows.append(Row(label, (runs, "; ".join(told))))
     return Section("variants", ("runs", "scores"), tuple(rows))
 

@@ -104,9 +104,7 @@ def headline_of_runs(models: Sequence[Model]) -> Headline:
     """The sentence and the chart of run folders."""
     found = contest_of(models)
     if found is None or found.best is None:
-        return Headline(
-            ["The students have not been asked any question, so nothing is known of what they can do."], None
-        )
+        return Headline(["The students have not been evaluated on any questions."], None)
     closed = gap_of(found)
     sentences = [in_words(found, closed), *cautions(found, models)]
     return Headline(sentences, ladder_of_runs(found, closed))
@@ -133,7 +131,7 @@ def in_words(found: Contest, closed: Difference | None) -> str:
         of = f"of the gap between {base.label} ({told(found, base)}) and the teacher ({told(found, found.teacher)})"
         share = f"{number(closed.value, 0)} % ({ends(closed, 0)})"
         if closed.value < 0:
-            return f"{best.label} closed none {of} on {title}: it fell {share.replace(MINUS, '')} of it further behind{cost}."
+            return f"{best.label} closed none {of} on {title}: the gap grew by {share.replace(MINUS, '')}{cost}."
         return f"{best.label} closed {share} {of} on {title}{cost}."
     first = f"{best.label} reaches {told(found, best)} ({ends(interval(found.metric(best)), 1)}) on {title}"
     if base is None:
@@ -149,14 +147,15 @@ def cautions(found: Contest, models: Sequence[Model]) -> list[str]:
     trained = [model for model in found.models if model.role == "trained"]
     if found.base is not None and found.teacher is not None and gap_of(found) is None:
         said.append(
-            "The teacher is not clearly better than what the gap would be counted from, so no share of a gap is told."
+            "The teacher is not significantly better than the student that the gap would be measured from, so no closed share of "
+            "the gap is reported."
         )
     if found.candidates > 1:
-        said.append(f"It is the best of {found.candidates} students; the interval does not allow for that choice.")
+        said.append(f"It is the best of {found.candidates} students; the interval does not account for this selection.")
     elsewhere = [model.label for model in models if model.role == "trained" and model not in trained]
     if elsewhere:
-        said.append(f"Not in the chart, because they were asked other questions: {', '.join(elsewhere)}.")
-    said.append("One run of each: intervals are over questions, and say nothing of how runs differ by chance.")
+        said.append(f"Not in the chart, because they were evaluated on other questions: {', '.join(elsewhere)}.")
+    said.append("One run of each: the intervals are over questions and do not include run-to-run variance.")
     return said
 
 

@@ -117,10 +117,13 @@ def curve(folder: Folder, models: Told, labels: Mapping[str, str]) -> Drawing:
                 ax.plot(chosen, scores[name][chosen], "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("layer; ringed: the layer that is shown")
+        ax.set_xlabel("layer (circled: the layer of the maps)")
         ax.set_ylabel("IRS")
         ax.legend(frameon=False, fontsize=9)
         text = drawn(figure, "Instruction-relevance score of every layer of each model")
     rows = [(labels[name], layer, value) for name, of in scores.items() for layer, value in of.items()]
-    caption = "IRS: how far a layer's visual focus moves with the instruction, between 0 (not at all) and 1."
+    caption = (
+        "IRS (instruction-relevance score): how much a layer's attention over the image changes with the instruction, "
+        "from 0 (not at all) to 1."
+    )
     return picture_of("layers", text, ("model", "layer", "IRS"), rows, caption)

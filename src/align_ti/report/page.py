@@ -83,11 +83,11 @@ def parts_of_runs(models: Sequence[Model], pictures: Pictures) -> list[Part]:
     folders = folders_of(models)
     looks = [one for folder in folders if (one := looks_of(models, folder, pictures)) is not None]
     if looks:
-        parts.append(Part("looks", "Where the models look", rendered("looks.html.j2", looks=looks)))
+        parts.append(Part("looks", "Attention over images", rendered("looks.html.j2", looks=looks)))
     transitions = [one for folder in folders if (one := transitions_of(models, folder, pictures)) is not None]
     if transitions:
         body = rendered("transitions.html.j2", transitions=transitions)
-        parts.append(Part("transitions", "What comes next", body))
+        parts.append(Part("transitions", "Next-token distributions", body))
     examples = examples_of(models, pictures)
     if examples:
         parts.append(Part("examples", "Examples", rendered("examples.html.j2", examples=examples)))
@@ -95,7 +95,7 @@ def parts_of_runs(models: Sequence[Model], pictures: Pictures) -> list[Part]:
     if curves:
         parts.append(Part("training", "Training", rendered("curves.html.j2", curves=curves)))
     parts.append(Part("cost", "Cost", rendered("cost.html.j2", cost=cost_of(models))))
-    parts.append(Part("origin", "Where this comes from", rendered("origin.html.j2", origins=origins_of(models))))
+    parts.append(Part("origin", "Provenance", rendered("origin.html.j2", origins=origins_of(models))))
     return parts
 
 

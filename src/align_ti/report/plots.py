@@ -47,11 +47,11 @@ def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
-        ax.set_xlabel("milliseconds of a step (mean), share of the step in brackets")
+        ax.set_xlabel("mean time per step, ms (share of the step in brackets)")
         ax.margins(x=0.12, y=0.02)
         if len(phases) > 1:
             ax.legend(frameon=False, loc="lower right", title="whole step")
-        return drawn(figure, "Where a step's time goes")
+        return drawn(figure, "Step time by phase")
 
 
 def milliseconds(phase: Mapping[str, float]) -> str:

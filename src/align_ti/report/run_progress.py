@@ -130,7 +130,7 @@ def troubles_of(run: RunFolder, lines: Sequence[Line], state: State, lives: bool
         if one["state"] != "pass"
     ]
     found += [
-        f"{one.get('place')} was cut from {one.get('tokens')} to {one.get('kept')} tokens"
+        f"{one.get('place')} was truncated from {one.get('tokens')} to {one.get('kept')} tokens"
         for one in read_lines(run.truncated)[-TROUBLES:]
     ]
     found += [f"skipped: {one.get('reason')}" for one in read_lines(run.skipped)[-TROUBLES:]]
@@ -142,7 +142,7 @@ def troubles_of(run: RunFolder, lines: Sequence[Line], state: State, lives: bool
     ]
     if state == "stopped":
         found.append(
-            "the process that trained has ended and left no student; the same command goes on from the last checkpoint"
+            "the training process ended without a finished student; the same command resumes from the last checkpoint"
         )
     return tuple(found[-TROUBLES:])
 
@@ -152,9 +152,9 @@ def troubles_of(run: RunFolder, lines: Sequence[Line], state: State, lives: bool
 
 def bar(of: RunProgress, label: str) -> Bar:
     """The run's steps, with the pace and the time left."""
-    note = [] if of.pace is None else [f"{of.pace:.3g} s a step"]
+    note = [] if of.pace is None else [f"{of.pace:.3g} s / step"]
     note += [] if of.left is None else [f"{duration(of.left)} left"]
-    note += [] if of.age is None else [f"logged {duration(of.age)} ago"]
+    note += [] if of.age is None else [f"last log entry {duration(of.age)} ago"]
     if of.state != "training":
         note = [of.state]
     done = of.steps if of.state == "done" and of.steps is not None else of.step
@@ -166,11 +166,11 @@ def sections(of: RunProgress, prefix: str = "") -> tuple[Section, ...]:
     are left out."""
     trained = [line for line in of.lines if "loss" in line]
     found = [
-        Section(f"{prefix}objective", ("unweighted", "weighted"), term_rows(trained)),
-        Section(f"{prefix}share in the gradient", ("%", "step"), share_rows(of.lines)),
+        Section(f"{prefix}loss terms", ("unweighted", "weighted"), term_rows(trained)),
+        Section(f"{prefix}share in the gradient norms", ("%", "step"), share_rows(of.lines)),
         Section(f"{prefix}training", ("last",), training_rows(of, trained)),
-        Section(f"{prefix}held-out questions", ("last", "95 %", "step"), held_out_rows(of.lines)),
-        Section(f"{prefix}time of a step", ("ms", "share"), phase_rows(of.phases)),
+        Section(f"{prefix}held-out questions", ("last", "95 % CI", "step"), held_out_rows(of.lines)),
+        Section(f"{prefix}step time", ("ms", "share"), phase_rows(of.phases)),
     ]
     return tuple(one for one in found if one.rows)
 
@@ -218,7 +218,7 @@ def training_rows(of: RunProgress, trained: Sequence[Line]) -> tuple[Row, ...]:
         if any(key in line for line in trained)
     ]
     speed = [of.records / seconds for _, seconds in paces(of.lines)]
-    return (*rows, *([Row("records a second", (number(speed[-1]),), tuple(speed))] if speed else []))
+    return (*rows, *([Row("records / s", (number(speed[-1]),), tuple(speed))] if speed else []))
 
 
 def held_out_rows(lines: Sequence[Line]) -> tuple[Row, ...]:
@@ -274,13 +274,13 @@ def interval(line: Line, key: str) -> str:
 def pair(recipe: Mapping[str, Any]) -> str:
     """Student and teacher by the last part of their paths."""
     names = [mapping(recipe.get(role)).get("path") for role in ("student", "teacher")]
-    return " from ".join(PureWindowsPath(str(name)).name for name in names if name)
+    return " distilled from ".join(PureWindowsPath(str(name)).name for name in names if name)
 
 
 def words(of: RunProgress, root: Path) -> str:
     """What the run is doing, in a sentence."""
     if of.state == "waiting":
-        return f"waiting: no run has begun in {root} yet"
+        return f"waiting: no run has started in {root} yet"
     who = pair(of.recipe)
     if of.state == "done":
         return f"{who}: done after {counted(of.step, 'step')}; the student is in {RunFolder(root).student}"

@@ -33,8 +33,8 @@ from align_ti.runs import read_json, write_text
 Content = Mapping[str, Any]
 
 CAPTIONS = {
-    "differences": "A filled point: the corrected interval leaves out 0. A hollow one: it does not, or is unknown. Beside the names: "
-    "the difference and its own 95 % interval."
+    "differences": "Filled points: the corrected interval excludes 0. Hollow points: it includes 0 or is unknown. In brackets: the "
+    "uncorrected 95 % interval."
 }
 """What stands beneath pictures."""
 
@@ -85,7 +85,7 @@ def study_numbers(content: Content, name: str) -> tuple[tuple[str, ...], list[tu
             (labels[of], one["seconds"], one["flops"], *(one["accuracy"][key] for key in ("mean", "low", "high")))
             for of, one in content["variants"].items()
         ]
-        return ("variant", "seconds", "operations", f"mean, {unit}", "low", "high"), rows
+        return ("variant", "seconds", "FLOPs", f"mean, {unit}", "low", "high"), rows
     benchmark = name.split("-", 2)[2]
     rows = [
         (labels[of], *(point[key] for key in ("step", "seconds", "mean", "low", "high")))
@@ -114,7 +114,7 @@ def study_figures(content: Content) -> dict[str, str]:
     if len(rows) > 1 and pairs:
         figures["kinds"] = plots.kinds(rows, pairs, labels, unit)
     score = f"{name_of_score(content)}, {unit_of_score(content)}"
-    for by, units, words in (("seconds", TIMES, "training time"), ("flops", OPERATIONS, "operations of a run")):
+    for by, units, words in (("seconds", TIMES, "training time"), ("flops", OPERATIONS, "FLOPs of a run")):
         if variants:
             scale, name = scaled(units, [one[by] for one in variants.values()])
             told_axes = (f"{words}, {name}", score)
@@ -175,7 +175,7 @@ def answer(content: Content) -> list[str]:
     level = [name for name in ranked if means[name] == means[best]]
     if len(level) > 1:
         names = " and ".join(labels[name] for name in level)
-        return [f"{names} are level at the top: {name_of_score(content)} {score} ({apart})."]
+        return [f"{names} are tied for the best result: {name_of_score(content)} {score} ({apart})."]
     reached = "is best:" if len(ranked) > 1 else "reaches"
     first = f"{labels[best]} {reached} {name_of_score(content)} {score} ({apart})"
     closed = gap_in_words(content, best)
@@ -189,7 +189,7 @@ def gap_in_words(content: Content, best: str) -> str:
     """How much of the gap to the teacher the best variant closed."""
     one, start = content["variants"][best], content["gap_from"]
     if best == start:
-        return "; the gap to the teacher is counted from it" if content["teacher"] else ""
+        return "; the gap to the teacher is measured from it" if content["teacher"] else ""
     if one["gap_closed"] is None:
         return ""
     low, high = one["gap_closed_interval"]
@@ -203,7 +203,7 @@ def cost_in_words(content: Content, best: str) -> str:
     """What a run of the best variant costs, beside the variant that the gap is counted from."""
     variants, start = content["variants"], content["gap_from"]
     one = variants[best]
-    spent = f"{amount(TIMES, one['seconds'])} of training and {amount(OPERATIONS, one['flops'])} a run"
+    spent = f"{amount(TIMES, one['seconds'])} of training and {amount(OPERATIONS, one['flops'])} per run"
     if best == start or start not in variants:
         return f"at {spent}"
     ratios = [one[by] / variants[start][by] if variants[start][by] else None for by in ("seconds", "flops")]
@@ -224,12 +224,10 @@ def lead(content: Content, best: str, second: str) -> str:
             apart = f"{bounds(low, high, places, sign=True)}{many}"
             told = f"{signed(turn * one['mean'], places)} {unit} ({apart})"
             if low is None:
-                return (
-                    f"Its lead over {labels[second]}, the next, is {told}: with what is there, no interval can be told."
-                )
-            verdict = "" if plots.clear(low, high) else ": the study cannot tell the two apart"
-            return f"Its lead over {labels[second]}, the next, is {told}{verdict}."
-    return f"Its difference from {labels[second]}, the next, is not among the study's comparisons."
+                return f"Its lead over {labels[second]}, the second best, is {told}: the runs so far give no interval."
+            verdict = "" if plots.clear(low, high) else ", which is not significant"
+            return f"Its lead over {labels[second]}, the second best, is {told}{verdict}."
+    return f"Its difference from {labels[second]}, the second best, is not among the study's comparisons."
 
 
 def sorted_bounds(low: float | None, high: float | None, turn: int) -> tuple[float | None, float | None]:
@@ -256,9 +254,9 @@ def not_there(content: Content) -> list[str]:
             whole = len(content["seeds"]) * len(content["labels"])
             told.append(f"{len(runs)} of {whole} runs {word}: {names}.")
     if content["teacher"] is None:
-        told.append("The teacher has not been measured on this score, so no gap is told.")
+        told.append("The teacher was not evaluated on this score, so no gap is reported.")
     if any(len(one["per_seed"]) == 1 for one in content["variants"].values()):
-        told.append("Of variants with a single seed, nothing is known of how runs differ by chance.")
+        told.append("Variants with a single seed have no estimate of run-to-run variance.")
     return told
 
 
@@ -266,10 +264,10 @@ def equal_in_words(content: Content) -> str:
     """What is the same for all variants."""
     budget = content["labels"].get(content["budget"], content["budget"])
     return {
-        "steps": "All variants make the same number of steps.",
-        "time": f"Each variant makes as many steps as take the training time of {budget}.",
-        "flops": f"Each variant makes as many steps as take the operations of {budget}.",
-        "nothing": "Each variant makes its own number of steps.",
+        "steps": "All variants train for the same number of steps.",
+        "time": f"Each variant trains for as many steps as fit into the training time of {budget}.",
+        "flops": f"Each variant trains for as many steps as fit into the FLOPs of {budget}.",
+        "nothing": "Each variant trains for its own number of steps.",
     }[content["equal"]]
 
 

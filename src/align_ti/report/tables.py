@@ -7,13 +7,21 @@ from typing import Any
 
 FIDELITY = {
     "response_kl": "KL, response tokens",
-    "top1_agreement": "agreement, response tokens",
-    "visual_kl": "KL, visual tokens by IVA's weights",
-    "transition_kl": "KL, next steps as in TPA",
-    "own_kl": "KL, own answers",
-    "own_agreement": "agreement, own answers",
+    "top1_agreement": "top-1 agreement, response tokens",
+    "visual_kl": "KL, visual tokens, weighted as in IVA",
+    "transition_kl": "KL, next tokens after candidates, as in TPA",
+    "own_kl": "KL, self-generated answers",
+    "own_agreement": "top-1 agreement, self-generated answers",
 }
 """The measures of fidelity to a teacher (docs/evaluation.md), in the order of tables, and what they are called there."""
+
+PARTS = {
+    "measure: answers": "evaluate: answers",
+    "measure: divergence": "evaluate: divergence",
+    "measure: benchmarks": "evaluate: benchmarks",
+    "measure: inside": "evaluate: attention and next tokens",
+}
+"""The parts of a demo's wall time whose names in the summary are not those of tables."""
 
 
 def figure(value: float, unit: str) -> str:

@@ -68,14 +68,14 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
                 seconds[name].append(seconds_of_a_step(recipes[name], folder))
                 done += 1
         for name in missing:
-            advance(f"count a step: {study.label(name)}", done, total)
+            advance(f"count FLOPs: {study.label(name)}", done, total)
             known[name] = {
                 "of": of[name],
                 "seconds_per_step": median(seconds[name]),
                 "flops_per_step": flops_of_a_step(recipes[name], folder),
             }
             done += 1
-            advance(f"count a step: {study.label(name)}", done, total)
+            advance(f"count FLOPs: {study.label(name)}", done, total)
     if missing:
         write_json(folder.costs, known)
     steps = equal_steps(study, known)

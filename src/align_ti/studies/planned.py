@@ -47,8 +47,8 @@ class Planned:
     def measuring(self) -> str:
         """What comes on top of training, in words."""
         if self.around is None:
-            return ", loading and measuring apart"
-        return f", and about {self.around * self.left / 60:.0f} min of loading and measuring"
+            return ", without loading and evaluation"
+        return f", and about {self.around * self.left / 60:.0f} min of loading and evaluation"
 
 
 def planned(study: Study, advance: Advance) -> Planned:

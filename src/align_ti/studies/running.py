@@ -109,14 +109,14 @@ def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Co
                 teacher = study.first(study.variants[0]).teacher
                 if not folder.teacher.exists() and teacher is not None:
                     recipe = study.first(study.variants[0])
-                    advance("measure the teacher", 0, 1)
+                    advance("evaluate the teacher", 0, 1)
                     out = folder.root / "work" / "teacher"
                     # KL to itself would say nothing.
                     scores = scores_of(teacher, recipe, out, compared_with=None)[0]
                     write_record(folder.teacher, {"path": Path(teacher.path).name, "scores": scores})
-                    advance("measure the teacher", 1, 1)
+                    advance("evaluate the teacher", 1, 1)
                 return costs
-        advance("wait for another process, which measures costs", 0, 1)
+        advance("wait: another process measures costs", 0, 1)
         time.sleep(WAIT)
 
 
@@ -131,8 +131,8 @@ def check_steps(study: Study, folder: StudyFolder, costs: Mapping[str, Cost]) ->
             if not one["error"] and one["steps"] != costs[name].steps:
                 raise RunError(
                     f"{folder.record(name, seed)} has {one['steps']} steps, and {folder.costs} gives {name} {costs[name].steps}: costs "
-                    "were measured again since, or files of two studies are mixed; put the costs back that those runs were made "
-                    "with, or remove the records."
+                    "were measured again after these runs, or files of two studies are mixed; restore the costs that the runs used, "
+                    "or remove the records."
                 )
 
 
@@ -162,10 +162,10 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
             "curve": curve_of(run),
             "terms": last_terms(run),
         }
-        advance(f"measure: {label}", 0, 1)
+        advance(f"evaluate: {label}", 0, 1)
         student = Teacher(path=str(run.student), dtype=recipe.student.dtype)
         record["scores"], record["by_position"] = scores_of(student, recipe, work / "tasks", recipe.teacher)
-        advance(f"measure: {label}", 1, 1)
+        advance(f"evaluate: {label}", 1, 1)
         if study.file.keep_students:
             kept = folder.student(name, seed)
             kept.parent.mkdir(parents=True, exist_ok=True)

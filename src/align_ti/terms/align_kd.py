@@ -37,7 +37,7 @@ class AlignKd(Term):
     one_sequence: ClassVar[bool] = True
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (
-        "see that text stands behind a picture (roles), and that the first layer of the language model is trained (parts)"
+        "check that text follows an image (roles), and that the first layer of the language model is trained (parts)"
     )
 
     def reads_of_student(self, model: PreTrainedModel) -> Reads:

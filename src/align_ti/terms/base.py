@@ -66,7 +66,7 @@ class Term(Knobs):
     predict responses and of visual tokens, and the mean attention of instruction tokens at one layer."""
     unit: ClassVar[str] = ""
     """The unit of its value, if it has one."""
-    fix: ClassVar[str] = "see that something which reaches the term's rows is trained (parts)"
+    fix: ClassVar[str] = "check that parameters which influence the term's positions are trained (parts)"
     """What to look at if the check finds that the term is 0 or has no gradient."""
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """The term's factor in the loss; a term with weight 0 is not computed."""

@@ -32,7 +32,7 @@ class Iva(Compares):
     visual: ClassVar[Literal["none", "equal"]] = "equal"
     needs_visual: ClassVar[bool] = True
     fix: ClassVar[str] = (
-        "see that an instruction stands behind a picture (roles), choose another objective.iva.layer, or objective.iva.weight: 0"
+        "check that an instruction follows an image (roles), choose another objective.iva.layer, or set objective.iva.weight: 0"
     )
     layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """The teacher's layer whose attention gives the weights. auto: the layer with the highest instruction-relevance score (IRS)

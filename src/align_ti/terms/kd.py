@@ -27,7 +27,7 @@ class Kd(Compares):
     name: ClassVar[str] = "kd"
     cacheable: ClassVar[bool] = True
     fix: ClassVar[str] = (
-        "see that the teacher differs from the student, and that something which reaches the responses is trained (parts)"
+        "check that the teacher differs from the student, and that parameters which influence the responses are trained (parts)"
     )
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Both models' logits are divided by it, and the term is multiplied by its square."""

@@ -29,7 +29,9 @@ class Sft(Term):
     name: ClassVar[str] = "sft"
     needs_teacher: ClassVar[bool] = False
     unit: ClassVar[str] = "nats"
-    fix: ClassVar[str] = "see that responses are there (roles) and that something which reaches them is trained (parts)"
+    fix: ClassVar[str] = (
+        "check that there are responses (roles) and that parameters which influence them are trained (parts)"
+    )
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
         """Response tokens."""

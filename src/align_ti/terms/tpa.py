@@ -27,7 +27,9 @@ class Tpa(Compares, CandidateOptions):
     """
 
     name: ClassVar[str] = "tpa"
-    fix: ClassVar[str] = "see that candidates are not all left out (objective.tpa.left_out), or objective.tpa.weight: 0"
+    fix: ClassVar[str] = (
+        "check that not all candidates are excluded (objective.tpa.left_out), or set objective.tpa.weight: 0"
+    )
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuses models in which a token cannot be replaced by a candidate.

@@ -51,7 +51,7 @@ def notes_on(items: Sequence[Item], predictions: Mapping[str, str], published: i
         notes.append(f"{len(missing)} of {len(items)} predictions are missing (the first: {missing[0]!r:.80}): {what}.")
     unknown = len(predictions.keys() - {item.id for item in items})
     if unknown:
-        notes.append(f"{unknown} predictions belong to no question that was scored: passed over.")
+        notes.append(f"{unknown} predictions belong to no scored question: ignored.")
     if published and len(items) != published:
         notes.append(
             f"{len(items)} questions; the published benchmark has {published}, so the scores are not comparable with published ones."
