@@ -353,7 +353,7 @@ def test_the_campaigns_studies_are_well_formed(path):
         read_recipe(path)
     else:
         study = read_study(path)
-    XX
+        assert study.out == Path("results/quality") / path.stem and (study.pairs or len(study.variants) == 1)
 
 
 def test_a_folder_of_another_study_is_refused_and_a_larger_one_goes_on(folder, tmp_path):
