@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from align_ti import __version__
 
@@ -76,6 +80,29 @@ def test_the_source_archive_has_what_its_tests_read(archives):
         there = [path for path in (ROOT / part).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert {str(path.relative_to(ROOT)) for path in there} <= names
     assert not any(name.startswith(("runs/", "build/", ".venv/")) or "/records/" in name for name in names)
+
+
+def test_what_the_code_imports_comes_with_it():
+    # The tests run beside the packages of the extras, which hide a requirement that is missing.
+    modules = {
+        (node.module if isinstance(node, ast.ImportFrom) else name.name).partition(".")[0]
+        for path in (ROOT / "src").rglob("*.py")
+        if not path.name.startswith("lmms")  # the extra lmms-eval
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0)
+        for name in node.names
+    } - {"align_ti", *sys.stdlib_module_names}
+    declared = set(plain_requirements("align-ti"))
+    brought = declared.union(*(plain_requirements(name) for name in declared))
+    of = metadata.packages_distributions()
+    missing = {module for module in modules if not {canonicalize_name(name) for name in of[module]} & brought}
+    assert {"torch", "yaml", "PIL"} <= modules and not missing
+
+
+def plain_requirements(name: str) -> set[str]:
+    """What a distribution needs whatever extras are asked for."""
+    found = map(Requirement, metadata.requires(name) or ())
+    return {canonicalize_name(one.name) for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
 
 
 def test_the_installed_wheel_runs(archives, tmp_path):
