@@ -212,7 +212,7 @@ def test_what_cannot_be_measured_is_named(pair):
     assert one["notes"][0].startswith("visual_kl could not be measured: no picture")
     words = [Conversation((Turn("user", "Is it red?"), Turn("assistant", "It is red.")), place="a record")]
     text = fidelity(student, teacher, processor, words, [("No.", False)], SETTINGS, layer=0)
-    assert "none of the 1 records has a row that iva compares" in text["unmeasured"]["visual_kl"]
+    assert "none of the 1 records has a position that iva compares" in text["unmeasured"]["visual_kl"]
     assert text["response_kl"]["value"] > 0
 
 

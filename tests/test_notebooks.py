@@ -118,8 +118,8 @@ def plan(assumed: str = "every record has 64 tokens", first: str | None = "train
 )
 def test_a_plan_shows_what_the_command_prints(first, last):
     text = text_of(plan(first=first)._repr_html_())
-    assert "memory of a device: ddp, 2 device(s) part GB teacher 2.000 activations 1.000 all 3.000" in text
-    assert "sent by a device in an optimizer step sent GB gradients 0.500" in text
+    assert "memory per device: ddp, 2 device(s) component GB teacher 2.000 activations 1.000 total 3.000" in text
+    assert "sent per device and optimizer step data GB gradients 0.500" in text
     assert "assumed: every record has 64 tokens." in text
     assert f"training.bf16: true 1.500 1.500 {'yes' if first else 'no'}" in text
     assert text.endswith(last)
