@@ -115,7 +115,7 @@ def test_filter_search_and_themes_work(page):
     assert told["first"] == 24 and told["more"] == 40 and told["hidden"] is False
     assert {kind for kind, _ in told["kind"]["found"]} == {"colour"} and told["kind"]["count"] == "20 of 20 shown"
     # Models in their order: teacher m0, start m1, SFT m2, Align-TI m3.
-    assert told["rules"][1] == ["+m3 -m1", "learnt: start wrong, Align-TI right"]
+    assert told["rules"][1] == ["+m3 -m1", "corrected by training: start wrong, Align-TI correct"]
     assert {right for _, right in told["learnt"]["found"]} == {"m0 m2 m3", "m0 m3"}
     assert told["learnt"]["count"] == "20 of 20 shown"
     assert len(told["search"]["found"]) == 4 and told["none"]["count"] == "0 of 0 shown"
