@@ -20,7 +20,10 @@ def alone_figure(content: dict[str, Any]) -> str:
     """Accuracy along the training on one kind of question alone, a line for each run of `alone.json`."""
     with look():
         figure, plot = axes(6.4, 2.8)
-        names = {f"{one['kind']}, learning rate {one['learning_rate']:g}": one["curve"] for one in content["runs"]}
+        names = {
+            f"{one['kind']}, rate {one['learning_rate']:g}, {one['steps']} steps, seed {one['seed']}": one["curve"]
+            for one in content["runs"]
+        }
         for (name, curve), line in zip(names.items(), looks(list(names)).values(), strict=True):
             steps, values = [one["step"] for one in curve], [one["accuracy"] for one in curve]
             plot.plot(steps, values, color=line.colour, linestyle=line.dash, marker=line.marker, label=name)
