@@ -3,7 +3,7 @@
     python benchmarks/demo_settings.py --runs runs/settings --out results/demo-settings.json
 
 The rate with the highest accuracy averaged over the three methods is taken, so that none of them is favoured. It was chosen with 250
-pictures and 600 steps of 32; pictures, batch and steps were chosen at that rate afterwards (benchmarks/quality/budget.yaml).
+images and 600 steps of 32; images, batch and steps were chosen at that rate afterwards (benchmarks/quality/budget.yaml).
 """
 
 from __future__ import annotations

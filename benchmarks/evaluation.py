@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.evaluation --folder runs/evaluation --out results/evaluation.json [--lmms PYTHON]
 
 The shipped digits teacher answers the questions of the benchmark's test split; the same questions, model, precision and token limit for
-all. A time holds all from the picture's file to the answer's words; models are loaded before. Rounds go over all variants in turn, and
+all. A time holds all from the image's file to the answer's words; models are loaded before. Rounds go over all variants in turn, and
 ratios are taken within a round. With --lmms, the Python of an environment that has lmms-eval, its class `llava_hf` runs in a process of
 that environment, which waits while the others are measured.
 """

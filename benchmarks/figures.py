@@ -1,7 +1,7 @@
-"""Draws the pictures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
+"""Draws the figures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
 
 `rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured on the benchmark's own test
-pictures, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT.
+images, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SEQUENCE = (
     (">", "other"),
     *((f"y{index}", "response") for index in range(1, 5)),
 )
-"""The scheme's sequence: each token with its role; template tokens around picture, instruction and answer."""
+"""The scheme's sequence: each token with its role; template tokens around image, instruction and answer."""
 
 TRIED = {1: ("a", "b"), 2: ("a",), 3: ("a", "b")}
 """The scheme's candidates by the response step that they stand in for; those of the fourth step end the turn, or are the gold token."""
@@ -177,12 +177,12 @@ def ribbon() -> Figure:
 
 
 BEGUN = 200
-"""Steps of SFT that the student of the pictures has had; the shipped one has learnt captions alone."""
+"""Steps of SFT that the student of the figure `tpa` has had; the shipped one has learnt captions alone."""
 
 
 @dataclass
 class Shipped:
-    """The shipped teacher, a student that has begun to learn from it, and records about the benchmark's test pictures."""
+    """The shipped teacher, a student that has begun to learn from it, and records about the benchmark's test images."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -198,7 +198,7 @@ class Shipped:
         return cls(teacher, student, load_processor(str(folder / "student")), read_conversations(folder / "test.json"))
 
     def picture(self, number: int) -> list[Conversation]:
-        """The records about one picture."""
+        """The records about one image."""
         names = list(dict.fromkeys(record.images[0] for record in self.records))
         return [record for record in self.records if record.images[0] == names[number]]
 
@@ -213,7 +213,7 @@ def words(record: Conversation) -> tuple[str, str]:
 
 
 def digits(shipped: Shipped) -> Figure:
-    """Three pictures of the benchmark, each with a question and its answer."""
+    """Three images of the benchmark, each with a question and its answer."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for number, ax in enumerate(figure.subplots(1, 3)):
         record = shipped.picture(number)[number]
@@ -224,7 +224,7 @@ def digits(shipped: Shipped) -> Figure:
 
 
 def show(ax: Axes, picture: Image.Image, alpha: float = 1.0) -> None:
-    """A picture with its pixels as they are."""
+    """An image with its pixels as they are."""
     ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest", alpha=alpha, extent=(0, 6, 6, 0))
     ax.set(xticks=[], yticks=[])
     ax.set_frame_on(False)
@@ -232,7 +232,7 @@ def show(ax: Axes, picture: Image.Image, alpha: float = 1.0) -> None:
 
 @torch.no_grad()
 def iva(shipped: Shipped) -> Figure:
-    """Where each of three instructions looks in one picture, and the weights that its visual rows get."""
+    """Where each of three instructions looks in one image, and the weights that its visual rows get."""
     records = [record for record in shipped.picture(0) if record.kind in {"digit", "where", "row"}]
     batch = shipped.batch(records)
     visual, instruction = batch["roles"] == VISUAL, batch["roles"] == INSTRUCTION
@@ -242,7 +242,7 @@ def iva(shipped: Shipped) -> Figure:
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     grid = figure.subplots(2, len(records) + 1, gridspec_kw={"height_ratios": (3, 1)})
     show(grid[0, 0], records[0].pictures()[0])
-    grid[0, 0].set_title("the picture,\n36 visual tokens", fontsize=9)
+    grid[0, 0].set_title("the image,\n36 visual tokens", fontsize=9)
     grid[1, 0].axis("off")
     for column, (record, weight) in enumerate(zip(records, weights, strict=True), start=1):
         show(grid[0, column], record.pictures()[0])
@@ -315,7 +315,7 @@ def drawn(shipped: Shipped, record: Conversation, step: int) -> Drawn:
 def tpa(shipped: Shipped) -> Figure:
     """Four tokens drawn from the student at one step of an answer, and both models' distributions behind each.
 
-    The student has had `BEGUN` steps of SFT. Of all steps of the answers about the test pictures where it draws at least three
+    The student has had `BEGUN` steps of SFT. Of all steps of the answers about the test images where it draws at least three
     different tokens, the one is shown where its distributions behind them differ most from the teacher's.
     """
     steps = []

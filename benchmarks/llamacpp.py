@@ -168,7 +168,7 @@ class InLlamaCpp:
         self.engine = Engine(language, projector, n_gpu_layers=0, n_parallel=1, n_threads=1)
 
     def answer(self, words: str, picture: Path, limit: int) -> str:
-        """The greedy answer to a question about a picture."""
+        """The greedy answer to a question about an image."""
         from mineru_llama_cpp import SamplingParams
 
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

@@ -1,10 +1,10 @@
-"""Pictures a second that the data loader gives, by number of workers and kind of cache, against what the demo's training takes.
+"""Images a second that the data loader gives, by number of workers and kind of cache, against what the demo's training takes.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py --folder runs/loader --out results/loader.json
 
-The demo's training data (one picture a record), processor, batch size and collator. Caches are filled first; then each setting is
-read for several epochs, of which the median counts, the start of the workers included. Other work on the machine slows the pictures a
-second, but hardly the processor time of a picture, which is measured in the loader's own process.
+The demo's training data (one image a record), processor, batch size and collator. Caches are filled first; then each setting is
+read for several epochs, of which the median counts, the start of the workers included. Other work on the machine slows the images a
+second, but hardly the processor time of an image, which is measured in the loader's own process.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Ready(Dataset[dict[str, Tensor]]):
 
 
 def digits_work(steps: int, data: Path) -> Work:
-    """The demo's pair on its real pictures, written to `data` by `write_benchmark`, in an order fixed by the seed."""
+    """The demo's pair on its real images, written to `data` by `write_benchmark`, in an order fixed by the seed."""
     processor = load_processor(str(data / "student"))
     conversations = read_conversations(data / "train.json")
     order = np.random.default_rng(SEED).permutation(len(conversations))[: steps * DIGITS_BATCH]
@@ -117,7 +117,7 @@ def digits_work(steps: int, data: Path) -> Work:
 
 
 def shape_work(steps: int, shape: Shape = CPU) -> Work:
-    """A pair with random weights, and random tokens and pictures of the shape."""
+    """A pair with random weights, and random tokens and images of the shape."""
     student, teacher = make_pair(shape)
     samples = []
     for step in range(steps):
@@ -251,7 +251,7 @@ def distillation_update(work: Work, out: str) -> Trainer:
 def rollout(samples: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Any]:
     """The samples as DistillationTrainer lays out its own responses: prompts filled up on the left, responses on the right.
 
-    Each sample has one response, at its end, and one picture.
+    Each sample has one response, at its end, and one image.
     """
     starts = [int((sample["labels"] != NO_LABEL).nonzero()[0]) for sample in samples]
     prompts = [sample["input_ids"][:start] for sample, start in zip(samples, starts, strict=True)]

@@ -5,7 +5,7 @@
 
 Same models, same samples in the same order, same batch, optimizer and number of steps, float32, no gradient checkpointing. The loss is
 KL(teacher || student) over response tokens; every trainer's loss of the first step has to agree with ours, or there is no result. Two
-pairs: `digits`, the demo's models on its real pictures, and `cpu`, random weights at a vocabulary of 32,000 with 729 visual, 60
+pairs: `digits`, the demo's models on its real images, and `cpu`, random weights at a vocabulary of 32,000 with 729 visual, 60
 instruction and 150 response tokens. Every run is a fresh process, one after the other, in an order that turns from round to round.
 """
 
@@ -52,8 +52,8 @@ LEFT_OUT = {
     "DistillationTrainer as it is": "trains on responses that the student generates (_generate_and_score_completions); no option "
     "takes given ones; its update is measured as trl_distillation_update",
     "GKDTrainer": "compute_loss hands input_ids and attention_mask to both models and nothing else, so pixel_values never reach them, "
-    "whatever the collator gives: a vision-language model is trained without its pictures (first loss on the digits pair 8.432; with "
-    "the pictures 8.094)",
+    "whatever the collator gives: a vision-language model is trained without its images (first loss on the digits pair 8.432; with "
+    "the images 8.094)",
     "IWOPDTrainer (distillation_objective='jsd', lmbda=0)": "the same: compute_loss hands on input_ids and attention_mask alone, and "
     "its collator tokenizes text alone",
     "GOLDTrainer with use_uld_loss": "another loss (sorted probabilities across tokenizers), which one tokenizer does not need",
@@ -67,7 +67,7 @@ NO_GPU = "a GPU; there TRL's divergence runs as Triton kernels, here as its PyTo
 NOT_MEASURED = (
     "Liger kernels: they need Triton and an accelerator; TRL's GOLDTrainer has no Liger loss, the option changes the models' layers",
     "bf16 and gradient checkpointing, which TRL switches on by default",
-    "TRL's own preparation of pictures and text: all trainers get the same ready tensors",
+    "TRL's own preparation of images and text: all trainers get the same ready tensors",
     "generation, with or without vLLM: the work is off-policy",
     "several processes, adapters, other model families",
 )

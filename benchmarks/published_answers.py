@@ -101,7 +101,7 @@ def mmbench(folder: Path, llava: Path) -> Answers:
     sheet = shown(llava, LLAVA, f"{EVAL}/mmbench/answers_upload/{version}/{MODEL}.xlsx")
     header, *rows = cells(sheet)
     columns = ("index", "question", "A", "B", "C", "D", "answer", "image")
-    # No picture is opened.
+    # No image is opened.
     image = base64.b64encode(bytes(99)).decode()
     folder.mkdir(parents=True)
     with (folder / f"{version}.tsv").open("w", encoding="utf-8", newline="") as file:

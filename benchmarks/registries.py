@@ -153,7 +153,7 @@ def llama_cpp_names(files: Files) -> dict[str, set[str]]:
 
 
 def optimum_names(files: Files) -> dict[str, set[str]]:
-    """The model types that one of optimum's exporters takes with pictures."""
+    """The model types that one of optimum's exporters takes with images."""
     types: set[str] = set()
     for _, text in files(r"^optimum/exporters/\w+/model_configs\.py$"):
         for node in ast.walk(ast.parse(text)):

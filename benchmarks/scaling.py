@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --out results/scaling.json
 
 One axis at a time, from the processor's shape with one sample a batch; candidates needing a row: a quarter of 4, but all of them along
-the axis of n. Vanilla KD stands beside ours wherever an estimate says that it fits. A picture of the curves lies beside the JSON.
+the axis of n. Vanilla KD stands beside ours wherever an estimate says that it fits. A figure of the curves lies beside the JSON.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> None:
             *(["an accelerator"] if chosen.device == "cpu" else []),
             "real sizes of models",
             "two sizes varied at once",
-            "several pictures a sample, padding",
+            "several images a sample, padding",
             "the data loader",
         ],
         **start,

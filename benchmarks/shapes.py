@@ -57,7 +57,7 @@ class Shape:
     tower: Tower
     vocabulary: int
     side: int
-    """Patches along a picture's side; the visual tokens are its square."""
+    """Patches along an image's side; the visual tokens are its square."""
     instruction: int
     response: int
     batch: int
@@ -158,7 +158,7 @@ def make_pair(
 def make_batch(
     shape: Shape, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> dict[str, Any]:
-    """A full batch: a picture, the instruction, the response; no padding, so that every rival has the same work."""
+    """A full batch: an image, the instruction, the response; no padding, so that every rival has the same work."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (1, shape.visual, shape.instruction, shape.response)
     ids = torch.randint(FIRST_WORD, shape.vocabulary, (shape.batch, sum(lengths)), generator=generator)

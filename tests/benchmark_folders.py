@@ -38,11 +38,11 @@ def write_picture(path: Path, number: int) -> None:
 
 
 def gqa_folder(evals: Path, data: str = "data") -> dict[str, str]:
-    """Six questions about two pictures, four open and two binary.
+    """Six questions about two images, four open and two binary.
 
     Args:
         evals: the `eval` folder.
-        data: the folder below `gqa` that holds pictures and answers; empty for Align-TI's scripts, which have none.
+        data: the folder below `gqa` that holds images and answers; empty for Align-TI's scripts, which have none.
     """
     folder = evals / "gqa"
     asked = [
@@ -82,7 +82,7 @@ def gqa_folder(evals: Path, data: str = "data") -> dict[str, str]:
 
 
 def pope_folder(evals: Path, objects: int = 2) -> dict[str, str]:
-    """Three splits over two pictures, for each picture as many objects that are there as that are not (three at most)."""
+    """Three splits over two images, for each image as many objects that are there as that are not (three at most)."""
     folder, answers = evals / "pope", {}
     questions, labels = [], {}
     there, absent = ("snowboard", "apple", "dining table"), ("car", "orange", "traffic light")
@@ -107,7 +107,7 @@ def pope_folder(evals: Path, objects: int = 2) -> dict[str, str]:
 
 
 def scienceqa_folder(evals: Path) -> dict[str, str]:
-    """Four test questions, two with a picture, of two to five options; a training question stands in `problems.json` too."""
+    """Four test questions, two with an image, of two to five options; a training question stands in `problems.json` too."""
     folder = evals / "scienceqa"
     asked = [
         ("5", "Which is larger?", ["a sphere", "a cube"], 1, "Figure: two solids.", True),
@@ -138,7 +138,7 @@ def scienceqa_folder(evals: Path) -> dict[str, str]:
 
 
 def textvqa_folder(evals: Path) -> dict[str, str]:
-    """Four questions about three pictures, two of them about one; one has no OCR tokens at all."""
+    """Four questions about three images, two of them about one; one has no OCR tokens at all."""
     folder = evals / "textvqa"
     asked = [
         (
@@ -189,11 +189,11 @@ MME_CATEGORIES = {
     "text_translation": ("0001", "png"),
     "code_reasoning": ("0020", "png"),
 }
-"""Each category with a picture and its extension."""
+"""Each category with an image and its extension."""
 
 
 def mme_folder(evals: Path, pictures: int = 1) -> dict[str, str]:
-    """Fourteen categories of as many pictures, a question answered yes and one answered no about each."""
+    """Fourteen categories of as many images, a question answered yes and one answered no about each."""
     folder, questions, answers = evals / "MME", [], {}
     for category, (stem, extension) in MME_CATEGORIES.items():
         apart = category in ("artwork", "celebrity", "landmark", "posters", "scene")
@@ -203,7 +203,7 @@ def mme_folder(evals: Path, pictures: int = 1) -> dict[str, str]:
             image = f"{category}/{'images/' if apart else ''}{name}.{extension}"
             lines = []
             for asked, answer in (
-                (f"Is this {category}, picture {number}?", "Yes"),
+                (f"Is this {category}, image {number}?", "Yes"),
                 (f"Is this something else, {number}?", "No"),
             ):
                 # The published files have two spaces in front of the suffix now and then.
@@ -272,7 +272,7 @@ def png_base64(number: int) -> str:
 
 
 def digits_folder(evals: Path, split: str = "test") -> dict[str, str]:
-    """Two pictures of the digits benchmark with their questions, as `align-ti digits` writes them."""
+    """Two images of the digits benchmark with their questions, as `align-ti digits` writes them."""
     folder = evals / "digits"
     if not folder.exists():
         write_benchmark(folder, sizes=Sizes(train=1, validation=2, test=2))
@@ -281,7 +281,7 @@ def digits_folder(evals: Path, split: str = "test") -> dict[str, str]:
 
 
 def own_folder(evals: Path) -> dict[str, str]:
-    """Four questions of one's own: without a picture, with one, with two; each with another scorer."""
+    """Four questions of one's own: without an image, with one, with two; each with another scorer."""
     folder = evals / "own"
     records = [
         {"id": "a", "question": "What is it?", "image": "pictures/0.png", "answer": "a red kite", "kind": "thing"},

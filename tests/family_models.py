@@ -1,7 +1,7 @@
 """Tiny random models in float64 of every family, from their own configs, and batches in each family's own layout.
 
-Every family reads the same words: the sequence is made of word ids below `WORDS` and of the special ids below, and pictures are
-noise. What differs is what a picture becomes: how many visual tokens, what stands around them, and which inputs go with them.
+Every family reads the same words: the sequence is made of word ids below `WORDS` and of the special ids below, and images are
+noise. What differs is what an image becomes: how many visual tokens, what stands around them, and which inputs go with them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IDS = Ids()
 COMPOSITIONS: dict[str, Composition] = {**tiny.COMPOSITIONS, "alone": ((Turn(1, 3, 4), Turn(1, 2, 3)),)}
 
 Picture = tuple[list[int], dict[str, Tensor]]
-"""The tokens of one picture, and what the model reads for it."""
+"""The tokens of one image, and what the model reads for it."""
 
 
 def text_sizes(hidden: int, layers: int, ids: Ids, **more: object) -> dict[str, object]:
@@ -91,11 +91,11 @@ def noise(random: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=random, dtype=torch.float64)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 def fixed_picture(tokens: int, size: int = 8, around: tuple[list[int], list[int]] = ([], [])) -> Callable:
-    """A picture of a fixed size, as LLaVA, InternVL and Gemma 3 read it."""
+    """An image of a fixed size, as LLaVA, InternVL and Gemma 3 read it."""
 
     def draw(random: torch.Generator) -> Picture:
         return around[0] + [IMAGE] * tokens + around[1], {"pixel_values": noise(random, 1, 3, size, size)}
@@ -104,7 +104,7 @@ def fixed_picture(tokens: int, size: int = 8, around: tuple[list[int], list[int]
 
 
 def grid_picture(patch: int = 2, merge: int = 2, around: tuple[list[int], list[int]] = ([VISION_START], [VISION_END])):
-    """A picture of any size as flat patches, as the Qwen VL models read it: here 2 to 6 tokens."""
+    """An image of any size as flat patches, as the Qwen VL models read it: here 2 to 6 tokens."""
 
     def draw(random: torch.Generator) -> Picture:
         height, width = (2 * int(n) for n in torch.randint(1, 4, (2,), generator=random))
@@ -117,7 +117,7 @@ def grid_picture(patch: int = 2, merge: int = 2, around: tuple[list[int], list[i
 
 
 def anyres_picture(random: torch.Generator) -> Picture:
-    """A picture of any shape as LLaVA-OneVision reads it: a small view of the whole, tiles, and a new-line token a row."""
+    """An image of any shape as LLaVA-OneVision reads it: a small view of the whole, tiles, and a new-line token a row."""
     wide = bool(torch.randint(0, 2, (1,), generator=random))
     size, tiles = ((8, 16), 3) if wide else ((8, 8), 2)
     # 4 tokens of the whole; the tiles' grid is 2 rows of 4 or 2 columns, each row with a new line.
@@ -134,7 +134,7 @@ def split_tokens(picture: dict[str, Tensor]) -> int:
 
 
 def split_picture(random: torch.Generator) -> Picture:
-    """A picture as SmolVLM reads it: one or two tiles, each between tokens of their own."""
+    """An image as SmolVLM reads it: one or two tiles, each between tokens of their own."""
     tiles = int(torch.randint(1, 3, (1,), generator=random))
     one = [VISION_START, *[IMAGE] * 4, VISION_END]
     return one * tiles, {"pixel_values": noise(random, tiles, 3, 8, 8)}
@@ -144,17 +144,17 @@ def split_picture(random: torch.Generator) -> Picture:
 
 
 def joined_pictures(pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """All pictures of the batch behind each other."""
+    """All images of the batch behind each other."""
     flat = [picture for sample in pictures for picture in sample]
     return {name: torch.cat([picture[name] for picture in flat]) for name in (flat[0] if flat else ())}
 
 
 def joined_tiles(pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """LLaVA-OneVision: pictures padded to the most tiles, and the number of pictures of each sample."""
+    """LLaVA-OneVision: images padded to the most tiles, and the number of images of each sample."""
     flat = [picture for sample in pictures for picture in sample]
     if not flat:
         return {}
-    # Several pictures in one sample are read without tiles: the small view of the whole alone.
+    # Several images in one sample are read without tiles: the small view of the whole alone.
     most = max(picture["pixel_values"].shape[1] for picture in flat)
     pad = [
         torch.nn.functional.pad(p["pixel_values"], (0, 0) * 3 + (0, most - p["pixel_values"].shape[1])) for p in flat
@@ -179,7 +179,7 @@ def joined_by_sample(pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a tiny model of a family, and what a picture is to it."""
+    """How to build a tiny model of a family, and what an image is to it."""
 
     build: Callable[[int, int, Ids], hf.PreTrainedModel]
     picture: Callable[[torch.Generator], Picture]
@@ -200,22 +200,22 @@ class Family:
         return finished(self.build(hidden, layers, ids), self.attention, ids)
 
     def visual_tokens(self, picture: dict[str, Tensor]) -> int:
-        """Visual tokens of one picture."""
+        """Visual tokens of one image."""
         return self.count(picture)
 
     def pictures(self, composition: Composition, seed: int = 0) -> list[list[dict[str, Tensor]]]:
-        """The pictures of each sample of the batch with that seed."""
+        """The images of each sample of the batch with that seed."""
         return [pictures for _, _, pictures in self.samples(composition, seed)]
 
     def samples(
         self, composition: Composition, seed: int
     ) -> list[tuple[list[int], list[int], list[dict[str, Tensor]]]]:
-        """Ids, roles and pictures of each sample. Words depend on the seed alone, whatever a picture is to the family."""
+        """Ids, roles and images of each sample. Words depend on the seed alone, whatever an image is to the family."""
         words, noises = (torch.Generator().manual_seed(number) for number in (seed, 1000 + seed))
         return [self.sample(turns, words, noises) for turns in composition]
 
     def batch(self, composition: Composition, seed: int = 0, side: str = "right") -> dict[str, Tensor]:
-        """The batch with random words and pictures, padded on the given side."""
+        """The batch with random words and images, padded on the given side."""
         samples = self.samples(composition, seed)
         length = max(len(ids) for ids, _, _ in samples)
         out: dict[str, list[list[int]]] = {"input_ids": [], "roles": [], "attention_mask": []}
@@ -236,7 +236,7 @@ class Family:
     def sample(
         self, turns: tuple[Turn, ...], random: torch.Generator, noises: torch.Generator
     ) -> tuple[list[int], list[int], list[dict[str, Tensor]]]:
-        """Ids, roles and pictures of one sample."""
+        """Ids, roles and images of one sample."""
         words = lambda count: torch.randint(0, WORDS, (count,), generator=random).tolist()  # noqa: E731
         ids, roles, pictures = [*self.prefix, *words(1)], [0] * (len(self.prefix) + 1), []
         for turn in turns:
@@ -459,7 +459,7 @@ def gemma4(hidden: int, layers: int, ids: Ids) -> hf.PreTrainedModel:
 
 
 def placed_picture(random: torch.Generator) -> Picture:
-    """A picture as patches with their places, as Gemma 4 reads it: 4 x 4 patches pooled to 4 tokens."""
+    """An image as patches with their places, as Gemma 4 reads it: 4 x 4 patches pooled to 4 tokens."""
     places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), dim=-1).view(1, 16, 2)
     inputs = {"pixel_values": noise(random, 1, 16, 12), "image_position_ids": places}
     return [VISION_START, *[IMAGE] * 4, VISION_END], inputs

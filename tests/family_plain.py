@@ -14,7 +14,7 @@ PER_TOKEN = ("input_ids", "roles", "labels", "attention_mask", "token_type_ids",
 
 
 def samples(batch: dict[str, Tensor], pictures: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-    """Each sample alone and without padding, with its own pictures as the family's `sample` made them."""
+    """Each sample alone and without padding, with its own images as the family's `sample` made them."""
     alone = []
     for index, owned in enumerate(pictures):
         real = batch["attention_mask"][index].bool()
@@ -30,7 +30,7 @@ class Twin:
         self.family, self.model = family, model
 
     def inputs(self, sample: dict, ids: Tensor) -> dict[str, Tensor]:
-        """What the model reads of the first tokens of a sample: pictures behind the cut belong to later turns."""
+        """What the model reads of the first tokens of a sample: images behind the cut belong to later turns."""
         left, pictures = int((ids == IMAGE).sum()), []
         for picture in sample["pictures"]:
             if left > 0:

@@ -1,6 +1,6 @@
-"""Real processors of every family, tiny and made offline: real classes, small pictures, and each family's chat conventions.
+"""Real processors of every family, tiny and made offline: real classes, small images, and each family's chat conventions.
 
-Tokenizers are trained here on a few sentences; pictures are a few pixels wide; the templates behave as the published ones do
+Tokenizers are trained here on a few sentences; images are a few pixels wide; the templates behave as the published ones do
 (default system prompts, trimming, folded system prompts, think blocks). Video processors need torchvision, which the tests do
 without: the processor is constructed as ever, only its check of that one argument is passed over.
 """
@@ -187,7 +187,7 @@ PARTS = """
 {%%- if part['type'] == 'image' -%%}{{- '%s' -}}{%%- else -%%}{{- part['text'] -}}{%%- endif -%%}
 {%%- endfor -%%}{%%- endif -%%}
 {%%- endmacro -%%}"""
-"""The words and pictures of one turn, in reading order."""
+"""The words and images of one turn, in reading order."""
 
 
 def chatml(picture: str, default_system: str = "") -> str:
@@ -245,7 +245,7 @@ IMAGES_FIRST = """
 {{- '<|im_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-"""LLaVA-OneVision: the pictures of a turn in front of its words."""
+"""LLaVA-OneVision: the images of a turn in front of its words."""
 
 LLAMA3 = (
     PARTS % "<image>"
@@ -290,7 +290,7 @@ UTTERANCES = """
 {{- '<end_of_utterance>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"""
-"""SmolVLM and Idefics3: a blank behind the speaker unless a picture comes first."""
+"""SmolVLM and Idefics3: a blank behind the speaker unless an image comes first."""
 
 GEMMA = """
 {{- bos_token -}}

@@ -14,7 +14,7 @@ END, IMAGE = 38, 39
 
 
 def unpadded(batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """One sample of the batch alone, without padding, with its own pictures."""
+    """One sample of the batch alone, without padding, with its own images."""
     real = batch["attention_mask"][index].bool()
     sample = {name: batch[name][index][real][None] for name in ("input_ids", "roles", "labels")}
     if "pixel_values" in batch:
@@ -79,7 +79,7 @@ def iva(student, teacher, batch, layer: int, separately: bool = False, share: fl
         if alpha is None:
             continue
         alpha = alpha.detach()
-        if alpha.sum() == 0:  # every picture stands behind the instruction, which cannot look at it
+        if alpha.sum() == 0:  # every image stands behind the instruction, which cannot look at it
             continue
         if separately:
             alpha = torch.cat([part / part.sum() if part.sum() > 0 else part for part in alpha.split(4)])
@@ -112,7 +112,7 @@ def weighted_tpa(student, teacher, batch, candidates, weights) -> Tensor:
                     continue
                 ids = sample["input_ids"][:, : step + 1].clone()
                 ids[0, step] = token
-                # Pictures behind the cut belong to later turns.
+                # Images behind the cut belong to later turns.
                 seen = {"input_ids": ids}
                 if "pixel_values" in sample and (pictures := int((ids == IMAGE).sum()) // 4):
                     seen["pixel_values"] = sample["pixel_values"][:pictures]

@@ -32,7 +32,7 @@ def write_pair(folder: Path) -> None:
 
 
 def write_records(folder: Path, name: str = "train.json", pictures: int = 3, seed: int = 0) -> list[Conversation]:
-    """A data file with pictures beside it."""
+    """A data file with images beside it."""
     random, records = np.random.default_rng(seed), []
     for index in range(pictures):
         scene = draw_scene(load_scans("train"), random)

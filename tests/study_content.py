@@ -46,7 +46,7 @@ def study_content(
     Args:
         effects: the log odds of right answers, by variant.
         seeds: runs of each variant.
-        pictures: clusters of questions, one question of each kind.
+        images: clusters of questions, one question of each kind.
         kinds: of questions.
         teacher: whether it was measured.
         curves: whether runs were watched while they trained.

@@ -216,12 +216,12 @@ def test_pictures_inside_a_table_are_written_beside_the_file_as_they_are(folder,
     assert picture.read_bytes() == (folder / "train-0.png").read_bytes()
     mixture = read_mixture(Data(train=str(tmp_path / "data.parquet"), responses="teacher", answers=str(out)))
     assert [texts(one) for one in mixture.conversations] == [texts(one) for one in read_conversations(out)]
-    # Another picture in the table: the words are the same, the answer is not.
+    # Another image in the table: the words are the same, the answer is not.
     content = (folder / "train-1.png").read_bytes()
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "data.parquet"), split="train").to_list()
     rows[1]["image"]["bytes"] = content
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    with pytest.raises(DataError, match=r"row 2: the answer in .*line 2 is to other text or pictures"):
+    with pytest.raises(DataError, match=r"row 2: the answer in .*line 2 is to other text or images"):
         read_mixture(Data(train=str(tmp_path / "data.parquet"), responses="teacher", answers=str(out)))
 
 
@@ -234,7 +234,7 @@ def test_pictures_of_two_kinds_in_one_source_are_refused(folder, tmp_path):
     ]
     (tmp_path / "a.png").write_bytes(content)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    with pytest.raises(DataError, match=r"row 2 names a file as its picture, .*row 1 holds the bytes"):
+    with pytest.raises(DataError, match=r"row 2 names a file as its image, .*row 1 holds the bytes"):
         generate_answers(able(folder), tmp_path / "data.parquet", tmp_path / "answers.jsonl", GREEDY)
     assert not (tmp_path / "answers.jsonl").exists()
 
@@ -378,7 +378,7 @@ def test_answers_made_otherwise_or_to_other_data_are_not_mixed_in_one_file(folde
 def test_bad_records_stop_the_command_or_are_left_out(folder, tmp_path):
     records = json.loads((folder / "train.json").read_text())[:4]
     records[1]["image"] = "broken.png"
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     records[2]["conversations"] = []
     (tmp_path / "bad.json").write_text(json.dumps(records))
     source, out = Source(path=str(tmp_path / "bad.json"), images=str(folder)), tmp_path / "bad.jsonl"
@@ -390,7 +390,7 @@ def test_bad_records_stop_the_command_or_are_left_out(folder, tmp_path):
     assert sorted(one.place.partition(", ")[2] for one in made.left_out) == ["record 2, id 1", "record 3"]
     assert any("broken.png cannot be read" in one.reason for one in made.left_out)
     (tmp_path / "bad.json").write_text(json.dumps([records[0], records[1]]))
-    with pytest.raises(DataError, match=r"record 2, id 1: picture .*broken\.png cannot be read"):
+    with pytest.raises(DataError, match=r"record 2, id 1: image .*broken\.png cannot be read"):
         generate_answers(able(folder), source, tmp_path / "other.jsonl", GREEDY)
     with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
         generate_answers(able(folder), source, tmp_path / "other.json", GREEDY)
@@ -560,12 +560,12 @@ def test_data_that_moved_keep_their_answers_and_data_that_changed_do_not(folder,
     records[3]["conversations"][0]["value"] += " Please."
     with pytest.raises(
         DataError,
-        match=r"record 4, id 3: the answer in .*jsonl, line \d+ is to other text or pictures .*run `align-ti",
+        match=r"record 4, id 3: the answer in .*jsonl, line \d+ is to other text or images .*run `align-ti",
     ):
         read(records)
     records[3]["conversations"][0]["value"] = records[3]["conversations"][0]["value"].removesuffix(" Please.")
     records[3]["image"] = "train-2.png"
-    with pytest.raises(DataError, match=r"record 4, id 3: the answer in .* is to other text or pictures"):
+    with pytest.raises(DataError, match=r"record 4, id 3: the answer in .* is to other text or images"):
         read(records)
 
 

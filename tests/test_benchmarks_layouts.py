@@ -307,7 +307,7 @@ def test_mme_without_answers_or_with_others(made, tmp_path):
     truth = folder / "MME_Benchmark_release_version" / "artwork" / "questions_answers_YN" / "10002.txt"
     change(truth, "Is this artwork", "Was this artwork")
     with pytest.raises(
-        DataError, match=r"'Is this artwork, picture 0\?' is none of the questions about artwork/images/10002\.jpg"
+        DataError, match=r"'Is this artwork, image 0\?' is none of the questions about artwork/images/10002\.jpg"
     ):
         benchmark("mme").items(tmp_path)
     change(truth, "\tYes", "\tPerhaps")
@@ -364,7 +364,7 @@ def test_mmbench_pictures_by_the_index_of_another_row(made, tmp_path):
     first, *_ = benchmark("mmbench").items(tmp_path)
     assert open_picture(first.images[0], first.place).getpixel((0, 0)) == (241, 120, 30)
     rewrite_mmbench(folder, image="7")
-    with pytest.raises(DataError, match="row 1, index 241: no picture in column image"):
+    with pytest.raises(DataError, match="row 1, index 241: no image in column image"):
         benchmark("mmbench").items(tmp_path)
 
 
@@ -375,7 +375,7 @@ def test_a_broken_picture_of_mmbench_is_an_error_not_its_neighbour(made, tmp_pat
         first, *_ = items = benchmark("mmbench").items(tmp_path)
         with pytest.raises(DataError, match=r"row 1, index 241.*cannot be read"):
             open_picture(first.images[0], first.place)
-    # Scores need a digest of the pictures.
+    # Scores need a digest of the images.
     with pytest.raises(DataError, match=r"row 1, index 241.*cannot be read"):
         questions_digest(items)
 
@@ -426,7 +426,7 @@ def test_textvqa_s_files_have_to_fit(made, tmp_path):
     folder = copied(made, tmp_path, "textvqa")
     annotations = folder / "TextVQA_0.5.1_val.json"
     change(annotations, "What time is it?", "What time was it?")
-    with pytest.raises(DataError, match=r"line 3: 'what time is it\?' about picture '00c359f294f7dcd9' is not in"):
+    with pytest.raises(DataError, match=r"line 3: 'what time is it\?' about image '00c359f294f7dcd9' is not in"):
         benchmark("textvqa").items(tmp_path)
     rows = json.loads(annotations.read_text())
     rows["data"][1]["answers"] = rows["data"][1]["answers"][:9]

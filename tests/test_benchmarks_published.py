@@ -78,7 +78,7 @@ def clones(tmp_path, monkeypatch):
     with zipfile.ZipFile(tool, "w") as archive:
         archive.writestr("eval_tool/LaVIN/OCR.txt", "another model's answers")
         for category, (stem, extension) in folders.MME_CATEGORIES.items():
-            asked = (f"Is this {category}, picture 0?", "Yes"), ("Is this something else, 0?", "No")
+            asked = (f"Is this {category}, image 0?", "Yes"), ("Is this something else, 0?", "No")
             text = "".join(
                 f"{stem}.{extension}\t{words}  Please answer yes or no.\t{answer}\n" for words, answer in asked
             )

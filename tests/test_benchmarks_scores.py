@@ -247,9 +247,9 @@ def test_scienceqa_without_pictures(tasks):
     report = task.score(texts, answers)
     assert scores(report) == {"image": 0, "all": 100}
     assert any(
-        note.startswith("image is 0 because there are no questions with a picture (0 / 0)") for note in report.notes
+        note.startswith("image is 0 because there are no questions with an image (0 / 0)") for note in report.notes
     )
-    with pytest.raises(DataError, match="no answered question has a picture, so the original divides by zero"):
+    with pytest.raises(DataError, match="no answered question has an image, so the original divides by zero"):
         task.score(texts, answers, strict_original=True)
 
 
@@ -406,7 +406,7 @@ def test_mme(two_pictures):
     assert got["cognition"] == 800
     assert report.headline == "perception/20"
     assert report.metrics["perception"].unit == "points" and report.metrics["perception/20"].unit == "%"
-    # Both wrong in one picture cost one pair, one wrong in each of two cost two.
+    # Both wrong in one image cost one pair, one wrong in each of two cost two.
     both = scores(task.score(items, answers | {of[0]: "", of[1]: ""}))["count"]
     apart = scores(task.score(items, answers | {of[0]: "", of[2]: ""}))["count"]
     assert (both, apart) == (100, 50)
@@ -442,7 +442,7 @@ def test_mme_strictly_stops_where_the_original_stops(two_pictures):
 def test_mme_strictly_pairs_neighbours(two_pictures):
     task, items, answers = two_pictures
     of = [item.id for item in items if item.kind == "OCR"]
-    # The first picture's second and the second picture's second answer are left: one pair of two pictures.
+    # The first image's second and the second image's second answer are left: one pair of two images.
     some = {id: text for id, text in answers.items() if id not in (of[0], of[2])} | {of[3]: "Yes"}
     strict = task.score(items, some, strict_original=True)
     assert strict.metrics["OCR"].score == 50
@@ -465,7 +465,7 @@ def test_mme_of_some_questions(two_pictures):
     report = task.score([item for item in items if item.kind == "count"][:3], answers)
     got = scores(report)
     assert got["count"] == 200 and got["perception"] == 200 and got["cognition"] == 0
-    assert any("1 pictures lack one of their two questions" in note for note in report.notes)
+    assert any("1 images lack one of their two questions" in note for note in report.notes)
     assert any("No questions of commonsense_reasoning, " in note and "in cognition" in note for note in report.notes)
 
 

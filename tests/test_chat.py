@@ -106,7 +106,7 @@ def test_markup_and_control_characters_of_a_model_stay_text(folder, monkeypatch)
 
 
 def test_what_cannot_be_talked_about_is_refused(folder, tmp_path):
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no image")
     for picture in ("no.png", "gone.png"):
         with pytest.raises(DataError, match=picture):
             measuring.open_chats([str(folder / "student")], [tmp_path / picture], 4)

@@ -147,7 +147,7 @@ def test_a_tokenizer_of_the_hub_s_copy_is_looked_up_there(whole, tmp_path, monke
     ],
 )
 def test_what_an_image_processor_s_file_does_not_say_is_not_a_default(parts, tmp_path, gone, message):
-    # Pictures were made 224 pixels large, or had another mean than the tower was trained with.
+    # Images were made 224 pixels large, or had another mean than the tower was trained with.
     edit(parts / "siglip" / "preprocessor_config.json", lambda content: [content.pop(name) for name in gone])
     edit(
         parts / "model" / "processor_config.json",

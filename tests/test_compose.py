@@ -148,7 +148,7 @@ def test_an_answer_is_asked_for_in_the_form_it_is_learnt_in(parts, tmp_path):
 
 
 def write(folder, template):
-    """The template as a file, with pictures but without any care for thoughts."""
+    """The template as a file, with images but without any care for thoughts."""
     path = folder / "template.jinja"
     path.write_text(PICTURES + template)
     return path
@@ -249,7 +249,7 @@ def test_a_language_model_that_scales_its_logits_is_refused(parts, tmp_path):
     [
         ("{{ messages[0]['content'] }}", "shows the words of a assistant turn 0 times"),
         (towers.CHATML.replace("'<|im_end|>\\n'", "'\\n'"), "no special token right behind the response"),
-        ("{{ raise_exception('no pictures') }}", "cannot render the record"),
+        ("{{ raise_exception('no images') }}", "cannot render the record"),
         ("{{ no", "cannot render the record"),
     ],
 )

@@ -53,7 +53,7 @@ def png_of_size(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Every kind of picture that is none, and links that lead out."""
+    """Every kind of image that is none, and links that lead out."""
     outside = tmp_path_factory.mktemp("outside")
     root = tmp_path_factory.mktemp("root")
     good = encoded("PNG")
@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         "damaged.png": damaged,
         "flat.png": png_of_size(0, 48),
         "bomb.png": png_of_size(60000, 60000),
-        "text.png": b"no picture",
+        "text.png": b"no image",
         "page.jpg": b"<!DOCTYPE html><title>404</title>",
         "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         "empty.png": b"",

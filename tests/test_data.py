@@ -61,7 +61,7 @@ def test_a_text_only_record_and_an_empty_instruction():
     text_only = encode(conversation("Hello?", "Yes.", images=0), PROCESSOR)
     assert "pixel_values" not in text_only
     assert not (text_only["roles"] == VISUAL).any()
-    silent = encode(conversation("<image>", "A picture."), PROCESSOR)
+    silent = encode(conversation("<image>", "An image."), PROCESSOR)
     assert not (silent["roles"] == INSTRUCTION).any()
 
 
@@ -161,7 +161,7 @@ def test_groups_share_a_picture_and_differ_in_the_instruction():
     assert len(groups) == 1
     assert len({one.turns[0].text for one in groups[0]}) == 2
     assert all(one.images == (PICTURE,) for one in groups[0])
-    # Words wholly before the picture cannot look at it; scoring such a group was refused in the middle of a run.
+    # Words wholly before the image cannot look at it; scoring such a group was refused in the middle of a run.
     before = Conversation((Turn("user", "Before?<image>"), Turn("assistant", "Yes.")), (PICTURE,))
     asked = same_image_groups([*records, before], images=5, instructions=9)
     assert {one.turns[0].text.replace("<image>", "") for one in asked[0]} == {"One?", "Two?", "Three?"}
@@ -184,7 +184,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "sub").mkdir()
     PICTURE.save(tmp_path / "sub" / "b.jpg")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     return tmp_path
 
 
@@ -234,15 +234,15 @@ BAD = {
     "late system turn": (turns(("human", "Q"), ("gpt", "A"), ("system", "S")), "after the first turn"),
     "empty answer": (turns(("human", "Q"), ("gpt", "")), "answer in turn 2 is empty"),
     "blank answer": (turns(("human", "Q"), ("gpt", " \n")), "answer in turn 2 is empty"),
-    "tag without picture": (
+    "tag without image": (
         turns(("human", "<image>Q"), ("gpt", "A")),
-        "1 <image> tag(s) in the text but 0 picture(s)",
+        "1 <image> tag(s) in the text but 0 image(s)",
     ),
-    "picture without tag": (
+    "image without tag": (
         {"image": "a.png", **turns(("human", "Q"), ("gpt", "A"))},
         "0 <image> tag(s) in the text but 1",
     ),
-    "two tags, one picture": (
+    "two tags, one image": (
         {"image": "a.png", **turns(("human", "<image><image>Q"), ("gpt", "A"))},
         "2 <image> tag(s)",
     ),

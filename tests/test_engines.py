@@ -52,7 +52,7 @@ class Case:
     accumulate: int = 1
     shard_teacher: bool = False
     uneven: bool = False
-    """Half of the samples have no picture, and these have no candidates either."""
+    """Half of the samples have no image, and these have no candidates either."""
     checkpointing: bool = False
     lora: bool = False
     untied: bool = False
@@ -95,7 +95,7 @@ class FixedCandidates(Collator):
 
 
 class Uneven(FixedDraws):
-    """Samples without a picture try nothing but the end of a turn, which is left out: they have no candidate."""
+    """Samples without an image try nothing but the end of a turn, which is left out: they have no candidate."""
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)

@@ -26,7 +26,7 @@ def test_the_notebook_runs_and_shows_roles_focus_and_transitions():
     assert sum("visual tokens]" in one for one in html) == 1
     assert sum("unweighted" in one for one in html) == 2
     assert sum("memory per device" in one for one in html) == 1
-    # Picture, scores of layers, focus maps, curves of terms, transitions.
+    # Image, scores of layers, focus maps, curves of terms, transitions.
     assert len(shown(made, "image/png")) == 5
     terms = "".join("".join(one["text"]) for one in outputs(made) if one["output_type"] == "stream")
     before, after = zip(*(map(float, pair) for pair in re.findall(r"([\d.]+) -> +([\d.]+)", terms)), strict=True)

@@ -57,7 +57,7 @@ def case(name: str, composition: str, seed: int = 3) -> tuple:
 
 
 def cases(names=tuple(FAMILIES)) -> list[tuple[str, str]]:
-    """All compositions for the families that a picture, a mask or a position makes special, a few for the LLaVA variants."""
+    """All compositions for the families that an image, a mask or a position makes special, a few for the LLaVA variants."""
     few = ("several turns", "several images", MIXED)
     return [
         (name, composition)
@@ -207,7 +207,7 @@ def test_a_layer_with_cross_attention_is_named_as_the_reason_why_tpa_cannot_be(m
     _, student, teacher = pair("llava-siglip-qwen3")
     batch, _ = case("llava-siglip-qwen3", "one turn")
     monkeypatch.setattr(teacher.config.get_text_config(), "cross_attention_layers", [1], raising=False)
-    with pytest.raises(ModelError, match=r"layer\(s\) 1 read the picture by cross-attention.*objective.tpa.weight: 0"):
+    with pytest.raises(ModelError, match=r"layer\(s\) 1 read the image by cross-attention.*objective.tpa.weight: 0"):
         distillation_loss(student, teacher, batch, only(tpa=Tpa()))
     distillation_loss(student, teacher, batch, only(kd=Kd()))
 
@@ -341,7 +341,7 @@ def test_different_responses_are_refused():
 
 
 def finer(seed: int):
-    """A LLaVA teacher whose tower sees the picture as 3 x 3 patches, and the family that makes its batches."""
+    """A LLaVA teacher whose tower sees the image as 3 x 3 patches, and the family that makes its batches."""
     import dataclasses
 
     from transformers import Qwen3Config
@@ -404,7 +404,7 @@ def test_grids_are_read_from_the_inputs_the_config_or_the_run():
     _, llava, _ = pair("llava-clip-llama")
     adjacent = torch.ones(1, 8, dtype=torch.bool)
     assert visual_grids(llava, {}, adjacent) == [[(2, 2), (2, 2)]]
-    # Four tiles of 2 x 2 in one run were read as one picture of 4 x 4.
+    # Four tiles of 2 x 2 in one run were read as one image of 4 x 4.
     assert visual_grids(pair("internvl")[1], {}, torch.ones(1, 16, dtype=torch.bool)) == [[(2, 2)] * 4]
     assert visual_grids(pair("smolvlm")[1], {}, adjacent) == [[(2, 2), (2, 2)]]
     assert visual_grids(pair("gemma3")[1], {}, adjacent) == [[(2, 2), (2, 2)]]
@@ -413,7 +413,7 @@ def test_grids_are_read_from_the_inputs_the_config_or_the_run():
 
 
 def test_resampled_attention_keeps_each_pictures_total():
-    # Attention was averaged like hidden states, so that a picture of many teacher tokens lost weight to one of few.
+    # Attention was averaged like hidden states, so that an image of many teacher tokens lost weight to one of few.
     ids, roles = torch.zeros(1, 13, dtype=torch.long), torch.tensor([[0, *[1] * 8, 2, 2, 3, 3]])
     theirs = torch.tensor([[*[1] * 25, 0, 1, 1, 1, 1, 2, 0, 3, 3]])
     found = resampled(
@@ -430,7 +430,7 @@ def test_resampled_attention_keeps_each_pictures_total():
 
 
 def test_equal_numbers_on_different_grids_are_refused():
-    # A picture of 2 x 6 tokens and one of 3 x 4 have as many, and were compared token by token.
+    # An image of 2 x 6 tokens and one of 3 x 4 have as many, and were compared token by token.
     check_grids([[(2, 6)]], [[(2, 6)]])
     with pytest.raises(BatchError, match=r"grids \[\(2, 6\)\] .*teacher's \[\(3, 4\)\].*resample: true"):
         check_grids([[(2, 6)]], [[(3, 4)]])

@@ -66,7 +66,7 @@ def picture(seed: int, size: tuple[int, int] = (20, 12)) -> Image.Image:
 
 
 def records() -> list[Conversation]:
-    """Two turns, two pictures, and one record without any."""
+    """Two turns, two images, and one record without any."""
     return [
         Conversation(
             (
@@ -263,7 +263,7 @@ def test_a_family_is_distilled_from_folders_to_a_folder(tmp_path, name):
 
 
 def write_two_families(folder) -> None:
-    """A teacher that sees pictures at another size through a processor of its own, beside a student, and records."""
+    """A teacher that sees images at another size through a processor of its own, beside a student, and records."""
     ours = family_processors.llava(family_processors.llama3_tokenizer(), family_processors.LLAMA3, tower="clip")
     longer = family_processors.LLAMA3.replace("bos_token", "bos_token + 'Be brief. '")
     theirs = family_processors.llava(family_processors.llama3_tokenizer(), longer, tower="siglip")
@@ -305,7 +305,7 @@ def test_two_families_are_distilled_from_folders(tmp_path):
 
 
 def crossed_trainer(tmp_path, dataset, **options) -> AlignTITrainer:
-    """A trainer whose teacher reads pictures otherwise than its student."""
+    """A trainer whose teacher reads images otherwise than its student."""
     ours, theirs = (family_processors.FAMILIES["llava-vicuna"]() for _ in range(2))
     theirs.image_processor.image_mean = [0.1, 0.2, 0.3]
     student, teacher = (tiny_model("llava-vicuna", ours, seed).float() for seed in (1, 2))
@@ -365,7 +365,7 @@ def test_conversations_are_evaluated_wherever_they_are_given(tmp_path):
 
 
 def test_pictures_are_numbered_and_normalised_apart_even_side_by_side():
-    # Two pictures without a token between them were one run, so that "separately" was the same as "together".
+    # Two images without a token between them were one run, so that "separately" was the same as "together".
     processor = family_processors.FAMILIES["llava-llama3"]()
     sample = encode(records()[2], processor)
     visual = sample["roles"] == 1
@@ -382,7 +382,7 @@ def test_what_is_for_the_teacher_does_not_reach_the_student():
 
 
 def write_conversations(folder) -> None:
-    """A data file with a few records and their pictures."""
+    """A data file with a few records and their images."""
     told = []
     for number, record in enumerate([*records(), *records()]):
         names = []

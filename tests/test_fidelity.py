@@ -170,7 +170,7 @@ def test_transition_rows_are_measured_as_tpa_does(pair, found):
     measured = found["scores"]["metrics"]["transition_kl"]
     names = found["scores"]["cluster_lists"][measured["cluster_list"]]
     clusters = clusters_of(records)
-    # The first picture's records are the first three and a fourth, which is measured with them.
+    # The first image's records are the first three and a fourth, which is measured with them.
     assert clusters[:3] == [clusters[0]] * 3
     for record_sums in [measured["sums"][names.index(clusters[0])]]:
         assert record_sums[1] >= len(values)
@@ -208,8 +208,8 @@ def test_what_cannot_be_measured_is_named(pair):
     student, teacher, processor, records = pair
     one = fidelity(student, teacher, processor, records[:1], [("", False)], SETTINGS)
     assert set(one["unmeasured"]) == {"visual_kl", "own_kl"}
-    assert "no picture of the training data has two different instructions" in one["unmeasured"]["visual_kl"]
-    assert one["notes"][0].startswith("visual_kl could not be measured: no picture")
+    assert "no image of the training data has two different instructions" in one["unmeasured"]["visual_kl"]
+    assert one["notes"][0].startswith("visual_kl could not be measured: no image")
     words = [Conversation((Turn("user", "Is it red?"), Turn("assistant", "It is red.")), place="a record")]
     text = fidelity(student, teacher, processor, words, [("No.", False)], SETTINGS, layer=0)
     assert "none of the 1 records has a position that iva compares" in text["unmeasured"]["visual_kl"]

@@ -32,7 +32,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-"""The prompt of the authors' evaluation: one turn is this, `USER: `, picture, line break, question, ` ASSISTANT:`."""
+"""The prompt of the authors' evaluation: one turn is this, `USER: `, image, line break, question, ` ASSISTANT:`."""
 
 
 def write_official(
@@ -102,7 +102,7 @@ def write_shards(folder, weights, shards=1):
 
 
 def expand_to_square(picture):
-    """The picture in the middle of a square of the mean colour."""
+    """The image in the middle of a square of the mean colour."""
     side = max(picture.size)
     square = Image.new("RGB", (side, side), (127, 127, 127))
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -110,14 +110,14 @@ def expand_to_square(picture):
 
 
 def official_pixels(official, pictures, aspect):
-    """What the authors' tower reads: the square picture if it is padded, else the stretched one."""
+    """What the authors' tower reads: the square image if it is padded, else the stretched one."""
     pictures = [expand_to_square(picture) for picture in pictures] if aspect == "pad" else pictures
     return AutoImageProcessor.from_pretrained(official.tower_folder)(pictures, return_tensors="pt")["pixel_values"]
 
 
 @torch.no_grad()
 def official_logits(official, prompt, pictures, aspect):
-    """The authors' forward: text in pieces between pictures, the tower's hidden states whole, projected and spliced in."""
+    """The authors' forward: text in pieces between images, the tower's hidden states whole, projected and spliced in."""
     embed, pieces = official.language.get_input_embeddings(), prompt.split("<image>")
     row = []
     for index, piece in enumerate(pieces):
@@ -139,7 +139,7 @@ PICTURES = [picture(31, 17), picture(14, 40, seed=1)]
 
 @torch.no_grad()
 def check_equal(official, out, aspect):
-    """The imported model says what the official forward says, with one picture, two, and none."""
+    """The imported model says what the official forward says, with one image, two, and none."""
     model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     processor = AutoProcessor.from_pretrained(out)
@@ -175,7 +175,7 @@ def test_the_verb_writes_the_folder_and_says_what_is_in_it(tmp_path):
     official = write_official(tmp_path)
     done = CliRunner().invoke(app, ["import", str(official.folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "visual tokens per image" in done.output and "pictures are padded to a square" in done.output
+    assert "visual tokens per image" in done.output and "images are padded to a square" in done.output
     check_equal(official, tmp_path / "out", "pad")
 
 

@@ -150,7 +150,7 @@ def test_what_is_no_picture_is_refused_with_its_place(folder, teacher):
     with pytest.raises(DataError, match="task digits, split test, document 0: a visual is of type 'str'"):
         answers(*teacher, [video], about, Generation())
     two = Asking(("<image> and <image>?", *asked[0].args[1:]))
-    with pytest.raises(DataError, match=r"document 0: 2 <image> tag\(s\) in the text but 1 picture"):
+    with pytest.raises(DataError, match=r"document 0: 2 <image> tag\(s\) in the text but 1 image"):
         answers(*teacher, [two], about, Generation())
 
 

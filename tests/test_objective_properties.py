@@ -392,7 +392,7 @@ def test_models_that_do_not_fit_each_other_are_refused():
         distillation_loss(STUDENT, other, batch, OBJECTIVE)
     fine = tiny.model(2)
     fine.config.vision_config.patch_size = 2
-    with pytest.raises(ModelError, match="visual tokens a picture"):
+    with pytest.raises(ModelError, match="visual tokens an image"):
         distillation_loss(STUDENT, fine, batch, OBJECTIVE)
 
 

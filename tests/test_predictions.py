@@ -42,7 +42,7 @@ class Letters(Benchmark):
 
     def items(self, folder: Path) -> list[Item]:
         return [
-            Item(f"q{number}", f"Say {letter}", (Path("0.png"),), f"picture {number // 2}", place=f"letters, {number}")
+            Item(f"q{number}", f"Say {letter}", (Path("0.png"),), f"image {number // 2}", place=f"letters, {number}")
             for number, letter in enumerate("abcdefg")
         ]
 
@@ -209,7 +209,7 @@ def test_files_of_other_tools(tmp_path, name, record):
 def test_llavas_files_whose_ids_are_pictures(tmp_path, make, task):
     right, chosen = make(tmp_path), benchmark(task)
     items = chosen.items(tmp_path)
-    # LLaVA's scripts copy question_id and text of the question files, which number pictures in MME and TextVQA.
+    # LLaVA's scripts copy question_id and text of the question files, which number images in MME and TextVQA.
     (questions,) = tmp_path.rglob("llava_*.jsonl")
     asked = [json.loads(line) for line in questions.read_text().splitlines()]
     records = [

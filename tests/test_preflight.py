@@ -439,7 +439,7 @@ def test_records_that_cannot_be_read_are_named(setting):
     setting.records[2] = Conversation(setting.records[2].turns, (Path("gone.png"),), "train.json, record 3")
     verdicts = setting.check()
     assert named(verdicts) == {"records"}
-    assert "train.json, record 3: picture gone.png does not exist" in verdicts["records"].measured
+    assert "train.json, record 3: image gone.png does not exist" in verdicts["records"].measured
 
 
 def test_records_without_pictures_are_warned_of(setting):
@@ -467,7 +467,7 @@ def test_other_pictures_have_the_records_own_size(setting):
     changed = with_other_pictures(encoded, 0)
     assert changed.images[0].size == setting.records[0].pictures()[0].size
     assert changed.images[0].tobytes() != setting.records[0].pictures()[0].tobytes()
-    # The next records show the same picture, which would change nothing.
+    # The next records show the same image, which would change nothing.
     assert changed.images[0].tobytes() == setting.records[4].pictures()[0].tobytes()
 
 

@@ -169,7 +169,7 @@ def test_the_answers_of_a_run_are_scores(tmp_path):
         run.mkdir(parents=True)
         (run / "evaluation-student.json").write_text(json.dumps({"answers": answers(folder, *rights)}))
     one, other = (read_scores(tmp_path / name)["exact match"] for name in ("one", "other/data"))
-    # The same questions, though the pictures lie elsewhere.
+    # The same questions, though the images lie elsewhere.
     assert one.questions == other.questions
     assert one.metrics["overall"].clusters == other.metrics["overall"].clusters == ("a/1.png", "b/1.png", "record 2")
     assert [metric.score for metric in one.metrics.values()] == [pytest.approx(200 / 3), 100, 0]

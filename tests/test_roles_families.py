@@ -82,7 +82,7 @@ RECORDS = {
 
 
 def pieces_of(record: Conversation, speaker: str) -> list[str]:
-    """The words between pictures, a turn after the other."""
+    """The words between images, a turn after the other."""
     parts = [part for turn in record.turns if turn.speaker == speaker for part in turn.text.split("<image>")]
     return [part for part in parts if part]
 
@@ -117,7 +117,7 @@ def check_roles(family: str, record: Conversation) -> None:
 
 
 def features(family: str, sample) -> int:
-    """How many features the pictures give, from what the model is given of them and not from the tokens."""
+    """How many features the images give, from what the model is given of them and not from the tokens."""
     if "pixel_values" not in sample:
         return 0
     pixels = sample["pixel_values"]
@@ -131,7 +131,7 @@ def features(family: str, sample) -> int:
 
 
 def anyres_features(family: str, sample) -> int:
-    """A 2 x 2 base, the tiles' grid cut to the picture's shape, and a line end for each of its rows."""
+    """A 2 x 2 base, the tiles' grid cut to the image's shape, and a line end for each of its rows."""
     total = 0
     for height, width in sample["image_sizes"].tolist():
         if family == "llava-onevision" and len(sample["image_sizes"]) > 1:
@@ -205,7 +205,7 @@ def test_the_line_end_behind_a_turn_and_the_frame_of_a_picture_are_other(family)
 
 
 def test_words_that_merge_with_the_frame_of_a_picture_keep_their_role():
-    # Gemma puts line ends around a picture and has one token for several of them: the token that holds a line end of the words
+    # Gemma puts line ends around an image and has one token for several of them: the token that holds a line end of the words
     # has the words' role, and no other line end has it.
     processor = FAMILIES["gemma3"]()
     processor.chat_template = processor.chat_template.replace("part['text'] | trim", "part['text']")
@@ -355,14 +355,14 @@ def test_templates_that_leave_pictures_out_or_show_too_many_are_refused(family):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_pictures_that_the_text_does_not_show_are_refused_where_the_processor_passes_over_them(told):
-    # Some versions of transformers take pictures without a placeholder and leave them out of the text.
+    # Some versions of transformers take images without a placeholder and leave them out of the text.
     processor = FAMILIES["llava-llama3"]()
     processor.chat_template = processor.chat_template.replace("'<image>'", "''")
     processor.validate_inputs = lambda **_: None
     if not told:
         processor.get_text_with_replacements = lambda text, *_: (text, None)
     with pytest.raises(
-        DataError, match=r"record 3: the text of the chat template has 0 placeholder\(s\) for 1 picture\(s\)"
+        DataError, match=r"record 3: the text of the chat template has 0 placeholder\(s\) for 1 image\(s\)"
     ):
         encode(conversation("<image>What?", "A river."), processor)
 
@@ -378,7 +378,7 @@ def test_templates_that_fail_or_print_lists_are_refused():
 
 
 def test_a_processor_that_says_nothing_is_followed_where_it_only_repeats_the_image_token(monkeypatch):
-    # Processors of transformers before 5.15 do not tell what they put in place of a picture.
+    # Processors of transformers before 5.15 do not tell what they put in place of an image.
     told = {
         family: encode(RECORDS["adjacent images"], processor_of(family))
         for family in ("qwen2-vl", "llava-onevision", "internvl")
@@ -393,7 +393,7 @@ def test_a_processor_that_says_nothing_is_followed_where_it_only_repeats_the_ima
 
         monkeypatch.setattr(type(processor), "__call__", silent)
         if family == "internvl":
-            with pytest.raises(DataError, match="not those of its text with every picture in its place"):
+            with pytest.raises(DataError, match="not those of its text with every image in its place"):
                 encode(RECORDS["adjacent images"], processor)
         else:
             assert torch.equal(encode(RECORDS["adjacent images"], processor)["roles"], expected["roles"])
@@ -438,7 +438,7 @@ def called_on_all(processor, records: tuple[Conversation, ...], side: str, *, em
 
 
 EMPTY_LISTS = frozenset({"llava-onevision", "smolvlm", "idefics3", "gemma3"})
-"""Families whose processors take pictures by sample, a sample without any included; the others take them in one list."""
+"""Families whose processors take images by sample, a sample without any included; the others take them in one list."""
 
 
 @every_family
@@ -476,7 +476,7 @@ def test_a_sample_without_token_types_is_filled_with_those_of_text():
 
 
 def test_pictures_that_a_processor_does_not_fill_up_are_not_filled_up():
-    # Zeros beside a picture are pixels to a model that is not told of them.
+    # Zeros beside an image are pixels to a model that is not told of them.
     samples = [
         {name: torch.zeros(3, dtype=torch.long) for name in ("input_ids", "attention_mask", "roles", "labels")}
         | {"pixel_values": torch.ones(1, 3, size, 8)}

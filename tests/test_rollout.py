@@ -354,10 +354,10 @@ def refused(batch: dict, match: str, student=STUDENT, error: type[Exception] = B
 def test_what_cannot_be_answered_is_refused_by_name():
     batch = tiny.batch(((tiny.Turn(1, 2, 3),), (tiny.Turn(1, 3, 4, image_last=True),)), side="left")
     behind = {**batch, "roles": batch["roles"].clone(), "labels": batch["labels"].clone()}
-    # The first response ends before the picture, and the last one is gone.
+    # The first response ends before the image, and the last one is gone.
     picture = (batch["input_ids"][1] == tiny.IMAGE).nonzero()[0].item()
     behind["roles"][1] = torch.where(torch.arange(batch["roles"].shape[1]) == picture - 1, 3, 0)
-    refused(behind, rf"sample 1: token {picture} is a picture's")
+    refused(behind, rf"sample 1: token {picture} is an image's")
     silent = {**batch, "roles": batch["roles"].clone()}
     silent["roles"][0] = 0
     refused(silent, "sample 0: batch has no response")

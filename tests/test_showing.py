@@ -36,7 +36,7 @@ def records(pair) -> list[Conversation]:
 
 @pytest.fixture(scope="module")
 def shown(pair, records, tmp_path_factory) -> RunFolder:
-    """Teacher and student, shown along two answers and two pictures."""
+    """Teacher and student, shown along two answers and two images."""
     run = RunFolder(tmp_path_factory.mktemp("run"))
     models = {"teacher": named(pair, "teacher"), "before": named(pair, "student")}
     show_inside(run, models, records, all_wrong(records), count=2, layer=0)

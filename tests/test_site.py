@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Loaded(HTMLParser):
-    """What a browser loads to show a page: scripts, styles, pictures, frames; not what a reader may click."""
+    """What a browser loads to show a page: scripts, styles, images, frames; not what a reader may click."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def text(words: str) -> dict[str, str]:
 NAMES = [f"deep/er/{index}.png" for index in range(3)]
 
 SAME = {
-    "string, pictures in front": ({"messages": [user("Q?"), assistant("A.")], "images": NAMES[:2]}, "<image><image>Q?"),
+    "string, images in front": ({"messages": [user("Q?"), assistant("A.")], "images": NAMES[:2]}, "<image><image>Q?"),
     "string with tags": (
         {"messages": [user("Q <image>\nor <image>?"), assistant("A.")], "images": NAMES[:2]},
         "Q <image>or <image>?",
@@ -73,7 +73,7 @@ SAME = {
         "Q <image>or <image>",
     ),
     "one image": ({"messages": [user("Q?"), assistant("A.")], "image": NAMES[0]}, "<image>Q?"),
-    "pictures in their parts": (
+    "images in their parts": (
         {"messages": [user([{"type": "image", "path": NAMES[1]}, text("Q?")]), assistant("A.")]},
         "<image>Q?",
     ),
@@ -163,7 +163,7 @@ def rows() -> list[dict[str, object]]:
 
 
 def table(typed: bool = True) -> datasets.Dataset:
-    # Without a type, the pictures are plain {bytes, path} structs, as other writers of parquet make them.
+    # Without a type, the images are plain {bytes, path} structs, as other writers of parquet make them.
     made = datasets.Dataset.from_list(rows())
     return made.cast_column("images", datasets.List(datasets.Image())) if typed else made
 
@@ -214,7 +214,7 @@ def test_bytes_of_a_table_are_read_in_workers_only_when_asked_for(folder):
 
 
 def test_a_broken_picture_inside_a_table_is_named(folder):
-    bad = [{"messages": [user("Q?"), assistant("A.")], "images": [{"bytes": b"no picture", "path": "x.png"}]}]
+    bad = [{"messages": [user("Q?"), assistant("A.")], "images": [{"bytes": b"no image", "path": "x.png"}]}]
     datasets.Dataset.from_list(bad).to_parquet(folder / "data.parquet")
     (record,) = read_conversations(folder / "data.parquet")
     with pytest.raises(DataError, match=r"row 1, images\[0\] cannot be read"):
@@ -249,7 +249,7 @@ def test_pictures_in_tables_are_the_same_by_their_bytes(folder):
     assert len(group) == 2
 
 
-# --- names of pictures ------------------------------------------------------------------------------------------------
+# --- names of images ------------------------------------------------------------------------------------------------
 
 
 def test_another_extension_is_taken_only_on_request_and_counted(folder):
@@ -379,7 +379,7 @@ def test_half_a_surrogate_pair_is_refused_by_the_record():
 
 def test_a_caption_in_place_of_a_file_name_is_refused_and_not_looked_for(folder):
     # The file system's own error reached the user as a traceback.
-    with pytest.raises(DataError, match=r"here: picture .* cannot be opened \(File name too long\)"):
+    with pytest.raises(DataError, match=r"here: image .* cannot be opened \(File name too long\)"):
         Conversation((Turn("user", "<image>Q"), Turn("assistant", "A")), (folder / ("a" * 300),), "here").check_files()
 
 

@@ -24,12 +24,12 @@ from align_ti.runs import RunFolder, write_json
 from align_ti.training.trainer import AlignTITrainer
 from tests import small
 
-QUESTION = "What is in the picture?"
+QUESTION = "What is in the image?"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[RunFolder, Path, str]:
-    """A measured run with adapters, its picture, and what the student in memory answered at the end of training."""
+    """A measured run with adapters, its image, and what the student in memory answered at the end of training."""
     folder = tmp_path_factory.mktemp("somewhere-private")
     small.write_pair(folder)
     small.write_records(folder)
@@ -65,7 +65,7 @@ def card(run: RunFolder) -> str:
 def test_the_card_s_snippet_runs_alone_and_says_what_the_student_said_in_training(finished, tmp_path):
     run, picture, said = finished
     (snippet,) = re.findall(r"```python\n(.*?)```", card(run), re.DOTALL)
-    snippet = snippet.replace("path/to/this/folder", str(run.student)).replace("picture.png", str(picture))
+    snippet = snippet.replace("path/to/this/folder", str(run.student)).replace("image.png", str(picture))
     assert QUESTION in snippet
     done = subprocess.run(
         [sys.executable, "-c", "import sys\nsys.modules['align_ti'] = sys.modules['peft'] = None\n" + snippet],

@@ -33,7 +33,7 @@ from tests.launching import ROOT
 
 
 def shares(hits: np.ndarray, of: int = 8) -> Metric:
-    """A share of right answers: hits of each picture's questions."""
+    """A share of right answers: hits of each image's questions."""
     return Metric(
         np.stack([hits, np.full(len(hits), of)], axis=-1).astype(float), ratio, tuple(f"p{i}" for i in range(len(hits)))
     )
@@ -167,7 +167,7 @@ def test_the_gap_that_is_closed_is_the_share_of_the_way(part):
     ]
     told = gap_closed(between * 2, [start] * 2, goal)
     assert told.value == pytest.approx(100 * part)
-    # Runs and pictures that are all alike tell nothing of others.
+    # Runs and images that are all alike tell nothing of others.
     assert math.isnan(told.low) if part == 0 else told.low < told.value < told.high
     assert gap_closed([start], [goal], goal) is None
 
@@ -186,7 +186,7 @@ def test_intervals_of_the_gap_hold_it_nineteen_times_in_twenty():
 
 
 def expected(effect: float) -> float:
-    """The mean score of a run with that effect, over runs and pictures."""
+    """The mean score of a run with that effect, over runs and images."""
     random = np.random.default_rng(9)
     return float(np.mean(1 / (1 + np.exp(-(random.normal(0, 1, 400_000) + random.normal(effect, 0.3, 400_000))))))
 

@@ -54,7 +54,7 @@ def page_of(content: dict, root: Path) -> str:
 
 
 def told(content: dict, root: Path) -> str:
-    """The words of that page; its pictures, which take long to draw, are left out."""
+    """The words of that page; its figures, which take long to draw, are left out."""
     with patch("align_ti.report.study.study_figures", lambda content: dict.fromkeys(PICTURES, "<svg></svg>")):
         return words_of(page_of(content, root))
 
@@ -82,7 +82,7 @@ class Balance(HTMLParser):
 
 
 def words_of(page: str) -> str:
-    """The page's text outside its pictures; fails if a tag is not closed."""
+    """The page's text outside its figures; fails if a tag is not closed."""
     balance = Balance()
     balance.feed(page)
     assert not balance.wrong and not balance.open
@@ -96,7 +96,7 @@ def test_the_page_needs_nothing_from_outside_and_follows_the_readers_colours(who
     assert not re.findall(r"url\((?!#)", page)
     assert page.count("<svg") == 6
     assert "prefers-color-scheme: dark" in page and "@media print" in page
-    # A picture's black text would be lost on dark paper.
+    # A figure's black text would be lost on dark paper.
     assert not re.search(r"(fill|stroke): #000000", page)
 
 
@@ -126,7 +126,7 @@ def test_what_comes_from_data_is_escaped(whole, tmp_path):
     page = page_of(content, tmp_path)
     assert "<script" not in page
     words_of(page)
-    # A dollar sign starts no formula in a picture.
+    # A dollar sign starts no formula in a figure.
     assert "$x_$" in page
 
 
@@ -144,7 +144,7 @@ def test_each_difference_stands_beside_its_interval(whole, tmp_path):
             for one in row["differences"]:
                 assert f"{signed(one['mean'], 2)} {bounds(one['low'], one['high'], 2, sign=True)}" in words
     assert "not corrected" in words
-    # The same in the picture of them.
+    # The same in the figure of them.
     forest = study_figures(whole)["differences"]
     assert all(
         f"{signed(one['mean'], 2)} ({bounds(one['low'], one['high'], 2, sign=True)})" in forest

@@ -374,7 +374,7 @@ def test_benchmarks_alone_make_card_page_and_summary(folder, tmp_path):
         if len(known) < len(scores):
             assert "(interval unknown)" in card and "interval unknown" in page
         assert f"{student['title']}" in page
-    # One picture's questions leave an F1 without an interval, and a share with nearly none.
+    # One image's questions leave an F1 without an interval, and a share with nearly none.
     assert told["student"]["pope"]["low"] is None and told["student"]["digits"]["low"] is not None
     assert results["pope"].metric_name == f"{told['student']['pope']['metric']}, 95 % interval unknown"
     assert "Nothing" not in card and "held-out questions" not in page and "<h2>Examples" not in page

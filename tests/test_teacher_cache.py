@@ -303,7 +303,7 @@ def test_recipes_that_ask_the_teacher_more_are_refused_by_name(pair, cached):
 
 
 def test_a_teacher_with_a_processor_of_its_own_is_cached_in_its_own_sequence(tmp_path):
-    """Other pictures, another template, other numbers of visual tokens: its rows are resampled from the cache as from its pass."""
+    """Other images, another template, other numbers of visual tokens: its rows are resampled from the cache as from its pass."""
     test_family_chain.write_two_families(tmp_path)
     content = test_family_chain.folder_recipe(
         tmp_path, objective={**TERMS, "iva": {"resample": True, "layer": 1}}, check=False

@@ -161,7 +161,7 @@ def test_a_term_over_the_whole_sequence_is_refused_by_name_across_families(term)
 
 
 def finer_pair() -> tuple:
-    """A student that sees a picture as 4 visual tokens, a teacher that sees it as 9."""
+    """A student that sees an image as 4 visual tokens, a teacher that sees it as 9."""
     _, student, _ = pair("llava-siglip-qwen3")
     maker, teacher = finer(2)
     ours = one_sample("llava-siglip-qwen3", "one turn")

@@ -311,7 +311,7 @@ def test_records_repeated_to_fill_the_last_batch_count_once(two_processes, folde
 
 
 def test_a_stream_is_evaluated_as_its_records_are_pictures_and_all(folder, tmp_path):
-    # accelerate cuts a stream's batches by their first axis, even on one process, and pictures of records that have several were lost.
+    # accelerate cuts a stream's batches by their first axis, even on one process, and images of records that have several were lost.
     run = trainer(folder, tmp_path, 2, 1)
     run.args.per_device_eval_batch_size = 2
     several = [

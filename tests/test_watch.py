@@ -174,13 +174,13 @@ def test_troubles_are_told_the_newest_last(tmp_path):
     run = write_run(tmp_path)
     bad = {"name": "pixels.teacher", "state": "warn", "measured": "grey", "expected": "colour", "way_out": "mend it"}
     run.check.write_text(json.dumps({"state": "warn", "verdicts": [bad, {**bad, "state": "pass"}]}))
-    run.skipped.write_text('{"place": "a.json, record 1", "reason": "a.json, record 1: no picture"}\n')
+    run.skipped.write_text('{"place": "a.json, record 1", "reason": "a.json, record 1: no image"}\n')
     run.truncated.write_text('{"place": "record 2", "tokens": 90, "kept": 64}\n')
     run.append_metrics(line(60, loss=float("nan")))
     assert progress(tmp_path, NOW).troubles == (
         "check, warn: pixels.teacher: grey; mend it",
         "record 2 was truncated from 90 to 64 tokens",
-        "skipped: a.json, record 1: no picture",
+        "skipped: a.json, record 1: no image",
         "step 60: loss is nan",
     )
 

@@ -77,7 +77,7 @@ def run_demo(
     Args:
         out: the run folder.
         seed: decides scenes, questions, order and draws.
-        sizes: pictures of each split.
+        sizes: images of each split.
         training: how long and how fast each method trains.
         split: "test", or "validation" while settings are chosen.
         jobs: methods trained at the same time, each in a process of its own; the processor's threads are shared out. More than one
@@ -304,7 +304,7 @@ def claim(out: Path, choices: dict[str, Any]) -> None:
 
 
 def best_layer(root: RunFolder, data: Path, seed: int, advance: Advance) -> int:
-    """The teacher's layer with the highest instruction-relevance score on training pictures."""
+    """The teacher's layer with the highest instruction-relevance score on training images."""
     if not root.layer_scores.exists():
         advance("score the teacher's layers", 0, 1)
         with part("score the teacher's layers"):

@@ -160,7 +160,7 @@ class RunFolder:
 
     @property
     def looks(self) -> Path:
-        """Where the models look in a few pictures, under several instructions each; the pictures lie in the folder `shown`."""
+        """Where the models look in a few images, under several instructions each; the images lie in the folder `shown`."""
         return self.root / "looks.json"
 
     @property
@@ -170,7 +170,7 @@ class RunFolder:
 
     @property
     def shown(self) -> Path:
-        """The pictures of `looks` and `transitions`, small."""
+        """The images of `looks` and `transitions`, small."""
         return self.root / "shown"
 
     @property

@@ -131,14 +131,14 @@ def select_strategy(options: Composition, tower: PreTrainedModel) -> Strategy:
 
 
 def choose_template(options: Composition, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The chat template and its name: as asked for, else the language model's own with pictures, else the vicuna form.
+    """The chat template and its name: as asked for, else the language model's own with images, else the vicuna form.
 
     Raises:
         ModelError: the file cannot be read, or the vicuna form has no token to end an answer with.
     """
     chosen, own = options.chat_template, tokenizer.chat_template
     if chosen is None and own:
-        return with_pictures(own if isinstance(own, str) else own["default"]), "the language model's own, with pictures"
+        return with_pictures(own if isinstance(own, str) else own["default"]), "the language model's own, with images"
     if chosen in {None, "vicuna"}:
         if tokenizer.eos_token is None:
             raise ModelError(f"{options.text}: the tokenizer has no eos_token to end an answer with; give it one.")

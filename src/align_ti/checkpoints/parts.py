@@ -49,7 +49,7 @@ class Made:
     dtype: str
     image_token: int
     visual_tokens: int
-    """Of one picture."""
+    """Of one image."""
     end_tokens: tuple[int, ...]
     notes: tuple[str, ...] = ()
     """What was left out or decided on the way, as sentences."""
@@ -99,7 +99,7 @@ def load_pictures(path: str) -> BaseImageProcessor:
     """The image processor beside a vision tower.
 
     Raises:
-        ModelError: there is none, or it does not say what prepared pictures look like.
+        ModelError: there is none, or it does not say what prepared images look like.
     """
     with loading(path, "image processor", "a preprocessor_config.json beside the vision tower"):
         pictures: BaseImageProcessor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)

@@ -283,7 +283,7 @@ def prepare_pictures(tower: str, settings: Mapping[str, Any]) -> tuple[BaseImage
     """The tower's image processor, behind padding to a square if the checkpoint was trained so; and a sentence about it."""
     square = load_pictures(tower)
     if settings.get("image_aspect_ratio") != "pad":
-        return square, "pictures are stretched to a square"
+        return square, "images are stretched to a square"
     options = square.to_dict()
     padded = LlavaImageProcessor(
         do_pad=True,
@@ -294,7 +294,7 @@ def prepare_pictures(tower: str, settings: Mapping[str, Any]) -> tuple[BaseImage
         resample=options["resample"],
         rescale_factor=options["rescale_factor"],
     )
-    return padded, "pictures are padded to a square in the mean colour"
+    return padded, "images are padded to a square in the mean colour"
 
 
 def plan(source: Path, config: LlavaConfig, rows: int) -> tuple[list[Entry], list[Entry], list[str]]:

@@ -1,4 +1,4 @@
-"""Chat templates that place pictures, and the check that one can be trained on."""
+"""Chat templates that place images, and the check that one can be trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from align_ti.data.rendering import messages
 from align_ti.data.roles import RESPONSE, VISUAL, encode
 from align_ti.errors import DataError, ModelError
 
-PICTURES = """{#- Content in parts becomes text: <image> for a picture, and a line break between it and what follows. -#}
+PICTURES = """{#- Content in parts becomes text: <image> for an image, and a line break between it and what follows. -#}
 {%- set plain = namespace(messages=[]) -%}
 {%- for message in messages -%}
 {%- if message['content'] is string or message['content'] is not iterable -%}
@@ -30,7 +30,7 @@ PICTURES = """{#- Content in parts becomes text: <image> for a picture, and a li
 {%- endfor -%}
 {%- set messages = plain.messages -%}
 """
-"""Put before a template that knows text alone, it makes one that places pictures."""
+"""Put before a template that knows text alone, it makes one that places images."""
 
 WITHOUT_THINKING = "{%- set enable_thinking = enable_thinking | default(false) -%}\n"
 """Put before the template of a hybrid reasoning model: asked and trained in the same form, without thoughts."""
@@ -51,7 +51,7 @@ def vicuna(end: str) -> str:
 
 
 def with_pictures(template: str) -> str:
-    """A language model's own template, extended to place pictures."""
+    """A language model's own template, extended to place images."""
     return (WITHOUT_THINKING if "enable_thinking" in template else "") + PICTURES + template
 
 
@@ -60,7 +60,7 @@ def check_template(processor: ProcessorMixin, config: LlavaConfig, name: str) ->
 
     Raises:
         ModelError: the template does not let roles be told apart, ends an answer without a special token, asks in another form
-            than it shows answers in, or processor and tower do not agree on a picture.
+            than it shows answers in, or processor and tower do not agree on an image.
     """
     picture = Image.new("RGB", (40, 30), (90, 120, 30))
     asked, answered = Turn("user", "<image>\nHow many are there?"), Turn("assistant", "7 of them")
@@ -75,13 +75,13 @@ def check_template(processor: ProcessorMixin, config: LlavaConfig, name: str) ->
         visual = int((sample["roles"] == VISUAL).sum())
         if visual != count * config.image_seq_length:
             raise ModelError(
-                f"{name}: {count} picture(s) became {visual} visual tokens; {config.image_seq_length} each are accepted, as the tower "
-                "gives them; the chat template must show every picture once as <image>, in order."
+                f"{name}: {count} image(s) became {visual} visual tokens; {config.image_seq_length} each are accepted, as the tower "
+                "gives them; the chat template must show every image once as <image>, in order."
             )
     size = getattr(config.vision_config, "image_size", None)
     if tuple(samples[0]["pixel_values"].shape[-2:]) != (size, size):
         raise ModelError(
-            f"{name}: the image processor makes pictures of {tuple(samples[0]['pixel_values'].shape[-2:])} pixels, the tower reads "
+            f"{name}: the image processor makes images of {tuple(samples[0]['pixel_values'].shape[-2:])} pixels, the tower reads "
             f"{size} x {size}; fix preprocessor_config.json in the tower's folder."
         )
     check_prompt(single, processor, name)

@@ -49,14 +49,14 @@ def record_name(conversation: Conversation, source: Source) -> str:
 
 
 def prompt_digest(conversation: Conversation) -> str:
-    """A digest of what is said to the assistant, and of the pictures: files by their name, bytes of a table by what they are."""
+    """A digest of what is said to the assistant, and of the images: files by their name, bytes of a table by what they are."""
     told = [[turn.speaker, turn.text] for turn in conversation.turns if turn.speaker != "assistant"]
     content = json.dumps([told, [picture_mark(image) for image in conversation.images]])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def picture_mark(image: Picture) -> str:
-    """What tells the picture from others, wherever the data lie."""
+    """What tells the image from others, wherever the data lie."""
     if isinstance(image, Path):
         return image.name
     return hashlib.sha256(image.read() if isinstance(image, StoredPicture) else image.tobytes()).hexdigest()[:32]
@@ -95,7 +95,7 @@ def as_line(answered: Conversation, key: Key, pictures: Sequence[str], cut: bool
     Args:
         answered: the record with the model's answers.
         key: which record it is.
-        pictures: the names of its pictures.
+        images: the names of its images.
         cut: whether one of its answers was cut at the token limit.
         made: who answered, and how.
     """
@@ -113,12 +113,12 @@ def as_line(answered: Conversation, key: Key, pictures: Sequence[str], cut: bool
 
 
 def picture_name(image: Picture, root: ImageRoot, out: Path, place: str) -> str:
-    """The name that a record of the file gives a picture: from the image root, or beside the file for bytes of a table.
+    """The name that a record of the file gives an image: from the image root, or beside the file for bytes of a table.
 
     Such bytes are written there as they are, named by their digest.
 
     Raises:
-        DataError: a picture that is no file and lies in no table.
+        DataError: an image that is no file and lies in no table.
     """
     if isinstance(image, Path):
         assert root.folder is not None and root.resolved is not None
@@ -128,7 +128,7 @@ def picture_name(image: Picture, root: ImageRoot, out: Path, place: str) -> str:
         return image.resolve().relative_to(root.resolved).as_posix()
     if not isinstance(image, StoredPicture):
         raise DataError(
-            f"{place}: a picture is in memory only, so no line of {out.name} can name it; pictures in files or in tables are accepted; "
+            f"{place}: an image is in memory only, so no line of {out.name} can name it; images in files or in tables are accepted; "
             "save it to a file."
         )
     content = image.read()
@@ -194,7 +194,7 @@ def begun(path: Path, order: Sequence[Key], made: Made) -> Begun:
             at = positions.get(key, -1)
             if at < position:
                 raise RunError(
-                    f"{place}: an answer to {key.record} of {key.source}, which is not there with these words and pictures, or not at "
+                    f"{place}: an answer to {key.record} of {key.source}, which is not there with these words and images, or not at "
                     "its turn, so the data have changed since; restore them, choose another file (--out), or remove this one."
                 )
             position, lines, cut, stop = at + 1, lines + 1, cut + bool(told.get("cut")), stop + len(raw)
@@ -317,7 +317,7 @@ class Answers:
         if known:
             (place, *_) = (answer.place for answer in known.values())
             raise DataError(
-                f"{conversation.place}: the answer in {place} is to other text or pictures than this record has now; answers to the "
+                f"{conversation.place}: the answer in {place} is to other text or images than this record has now; answers to the "
                 f"same are accepted; restore the data, or run `align-ti generate` on {source.path} again."
             )
         has = sum(name == key.source for name, _ in self.found)

@@ -62,7 +62,7 @@ class Batch(dict[str, Any]):
 class Tokens:
     """The student's sequence of a batch as terms see it before any model has read it.
 
-    `pictures` is the number of each visual token's picture, from 1. `student_written` marks response tokens that the student wrote.
+    `pictures` is the number of each visual token's image, from 1. `student_written` marks response tokens that the student wrote.
     """
 
     ids: Int[Tensor, "batch seq"]

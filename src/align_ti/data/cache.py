@@ -30,7 +30,7 @@ VERSIONED = ("align-ti", "transformers", "tokenizers", "pillow", "torch")
 class SampleCache:
     """One safetensors file for each sample, in a folder that runs and workers may share.
 
-    A file's name is a fingerprint of everything that its content depends on: the record's words, its pictures (a file's path, size and
+    A file's name is a fingerprint of everything that its content depends on: the record's words, its images (a file's path, size and
     time of change; the bytes of others), the processor, this package's code and the versions of those it uses. So a file is never
     out of date, and one that is damaged is told by its checksum, made again, and counted in `rebuilt`.
 
@@ -53,7 +53,7 @@ class SampleCache:
         """The file of a record's sample.
 
         Raises:
-            DataError: a picture's file is missing.
+            DataError: an image's file is missing.
         """
         content = [
             self.made_with,
@@ -117,7 +117,7 @@ def checksum(sample: Mapping[str, Tensor]) -> str:
 
 
 def picture_mark(image: Picture, conversation: Conversation) -> str:
-    """What tells a picture from another, without decoding it."""
+    """What tells an image from another, without decoding it."""
     if isinstance(image, Path):
         conversation.check_files()
         stat = image.stat()

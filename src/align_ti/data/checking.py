@@ -129,7 +129,7 @@ def refuse_too_many(refused: Sequence[Refused], records: int, limit: float) -> N
 
 
 def digest(conversations: Sequence[Conversation]) -> str:
-    """A digest of the records' places, words and picture names: no picture is read."""
+    """A digest of the records' places, words and image names: no image is read."""
     result = hashlib.sha256()
     for one in conversations:
         names = [image.name if isinstance(image, StoredPicture) else str(image) for image in one.images]

@@ -165,7 +165,7 @@ class Collator:
                 shapes = ", ".join(str(list(value.shape)) for value in values)
                 raise DataError(
                     f"{name} of the samples of a batch has shapes {shapes}; equal sizes are accepted where the processor gives neither "
-                    "image_sizes nor a pixel mask; let it crop or resize pictures to one size, or take a batch of 1."
+                    "image_sizes nor a pixel mask; let it crop or resize images to one size, or take a batch of 1."
                 )
             batch[name] = joined(values)
         return self.made(batch)
@@ -196,7 +196,7 @@ def blank_sample(processor: ProcessorMixin, teacher_processor: ProcessorMixin | 
     calls its towers with this one.
     """
     turns = (Turn("user", f"{IMAGE_TAG}\n."), Turn("assistant", "."))
-    conversation = Conversation(turns, (Image.new("RGB", (64, 64), "white"),), "a blank picture")
+    conversation = Conversation(turns, (Image.new("RGB", (64, 64), "white"),), "a blank image")
 
     def of(one: ProcessorMixin) -> dict[str, Any]:
         sample = encode(conversation, one)

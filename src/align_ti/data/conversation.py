@@ -70,7 +70,7 @@ class Conversation:
                 there = not isinstance(image, Path) or image.is_file()
             except OSError as error:
                 raise DataError(
-                    f"{self.place}: picture {image!s:.80}... cannot be opened ({error.strerror}); a file name is accepted; fix "
+                    f"{self.place}: image {image!s:.80}... cannot be opened ({error.strerror}); a file name is accepted; fix "
                     "the record."
                 ) from error
             if not there:
@@ -122,21 +122,21 @@ def check(conversation: Conversation) -> None:
     for turn in turns:
         if turn.speaker != "user" and IMAGE_TAG in turn.text:
             raise DataError(
-                f"{place}: an {IMAGE_TAG} tag stands in a turn by {turn.speaker!r}; pictures are accepted in user turns "
+                f"{place}: an {IMAGE_TAG} tag stands in a turn by {turn.speaker!r}; images are accepted in user turns "
                 "only; move the tag, or spell it differently if it is meant as text."
             )
     tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
     if tags != len(conversation.images):
         raise DataError(
-            f"{place}: {tags} {IMAGE_TAG} tag(s) in the text but {len(conversation.images)} picture(s) in the record; "
-            "the counts must be equal; add or remove tags or pictures."
+            f"{place}: {tags} {IMAGE_TAG} tag(s) in the text but {len(conversation.images)} image(s) in the record; "
+            "the counts must be equal; add or remove tags or images."
         )
 
 
 def missing_picture(image: Path, place: str) -> DataError:
     """The error for an image that is not there."""
     return DataError(
-        f"{place}: picture {image} does not exist; check the record's name for it and the image root (data.images in a recipe)."
+        f"{place}: image {image} does not exist; check the record's name for it and the image root (data.images in a recipe)."
     )
 
 
@@ -156,6 +156,6 @@ def open_picture(image: Picture, place: str) -> Image.Image:
         raise missing_picture(Path(name), place) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
-            f"{place}: picture {name} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
+            f"{place}: image {name} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
             "is accepted; restore the file or remove the record."
         ) from error

@@ -1,4 +1,4 @@
-"""Pictures under several instructions: the sample that layers are scored on."""
+"""Images under several instructions: the sample that layers are scored on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from align_ti.errors import DataError
 def same_image_groups(
     conversations: Sequence[Conversation], images: int, instructions: int, seed: int = 0
 ) -> list[list[Conversation]]:
-    """Up to `images` groups, each one picture under 2 to `instructions` different instructions, without answers.
+    """Up to `images` groups, each one image under 2 to `instructions` different instructions, without answers.
 
-    Every user turn of a one-picture record is an instruction about its picture, asked on its own. One with no words behind the
-    picture cannot look at it, since attention is causal, and is passed over. The sample is drawn with the seed.
+    Every user turn of a one-image record is an instruction about its image, asked on its own. One with no words behind the
+    image cannot look at it, since attention is causal, and is passed over. The sample is drawn with the seed.
 
     Raises:
-        DataError: no picture has two instructions.
+        DataError: no image has two instructions.
     """
     asked: dict[object, dict[str, Conversation]] = {}
     for conversation in conversations:
@@ -37,7 +37,7 @@ def same_image_groups(
     groups = [list(group.values()) for group in asked.values() if len(group) >= 2]
     if not groups:
         raise DataError(
-            "no picture of the training data has two different instructions, so layers cannot be scored; set "
+            "no image of the training data has two different instructions, so layers cannot be scored; set "
             "objective.iva.layer to a number, or score layers on other data with `align-ti score-layers`."
         )
     chooser = random.Random(seed)
@@ -46,7 +46,7 @@ def same_image_groups(
 
 
 def identity(picture: Picture) -> object:
-    """What two records share if they show the same picture: its path, the bytes inside a table, or the object in memory."""
+    """What two records share if they show the same image: its path, the bytes inside a table, or the object in memory."""
     if isinstance(picture, Path):
         return picture
     return hashlib.sha256(picture.read()).digest() if isinstance(picture, StoredPicture) else id(picture)

@@ -20,7 +20,7 @@ TooLong = Literal["error", "truncate"]
 def fit(sample: dict[str, Tensor], max_length: int | None, too_long: TooLong, place: str) -> dict[str, Tensor]:
     """The sample itself if it is short enough; otherwise an error, or the sample without the end of its last response.
 
-    Only tokens from the last response on are cut, so every picture stays whole and no response vanishes. The token that ends the
+    Only tokens from the last response on are cut, so every image stays whole and no response vanishes. The token that ends the
     turn is cut with them: the student does not learn to stop where the answer did not.
 
     Raises:
@@ -64,11 +64,11 @@ def last_response(roles: Tensor) -> int:
 def estimated_lengths(
     conversations: Sequence[Conversation], measured: Sequence[tuple[Conversation, dict[str, Tensor]]]
 ) -> list[int]:
-    """The length of each record in tokens, roughly: words by their characters, and the same number of tokens for every picture.
+    """The length of each record in tokens, roughly: words by their characters, and the same number of tokens for every image.
 
     Args:
         conversations: the records; nothing is decoded.
-        measured: some of them as samples, from which tokens for a character, a turn and a picture are fitted by least squares.
+        measured: some of them as samples, from which tokens for a character, a turn and an image are fitted by least squares.
     """
     features = torch.tensor([traits(conversation) for conversation, _ in measured], dtype=torch.float64)
     lengths = torch.tensor([len(sample["input_ids"]) for _, sample in measured], dtype=torch.float64)
@@ -79,7 +79,7 @@ def estimated_lengths(
 
 
 def traits(conversation: Conversation) -> tuple[int, int, int]:
-    """What a record's length is estimated from: characters, turns, pictures."""
+    """What a record's length is estimated from: characters, turns, images."""
     return (
         sum(len(turn.text) for turn in conversation.turns),
         len(conversation.turns),

@@ -26,7 +26,7 @@ class SourceReport:
     taken: int
     """Records in the mix."""
     other_extension: int
-    """Pictures found under another extension than the record names."""
+    """Images found under another extension than the record names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,36 +28,36 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 """What `find_extension` tries, in upper case too."""
 
 Slot = Picture | None
-"""A place of a picture inside a text: None if the record's own list of pictures fills it."""
+"""A place of an image inside a text: None if the record's own list of images fills it."""
 
 
 class ImageRoot:
-    """The folder that picture names start from; no name leads out of it.
+    """The folder that image names start from; no name leads out of it.
 
     Args:
         folder: the folder; None if the source has none, so that names of files are refused.
-        find_extension: look for a missing picture under its name with another extension.
+        find_extension: look for a missing image under its name with another extension.
     """
 
     def __init__(self, folder: Path | None, find_extension: bool = False) -> None:
         self.folder, self.find_extension = folder, find_extension
         self.resolved = None if folder is None else folder.resolve()
         self.other_extension = 0
-        """Pictures that were found under another extension."""
+        """Images that were found under another extension."""
 
     def path(self, name: str, place: str) -> Path:
-        """The path of a picture.
+        """The path of an image.
 
         Raises:
             DataError: the name leads out of the root or is none, or there is no root.
         """
         if "://" in name or name.startswith("data:"):
             raise DataError(
-                f"{place}: picture {name!r:.80} is an address; pictures are never downloaded; give a file under the image root."
+                f"{place}: image {name!r:.80} is an address; images are never downloaded; give a file under the image root."
             )
         if self.folder is None or self.resolved is None:
             raise DataError(
-                f"{place}: picture {name!r} is a file name, but this source has no image root; give the folder (images of the "
+                f"{place}: image {name!r} is a file name, but this source has no image root; give the folder (images of the "
                 "source, or data.images)."
             )
         path = self.folder / name
@@ -66,12 +66,12 @@ class ImageRoot:
             missing = inside and self.find_extension and not path.is_file()
         except (ValueError, OSError, RuntimeError) as error:
             raise DataError(
-                f"{place}: picture {name!r:.80} is no usable file name ({error}); a relative path is accepted; rename it."
+                f"{place}: image {name!r:.80} is no usable file name ({error}); a relative path is accepted; rename it."
             ) from error
         if not inside:
             raise DataError(
-                f"{place}: picture {name!r} lies outside the image root {self.folder}; only pictures inside it are read; move the "
-                "picture or choose a higher root."
+                f"{place}: image {name!r} lies outside the image root {self.folder}; only images inside it are read; move the "
+                "image or choose a higher root."
             )
         return self.with_extension(path, place) if missing else path
 
@@ -81,8 +81,8 @@ class ImageRoot:
         found = [other for other in tried if other.is_file()]
         if len(found) > 1:
             raise DataError(
-                f"{place}: picture {path} does not exist and {', '.join(other.name for other in found)} do; find_extension accepts "
-                "exactly one; remove the others or name the picture by its full name."
+                f"{place}: image {path} does not exist and {', '.join(other.name for other in found)} do; find_extension accepts "
+                "exactly one; remove the others or name the image by its full name."
             )
         self.other_extension += len(found)
         return found[0] if found else path
@@ -94,7 +94,7 @@ def read_record(record: Any, place: str, root: ImageRoot, format: Format = "auto
     Args:
         record: the raw record: a JSON object or a row.
         place: file and number, for error messages; the record's `id` is added.
-        root: where its pictures lie.
+        root: where its images lie.
         format: how to read it.
 
     Raises:
@@ -106,7 +106,7 @@ def read_record(record: Any, place: str, root: ImageRoot, format: Format = "auto
         place = f"{place}, id {record['id']!r}"
     for name in OTHER_MEDIA:
         if record.get(name):
-            raise DataError(f"{place}: the record has {name!r}; pictures and text are accepted; remove the record.")
+            raise DataError(f"{place}: the record has {name!r}; images and text are accepted; remove the record.")
     chosen = format_of(record, place) if format == "auto" else format
     pictures = [picture(value, place, root) for value in image_values(record, place)]
     if chosen in {"llava", "plain"}:
@@ -152,11 +152,11 @@ def format_of(record: Mapping[str, Any], place: str) -> Format:
     )
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def image_values(record: Mapping[str, Any], place: str) -> list[Any]:
-    """The record's pictures as they stand in it: none (no key, null, "" or an empty list), one, or a list."""
+    """The record's images as they stand in it: none (no key, null, "" or an empty list), one, or a list."""
     given = {name: record[name] for name in ("image", "images") if record.get(name) not in (None, "", [])}
     if len(given) > 1:
         raise DataError(f"{place}: both 'image' and 'images' are given; one of them is accepted; remove the other.")
@@ -173,7 +173,7 @@ def image_values(record: Mapping[str, Any], place: str) -> list[Any]:
 
 
 def picture(value: Any, place: str, root: ImageRoot) -> Picture:
-    """A picture as it stands in a record: a name, a file's bytes, or both in {"bytes", "path"}."""
+    """An image as it stands in a record: a name, a file's bytes, or both in {"bytes", "path"}."""
     if isinstance(value, StoredPicture | Image.Image):
         return value
     if isinstance(value, str):
@@ -185,7 +185,7 @@ def picture(value: Any, place: str, root: ImageRoot) -> Picture:
     if isinstance(name, str) and name and content is None:
         return root.path(name, place)
     raise DataError(
-        f"{place}: a picture is {value!r:.80}; a file name, or an object with 'bytes' or 'path', is accepted; fix the record."
+        f"{place}: an image is {value!r:.80}; a file name, or an object with 'bytes' or 'path', is accepted; fix the record."
     )
 
 
@@ -232,7 +232,7 @@ def with_line_ends(text: str) -> str:
 
 
 def as_caption(turns: Sequence[Turn], place: str) -> tuple[Turn, ...]:
-    """The two turns of a caption, the question reduced to its picture."""
+    """The two turns of a caption, the question reduced to its image."""
     speakers = [turn.speaker for turn in turns]
     if speakers != ["user", "assistant"] or turns[0].text.count(IMAGE_TAG) != 1:
         raise DataError(
@@ -266,9 +266,9 @@ def messages_of(record: Mapping[str, Any], format: Format, place: str) -> list[A
 def read_messages(
     messages: Sequence[Any], pictures: Sequence[Picture], place: str, root: ImageRoot
 ) -> tuple[tuple[Turn, ...], list[Picture]]:
-    """Turns and pictures of messages.
+    """Turns and images of messages.
 
-    Pictures of the record's list fill the `{"type": "image"}` parts, and the `<image>` tags of texts, in reading order. If there are
+    Images of the record's list fill the `{"type": "image"}` parts, and the `<image>` tags of texts, in reading order. If there are
     neither, they all stand in front of the first question, provided that it is plain text, as in TRL.
     """
     roles = [message_role(message, place, number) for number, message in enumerate(messages, start=1)]
@@ -281,8 +281,8 @@ def read_messages(
     empty = slots.count(None)
     if empty != len(pictures):
         raise DataError(
-            f"{place}: {empty} place(s) for pictures in the messages but {len(pictures)} picture(s) in the record; the counts must be "
-            "equal; add or remove image parts or pictures."
+            f"{place}: {empty} place(s) for images in the messages but {len(pictures)} image(s) in the record; the counts must be "
+            "equal; add or remove image parts or images."
         )
     remaining = iter(pictures)
     filled = [next(remaining) if slot is None else slot for slot in slots]
@@ -309,10 +309,10 @@ def message_role(message: Any, place: str, number: int) -> Speaker:
 
 
 def message_pieces(message: Mapping[str, Any], place: str, number: int, root: ImageRoot) -> list[str | Slot]:
-    """The texts of one message, and the places of pictures between them."""
+    """The texts of one message, and the places of images between them."""
     content = message.get("content")
     if message.get("tool_calls"):
-        raise DataError(f"{place}: message {number} calls tools; text and pictures are accepted; remove the record.")
+        raise DataError(f"{place}: message {number} calls tools; text and images are accepted; remove the record.")
     if isinstance(content, str):
         if message["role"] != "user":
             return [content]
@@ -326,7 +326,7 @@ def message_pieces(message: Mapping[str, Any], place: str, number: int, root: Im
 
 
 def message_part(part: Any, place: str, root: ImageRoot) -> str | Slot:
-    """One part of a structured content: its text, its own picture, or None for a picture from the record's list."""
+    """One part of a structured content: its text, its own image, or None for an image from the record's list."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         text = part.get("text")
@@ -334,7 +334,7 @@ def message_part(part: Any, place: str, root: ImageRoot) -> str | Slot:
             raise DataError(f"{place}: a text part holds {text!r:.80}; a text is accepted.")
         if IMAGE_TAG in text:
             raise DataError(
-                f"{place}: a text part holds the tag {IMAGE_TAG}, which models take for a picture; use a part of type 'image', or "
+                f"{place}: a text part holds the tag {IMAGE_TAG}, which models take for an image; use a part of type 'image', or "
                 "spell it differently if it is meant as text."
             )
         return text

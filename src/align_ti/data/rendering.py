@@ -18,7 +18,7 @@ from align_ti.errors import DataError
 
 BEFORE, BEHIND = "\n\n\t", "\v\n"
 """Blanks around a marker. What is left of them tells what a template trims: nothing, one line end in front (which a template may
-have taken for its own behind a picture), line ends, or all blanks."""
+have taken for its own behind an image), line ends, or all blanks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def between(marked: str, markers: list[str], speakers: list[str], place: str) ->
     frame.append(marked[position:])
     if any("{'type':" in piece for piece in frame):
         raise DataError(
-            f"{place}: the chat template prints a turn's list of parts as it is; a template for turns with pictures is accepted "
+            f"{place}: the chat template prints a turn's list of parts as it is; a template for turns with images is accepted "
             "(content as a list of parts); give the processor one."
         )
     return frame

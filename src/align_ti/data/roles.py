@@ -205,7 +205,7 @@ def expand(
         )
     except ValueError as error:
         raise DataError(
-            f"{place}: the processor refuses the text of the chat template ({error}); one placeholder for each picture is accepted; "
+            f"{place}: the processor refuses the text of the chat template ({error}); one placeholder for each image is accepted; "
             "use the model's own template and processor."
         ) from error
     told = inputs.pop("text_replacement_offsets", None)
@@ -215,7 +215,7 @@ def expand(
         pictures = repeated(cut(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
     if len(pictures) != len(images):
         raise DataError(
-            f"{place}: the text of the chat template has {len(pictures)} placeholder(s) for {len(images)} picture(s); one for each is "
+            f"{place}: the text of the chat template has {len(pictures)} placeholder(s) for {len(images)} image(s); one for each is "
             "accepted; use the model's own template and processor."
         )
     return inputs, pictures
@@ -346,7 +346,7 @@ def check_same(pieces: Sequence[Piece], ids: Tensor, place: str) -> None:
     """
     if [piece.token for piece in pieces] != ids.tolist():
         raise DataError(
-            f"{place}: the processor gives {len(ids)} tokens that are not those of its text with every picture in its place "
+            f"{place}: the processor gives {len(ids)} tokens that are not those of its text with every image in its place "
             f"({len(pieces)}), so roles would be guessed; this processor, or this version of transformers (5.15 or later says what it "
             "puts in), is not supported yet."
         )
@@ -368,7 +368,7 @@ def check_visual(
     loose = sum(piece.token == image and role != VISUAL for piece, role in zip(pieces, roles, strict=True))
     if empty or loose:
         raise DataError(
-            f"{place}: {empty} picture(s) without visual tokens and {loose} image token(s) without a picture; each picture needs "
+            f"{place}: {empty} image(s) without visual tokens and {loose} image token(s) without an image; each image needs "
             "tokens of its own; use the model's own processor and template."
         )
 

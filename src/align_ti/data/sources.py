@@ -102,7 +102,7 @@ def image_root(source: Source, otherwise: str | None = None) -> ImageRoot:
         raise DataError(f"{path}: the data file does not exist; check data.train and data.eval.")
     if not folder.is_dir():
         raise DataError(
-            f"{path}: the image root {folder} is not a folder; give the folder that picture names start from."
+            f"{path}: the image root {folder} is not a folder; give the folder that image names start from."
         )
     return ImageRoot(folder, source.find_extension)
 

@@ -23,7 +23,7 @@ class StreamedConversations(IterableDataset[dict[str, Any]]):
     """The samples of one source in an order fixed by seed and epoch, each read when its turn comes.
 
     Every worker reads the whole source and processes its share of the records. The trainer needs `max_steps`, since a stream has no
-    length, and each process must fetch its own batches (`dispatch_batches=False`), since pictures are not counted by records.
+    length, and each process must fetch its own batches (`dispatch_batches=False`), since images are not counted by records.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parquet files, saved datasets and hub datasets, read through Hugging Face datasets; pictures stay where they are until asked for."""
+"""Parquet files, saved datasets and hub datasets, read through Hugging Face datasets; images stay where they are until asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def on_hub(path: str) -> bool:
 
 
 def table_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row of the source with its place; pictures are named, not read.
+    """Each row of the source with its place; images are named, not read.
 
     Raises:
         DataError: the source cannot be loaded, or its split is not told.
@@ -56,7 +56,7 @@ def table_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def streamed_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row of the source with its place, read as it is needed; pictures come as the bytes of their files."""
+    """Each row of the source with its place, read as it is needed; images come as the bytes of their files."""
     for number, row in enumerate(load(source, stream=True).decode(False), start=1):
         yield f"{source.path}, row {number}", row
 
@@ -127,7 +127,7 @@ def shortened(error: BaseException) -> str:
 
 
 def held(scalar: Any, table: Any, row: int, column: str, place: str) -> Any:
-    """The value of a column of pictures: names as they are, bytes as pictures that are read when asked for."""
+    """The value of a column of images: names as they are, bytes as images that are read when asked for."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pyarrow.ListScalar | pyarrow.LargeListScalar):
@@ -139,7 +139,7 @@ def held(scalar: Any, table: Any, row: int, column: str, place: str) -> Any:
 
 
 def stored(scalar: Any, table: Any, row: int, column: str, number: int | None, name: str) -> Any:
-    """One picture of a table: its bytes where they are, or what the table holds instead of them."""
+    """One image of a table: its bytes where they are, or what the table holds instead of them."""
     inside = isinstance(scalar, pyarrow.StructScalar) and "bytes" in scalar and scalar["bytes"].is_valid
     if inside or (
         isinstance(scalar, pyarrow.BinaryScalar | pyarrow.LargeBinaryScalar)
@@ -150,7 +150,7 @@ def stored(scalar: Any, table: Any, row: int, column: str, number: int | None, n
 
 
 def cell(table: Any, row: int, column: str, number: int | None) -> bytes:
-    """The bytes of one picture of a table."""
+    """The bytes of one image of a table."""
     scalar = table.with_format("arrow")[row][column][0]
     if number is not None:
         scalar = scalar.values[number]

@@ -1,4 +1,4 @@
-"""Writes the benchmark to disk as pictures and LLaVA-format JSON, with the shipped models beside it."""
+"""Writes the benchmark to disk as images and LLaVA-format JSON, with the shipped models beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from align_ti.runs import new_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Pictures of each split; each has one question of every kind that it can answer (eight at most)."""
+    """Images of each split; each has one question of every kind that it can answer (eight at most)."""
 
     train: int = 2500
     validation: int = 100
@@ -30,7 +30,7 @@ class Sizes:
 def write_benchmark(
     out: Path, seed: int = 0, sizes: Sizes | None = None, advance: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Pictures, `train.json`, `validation.json`, `test.json`, and the folders `teacher` and `student`.
+    """Images, `train.json`, `validation.json`, `test.json`, and the folders `teacher` and `student`.
 
     Everything follows from the seed. Splits use disjoint scans, whatever the seed.
 

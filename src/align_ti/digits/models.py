@@ -88,7 +88,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Tokenizer, picture preparation and chat template as one real LLaVA processor."""
+    """Tokenizer, image preparation and chat template as one real LLaVA processor."""
     pictures = SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return llava.build_processor(
         pictures, build_tokenizer(), vision=tower_config(), strategy="full", chat_template=CHAT_TEMPLATE

@@ -81,7 +81,7 @@ MODELS = {
 
 
 def pixels(scenes: list[Scene]) -> Float[Tensor, "scenes 3 height width"]:
-    """The pictures as the processor would give them (a test holds the two equal), without its cost per picture."""
+    """The images as the processor would give them (a test holds the two equal), without its cost per image."""
     stacked = np.stack([np.asarray(scene.picture) for scene in scenes]).astype(np.float32)
     return torch.from_numpy((stacked / 255.0 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
 

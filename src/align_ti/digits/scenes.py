@@ -1,4 +1,4 @@
-"""Scenes: several real handwritten digits in one picture, coloured, on a loose grid, with noise and stray strokes."""
+"""Scenes: several real handwritten digits in one image, coloured, on a loose grid, with noise and stray strokes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The digits of one picture in reading order, and the picture."""
+    """The digits of one image in reading order, and the image."""
 
     figures: tuple[Figure, ...]
     picture: Image.Image
@@ -71,7 +71,7 @@ def draw_scene(scans: Scans, random: np.random.Generator, *, least: int = 3, mos
 
 
 def render(figures: list[Figure], scans: Scans, random: np.random.Generator) -> Image.Image:
-    """The picture: a dark uneven ground, stray strokes, then each digit with its own size, offset, tilt and strength."""
+    """The image: a dark uneven ground, stray strokes, then each digit with its own size, offset, tilt and strength."""
     ground = 30 + 20 * random.random() + random.normal(0.0, 9.0, (SIZE, SIZE, 3))
     canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(canvas)
@@ -94,7 +94,7 @@ def render(figures: list[Figure], scans: Scans, random: np.random.Generator) -> 
 def placed(
     figure: Figure, ink: Float[np.ndarray, "8 8"], random: np.random.Generator
 ) -> tuple[int, int, Float[np.ndarray, "size size"]]:
-    """Top and left edge in pixels, and the ink at its size in the picture."""
+    """Top and left edge in pixels, and the ink at its size in the image."""
     size = int(random.integers(12, 17))
     jitter = random.integers(-2, 3, size=2)
     corner = np.array([figure.row, figure.column]) * CELL + (CELL - size) // 2 + jitter

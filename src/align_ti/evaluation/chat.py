@@ -1,4 +1,4 @@
-"""A conversation with one model about pictures, question by question."""
+"""A conversation with one model about images, question by question."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align_ti.evaluation.tasks import Question
 
 @dataclass(slots=True)
 class Chat:
-    """A model and what was said so far. The pictures stand in front of the first question."""
+    """A model and what was said so far. The images stand in front of the first question."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -30,7 +30,7 @@ class Chat:
         The two are remembered; an empty answer is not, nor the question it was given to, since no later turn could follow it.
 
         Raises:
-            DataError: a picture cannot be read, or the question holds an image tag.
+            DataError: an image cannot be read, or the question holds an image tag.
         """
         tags = IMAGE_TAG * len(self.images) if not self.turns else ""
         turns = (*self.turns, Turn("user", tags + question))

@@ -55,13 +55,13 @@ class Dialogue:
         return [turn for turn in self.record.turns if turn.speaker == "user"]
 
     def so_far(self) -> Conversation:
-        """The record up to what was said last, with the pictures shown until then."""
+        """The record up to what was said last, with the images shown until then."""
         shown = sum(turn.text.count(IMAGE_TAG) for turn in self.turns)
         return replace(self.record, turns=tuple(self.turns), images=self.record.images[:shown])
 
 
 def asking_order(conversations: Sequence[Conversation]) -> list[int]:
-    """The order in which records are asked: those alike in turns, pictures and characters beside each other, the largest first.
+    """The order in which records are asked: those alike in turns, images and characters beside each other, the largest first.
 
     So a batch has little padding, memory is short at once or never, and the time that is left is told too long rather than too short.
     """
@@ -129,7 +129,7 @@ def take(dialogue: Dialogue, text: str, cut: bool, processor: ProcessorMixin) ->
     dialogue.turns.append(Turn("assistant", text))
     dialogue.cut = dialogue.cut or cut
     try:
-        # The checks of every record, then those of its words, which take no picture.
+        # The checks of every record, then those of its words, which take no image.
         whole = replace(dialogue.so_far(), place=place)
         check_words(*render(whole, processor), processor, place)
     except DataError as error:

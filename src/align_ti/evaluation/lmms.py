@@ -30,7 +30,7 @@ class Request(Protocol):
 
     @property
     def args(self) -> tuple[str, Mapping[str, Any], Callable[[Any], Any] | None, Any, str, str]:
-        """The words, the task's options of generation, what gives a document's pictures, the document's number, task and split."""
+        """The words, the task's options of generation, what gives a document's images, the document's number, task and split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def alike(
 def asked(
     request: Request, documents: Documents, defaults: Generation, repeats: Counter[tuple[str, str, str]]
 ) -> Asked:
-    """A request as a question. Pictures that the words have no tags for stand in front of them.
+    """A request as a question. Images that the words have no tags for stand in front of them.
 
     Args:
         request: the request.
@@ -127,7 +127,7 @@ def asked(
 
 
 def pictures(visuals: Any, place: str) -> tuple[Image.Image, ...]:
-    """A document's visuals, which have to be pictures.
+    """A document's visuals, which have to be images.
 
     Raises:
         DataError: one is not.
@@ -136,7 +136,7 @@ def pictures(visuals: Any, place: str) -> tuple[Image.Image, ...]:
     for one in found:
         if not isinstance(one, Image.Image):
             raise DataError(
-                f"{place}: a visual is of type {type(one).__name__!r}, as videos and sound are; pictures are accepted; leave the task "
+                f"{place}: a visual is of type {type(one).__name__!r}, as videos and sound are; images are accepted; leave the task "
                 "out."
             )
     return found

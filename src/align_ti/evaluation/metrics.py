@@ -16,7 +16,7 @@ Value = Callable[[Float[np.ndarray, "*draws statistics"]], Float[np.ndarray, "*d
 class Metric:
     """One score of one model: what each cluster of questions adds to the statistics, and how their sums make the score.
 
-    A cluster is what fails together and so is resampled together: the questions of one picture, a pair of questions of MME, the
+    A cluster is what fails together and so is resampled together: the questions of one image, a pair of questions of MME, the
     rotations of one question of MMBench. Accuracy is hits over questions; an F1 is a function of the counts of the confusion table;
     MME's total is a sum over categories. All of these are functions of sums.
     """

@@ -64,7 +64,7 @@ class Prediction:
 
 
 def questions_digest(items: Sequence[Item]) -> str:
-    """A digest of what is asked: ids, words and pictures (files by their name, others by what they are), in order."""
+    """A digest of what is asked: ids, words and images (files by their name, others by what they are), in order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.id, item.text, [picture_mark(image) for image in item.images]]).encode())
@@ -92,7 +92,7 @@ def subset(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def conversation_of(item: Item) -> Conversation:
-    """The question as a conversation: the pictures, and the user's words behind them.
+    """The question as a conversation: the images, and the user's words behind them.
 
     Raises:
         DataError: it cannot be asked, such as words with an image tag in them.
@@ -304,7 +304,7 @@ def read_predictions(path: Path, items: Sequence[Item], benchmark: str) -> Read:
     """The predictions in a file, ours or another tool's, joined with a benchmark's questions.
 
     Another tool's file has a record for each question: its id under one of `IDS`, the words under one of `TEXTS`, as JSONL, as a JSON
-    list, or as a JSON object of words by id. Where an id is not the question's own (LLaVA numbers pictures, not questions, in TextVQA
+    list, or as a JSON object of words by id. Where an id is not the question's own (LLaVA numbers images, not questions, in TextVQA
     and MME), the record's `prompt` tells which one is meant. Questions without a prediction are left to the score.
 
     Args:
@@ -389,7 +389,7 @@ def those_asked(items: Sequence[Item], about: About, path: Path, benchmark: str)
     asked = subset(items, limit if isinstance(limit, int) else None)
     if (now := questions_digest(asked)) != about.questions:
         raise DataError(
-            f"{path}: answers to other questions ({about.questions}) than the folder holds now ({now}): ids, words or pictures' names "
+            f"{path}: answers to other questions ({about.questions}) than the folder holds now ({now}): ids, words or images' names "
             f"differ, or their order; give the folder that they were made from (--data), or evaluate the model again."
         )
     return asked
@@ -407,7 +407,7 @@ class Questions:
         self.benchmark = benchmark
         self.by_id = {item.id: item for item in items}
         self.by_picture: dict[str, list[tuple[str, Item]]] = {}
-        """Of ids that are a picture's and a question's words: the questions, by the picture's."""
+        """Of ids that are an image's and a question's words: the questions, by the image's."""
         for item in items:
             name, _, words = item.id.partition(" ")
             self.by_picture.setdefault(name, []).append((shown(words).lower(), item))
@@ -440,7 +440,7 @@ class Questions:
         return self.meant(str(found), prompt if isinstance(prompt, str) else None, place), text
 
     def meant(self, name: str, prompt: str | None, place: str) -> Item:
-        """The question of this id, or of these words about the picture of this id.
+        """The question of this id, or of these words about the image of this id.
 
         Raises:
             DataError: there is none, there are several, or it asks something else.

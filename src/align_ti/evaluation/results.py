@@ -307,7 +307,7 @@ def of_answers(path: Path, answers: Sequence[Any]) -> Scores:
         [one["question"], one.get("expected"), one.get("kind"), picture]
         for one, picture in zip(asked, pictures, strict=True)
     ]
-    # A record without a picture is a cluster of its own.
+    # A record without an image is a cluster of its own.
     clusters = [picture or f"record {number}" for number, picture in enumerate(pictures)]
     metrics = {"overall": mean_of([float(one["right"]) for one in asked], clusters)}
     for kind in dict.fromkeys(str(one.get("kind") or "") for one in asked):
@@ -327,7 +327,7 @@ def of_answers(path: Path, answers: Sequence[Any]) -> Scores:
 
 
 def without_common_folder(paths: Sequence[str | None]) -> list[str]:
-    """The pictures' paths from the folder that all lie in, so that they are the same wherever the data lie; empty for no picture."""
+    """The images' paths from the folder that all lie in, so that they are the same wherever the data lie; empty for no image."""
     given = [str(path) for path in paths if path]
     try:
         start = commonpath([str(Path(path).parent) for path in given]) if given else ""

@@ -33,7 +33,7 @@ def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 
 def placed(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The inputs on the model's device, pictures in its precision."""
+    """The inputs on the model's device, images in its precision."""
     dtypes = {name: model.dtype if value.is_floating_point() else value.dtype for name, value in inputs.items()}
     return {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
 
@@ -48,7 +48,7 @@ def answer(
     """The model's greedy answer to each question, and whether it was cut at the token limit.
 
     Questions of one kind are asked together: their answers are of similar length, so a batch does not wait for one long reading.
-    Each is prepared by itself, since processors differ in whether one call may mix questions with and without pictures.
+    Each is prepared by itself, since processors differ in whether one call may mix questions with and without images.
     """
     order = sorted(range(len(questions)), key=lambda index: questions[index].kind)
     answers: dict[int, tuple[str, bool]] = {}

@@ -17,7 +17,7 @@ class Question:
     expected: str
     kind: str
     picture: str
-    """Tells pictures apart, for intervals."""
+    """Tells images apart, for intervals."""
 
 
 def question(conversation: Conversation) -> Question:

@@ -26,7 +26,7 @@ class Correspondence:
 
     `visual` and `teacher_visual` mark visual tokens, [batch, seq] each. `mixing` holds, for each sample, what turns the teacher's
     visual tokens into the student's where their numbers differ: [visual, teacher_visual], a weighted mean over the part of the
-    picture that a token covers. None: one by one.
+    image that a token covers. None: one by one.
     """
 
     places: Int[Tensor, "batch seq"]
@@ -40,7 +40,7 @@ class Correspondence:
         """Values at the teacher's positions, laid out as the student's sequence.
 
         Where visual tokens are mixed, the student's hold means of the teacher's, or, with `sums`, shares of them, so that a
-        picture's total stays what it is: attention is shared out, hidden states are not.
+        image's total stays what it is: attention is shared out, hidden states are not.
         """
         places = self.places.to(values.device)
         sample = torch.arange(len(places), device=values.device)[:, None]
@@ -89,16 +89,16 @@ def correspond(
 def resampled(
     found: Correspondence, grids: Sequence[Sequence[Grid]], teacher_grids: Sequence[Sequence[Grid]]
 ) -> Correspondence:
-    """With the teacher's visual tokens resampled to the student's grids, picture by picture.
+    """With the teacher's visual tokens resampled to the student's grids, image by image.
 
     Raises:
-        BatchError: the two see different numbers of pictures or tiles.
+        BatchError: the two see different numbers of images or tiles.
     """
     mixing = []
     for sample, (ours, theirs) in enumerate(zip(grids, teacher_grids, strict=True)):
         if len(ours) != len(theirs):
             raise BatchError(
-                f"sample {sample}: the student reads {len(ours)} picture(s) or tiles, the teacher {len(theirs)}; equal numbers can be "
+                f"sample {sample}: the student reads {len(ours)} image(s) or tiles, the teacher {len(theirs)}; equal numbers can be "
                 "resampled; leave out the terms that resample, such as IVA (objective.iva.weight: 0)."
             )
         blocks = [
@@ -145,7 +145,7 @@ def check_grids(
     *,
     resample: bool = True,
 ) -> None:
-    """Refuse equal numbers of visual tokens on different grids: one by one they would show different parts of the picture.
+    """Refuse equal numbers of visual tokens on different grids: one by one they would show different parts of the image.
 
     Raises:
         BatchError: the first sample is named.

@@ -19,9 +19,9 @@ def visual_weights(
 ) -> Float[Tensor, "batch seq"]:
     """w_i = alpha_i / sum of alpha over the sample's visual tokens; 0 elsewhere.
 
-    The weights of a sample sum to 1, or to 0 if no instruction token sees a visual one. A picture behind the last instruction
-    token is not looked at and has no weight. With `separately` each picture is normalised on its own, and all pictures that are looked
-    at count the same. `pictures` holds the number of each visual token's picture, from 1; without it a picture is a run of adjacent
+    The weights of a sample sum to 1, or to 0 if no instruction token sees a visual one. An image behind the last instruction
+    token is not looked at and has no weight. With `separately` each image is normalised on its own, and all images that are looked
+    at count the same. `pictures` holds the number of each visual token's image, from 1; without it an image is a run of adjacent
     visual tokens. With a `share` below 1, the most looked-at tokens that together hold it are kept, and renormalised.
 
     Source: Align-TI (arXiv:2602.09483), the weights of the IVA term.
@@ -56,7 +56,7 @@ def picture_totals(
     visual: Bool[Tensor, "batch seq"],
     pictures: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """At each visual token the sum of alpha over its picture; 0 elsewhere."""
+    """At each visual token the sum of alpha over its image; 0 elsewhere."""
     if pictures is None:
         before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
         pictures = (visual & ~before).long().cumsum(-1)

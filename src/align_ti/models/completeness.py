@@ -1,7 +1,7 @@
 """What a model's folder has to say itself, since `from_pretrained` fills gaps with a class's defaults and says nothing.
 
 Seen with transformers 5.23: without its files a tokenizer knows its special tokens alone; without tokenizer_config.json it has the
-class's special tokens, or none; an image processor without sizes makes pictures of 224 pixels; without generation_config.json a model
+class's special tokens, or none; an image processor without sizes makes images of 224 pixels; without generation_config.json a model
 stops at the default of its class.
 """
 
@@ -23,7 +23,7 @@ GENERATION = "generation_config.json"
 """The file that says where answers end."""
 
 SIZES = ("size", "crop_size", "min_pixels", "max_pixels")
-"""What image processors call the size of a prepared picture."""
+"""What image processors call the size of a prepared image."""
 
 
 KINDS = ("image_processor_type", "feature_extractor_type")
@@ -63,7 +63,7 @@ def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_pictures(path: str, pictures: BaseImageProcessor) -> None:
-    """Refuse a loaded image processor whose file leaves out what prepared pictures look like.
+    """Refuse a loaded image processor whose file leaves out what prepared images look like.
 
     Raises:
         ModelError: the class would be guessed, or size, mean or deviation would be its default.
@@ -94,7 +94,7 @@ def shown(value: Any) -> str:
 
 
 def check_counts(path: str, processor: ProcessorMixin) -> None:
-    """Refuse a loaded processor of the LLaVA kind that does not know how many visual tokens a picture has.
+    """Refuse a loaded processor of the LLaVA kind that does not know how many visual tokens an image has.
 
     Raises:
         ModelError: patch size or feature strategy is not there.

@@ -261,6 +261,6 @@ def check_branching(model: PreTrainedModel) -> None:
     crossed = cross_attention_layers(model)
     if crossed:
         raise ModelError(
-            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, crossed))} read the picture by "
+            f"TPA cannot try candidates in {type(model).__name__}: layer(s) {', '.join(map(str, crossed))} read the image by "
             "cross-attention, which is not followed for candidates; leave TPA out (objective.tpa.weight: 0); sft and kd work."
         )

@@ -85,7 +85,7 @@ def layers_that_cannot_branch(model: PreTrainedModel) -> dict[int, str]:
 
 
 def cross_attention_layers(model: PreTrainedModel) -> list[int]:
-    """Layers that read pictures by cross-attention (Mllama), which they keep in the cache beside the words."""
+    """Layers that read images by cross-attention (Mllama), which they keep in the cache beside the words."""
     config: Any = language_model(model).config
     return list(getattr(config, "cross_attention_layers", None) or ())
 
@@ -174,12 +174,12 @@ CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def visual_tokens_per_picture(model: PreTrainedModel) -> int | None:
-    """Visual tokens of one picture as the model's own config has it, or None where pictures vary in size."""
+    """Visual tokens of one image as the model's own config has it, or None where images vary in size."""
     return visual_tokens(model.config)
 
 
 def visual_tokens(config: PreTrainedConfig) -> int | None:
-    """Visual tokens of one picture under a model's config, or None where pictures vary in size."""
+    """Visual tokens of one image under a model's config, or None where images vary in size."""
     vision = getattr(config, "vision_config", None)
     strategy = getattr(config, "vision_feature_select_strategy", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
@@ -196,7 +196,7 @@ def class_tokens(vision: PreTrainedConfig | None) -> int:
 
 
 def tokens_per_tile(model: PreTrainedModel) -> int | None:
-    """Visual tokens of one picture, or of one of the equal tiles it is cut into; None where they vary."""
+    """Visual tokens of one image, or of one of the equal tiles it is cut into; None where they vary."""
     config = model.config
     if getattr(config, "image_grid_pinpoints", None):
         return None
@@ -211,7 +211,7 @@ def tokens_per_tile(model: PreTrainedModel) -> int | None:
 def visual_grids(
     model: PreTrainedModel, inputs: Mapping[str, Any], visual: Bool[Tensor, "batch seq"]
 ) -> list[list[tuple[int, int]]]:
-    """Rows and columns of the grid that each picture's (or tile's) visual tokens form, for each sample, in reading order.
+    """Rows and columns of the grid that each image's (or tile's) visual tokens form, for each sample, in reading order.
 
     Raises:
         BatchError: a run of visual tokens is not made of square grids that the config names.

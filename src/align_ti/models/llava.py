@@ -16,7 +16,7 @@ from align_ti.errors import ModelError
 from align_ti.models.families import class_tokens, visual_tokens
 
 IMAGE_TOKEN = "<image>"
-"""The token that a processor repeats for a picture."""
+"""The token that a processor repeats for an image."""
 
 Strategy = Literal["full", "default"]
 """Which positions of the tower's output become visual tokens: all of them, or all but the first."""
@@ -28,7 +28,7 @@ def build_config(
     """The config of a LLaVA model; its projector is Linear, GELU, Linear.
 
     Raises:
-        ModelError: the tower reads pictures of any size, so they have no fixed number of visual tokens.
+        ModelError: the tower reads images of any size, so they have no fixed number of visual tokens.
     """
     config = LlavaConfig(
         vision_config=vision,
@@ -42,7 +42,7 @@ def build_config(
     count = visual_tokens(config)
     if count is None:
         raise ModelError(
-            f"{type(vision).__name__} names no one picture and patch size; a tower of fixed pictures is accepted."
+            f"{type(vision).__name__} names no one image and patch size; a tower of fixed images is accepted."
         )
     config.image_seq_length = count
     return config
@@ -56,7 +56,7 @@ def build_processor(
     strategy: Strategy,
     chat_template: str,
 ) -> LlavaProcessor:
-    """Tokenizer, picture preparation and chat template as one processor that counts visual tokens as the config does."""
+    """Tokenizer, image preparation and chat template as one processor that counts visual tokens as the config does."""
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,

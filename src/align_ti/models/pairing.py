@@ -164,6 +164,6 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, *, shared_inp
     counts = [visual_tokens_per_picture(model) for model in (student, teacher)]
     if None not in counts and counts[0] != counts[1]:
         raise ModelError(
-            f"the student's tower gives {counts[0]} visual tokens a picture, the teacher's {counts[1]}, but both read the same "
+            f"the student's tower gives {counts[0]} visual tokens an image, the teacher's {counts[1]}, but both read the same "
             "sequence; give the teacher's own processor (teacher_processing_class), so that each reads its own."
         )

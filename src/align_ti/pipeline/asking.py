@@ -83,10 +83,10 @@ class Task:
 
 
 def read_task(benchmark: Benchmark, folder: Path, limit: int | None = None) -> Task:
-    """A benchmark's questions; pictures that are missing are told at once.
+    """A benchmark's questions; images that are missing are told at once.
 
     Raises:
-        DataError: a file of the benchmark is missing or of another version, or a picture's file is missing.
+        DataError: a file of the benchmark is missing or of another version, or an image's file is missing.
     """
     every = benchmark.items(folder)
     items = subset(every, limit)

@@ -61,7 +61,7 @@ def fidelity(
     called: tuple[str, str] = ("student", "teacher"),
     advance: Advance = ignore,
 ) -> dict[str, Any]:
-    """The measures with their 95 % intervals, resampling pictures; what could not be measured, and why; and scores to compare by.
+    """The measures with their 95 % intervals, resampling images; what could not be measured, and why; and scores to compare by.
 
     KL is KL(teacher || student) in nats over the tokens that both know: `response_kl` a response token, `visual_kl` a record (IVA's
     weighted mean over visual tokens), `transition_kl` a response position (TPA's mean behind tokens that the student would try),
@@ -151,7 +151,7 @@ def fidelity(
 
 
 def clusters_of(conversations: Sequence[Conversation]) -> list[str]:
-    """A name for each record's picture that is the same wherever the data lie, and tells pictures apart."""
+    """A name for each record's image that is the same wherever the data lie, and tells images apart."""
     pictures = [question(one).picture for one in conversations]
     number = {picture: index for index, picture in enumerate(dict.fromkeys(pictures))}
     files = [one.images[0] if one.images and isinstance(one.images[0], Path) else None for one in conversations]
@@ -185,7 +185,7 @@ def chosen_layer(teacher: PreTrainedModel, processor: ProcessorMixin, conversati
     """The teacher's layer with the highest IRS on the records.
 
     Raises:
-        DataError: no picture has two instructions.
+        DataError: no image has two instructions.
     """
     settings, collate = Scores(), Collator(processor.tokenizer.pad_token_id)
     groups = same_image_groups(conversations, settings.images, settings.instructions)

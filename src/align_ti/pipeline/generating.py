@@ -35,7 +35,7 @@ class Generated:
     left_out: tuple[Refused, ...]
     """Records that got no line in this call, each with the reason."""
     images: Path | None
-    """The folder that picture names in the file start from; None if no record has one, or if it is the file's own."""
+    """The folder that image names in the file start from; None if no record has one, or if it is the file's own."""
 
 
 def generate_answers(
@@ -74,7 +74,7 @@ def generate_answers(
     root = image_root(source)
     records = read_source(source, root, left_out.append if settings.on_bad_record == "skip" else stop)
     if settings.on_bad_record == "error":
-        # A picture that is missing is told at once, not when its turn comes.
+        # An image that is missing is told at once, not when its turn comes.
         for record in records:
             record.check_files()
     check_pictures(records, source)
@@ -106,7 +106,7 @@ def made_by(teacher: Teacher, settings: Generation) -> Made:
 
 
 def check_pictures(records: Sequence[Conversation], source: Source) -> None:
-    """Refuse a source with pictures in files and others in tables, whose names would start from two folders.
+    """Refuse a source with images in files and others in tables, whose names would start from two folders.
 
     Raises:
         DataError: both are there; the first record of each kind is named.
@@ -117,8 +117,8 @@ def check_pictures(records: Sequence[Conversation], source: Source) -> None:
     }
     if all(first.values()):
         raise DataError(
-            f"{source.path}: {first[Path]} names a file as its picture, {first[StoredPicture]} holds the bytes of one; one of the two "
-            "is accepted where answers are written, since picture names start from one folder; split the source, or save all pictures "
+            f"{source.path}: {first[Path]} names a file as its image, {first[StoredPicture]} holds the bytes of one; one of the two "
+            "is accepted where answers are written, since image names start from one folder; split the source, or save all images "
             "as files."
         )
 

@@ -98,15 +98,15 @@ def evaluate_model(
 
 
 def open_chats(models: Sequence[str], images: Sequence[Path], max_new_tokens: int) -> list[Chat]:
-    """A chat with each of the models about the same pictures.
+    """A chat with each of the models about the same images.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
         ModelError: a model cannot be loaded.
     """
     for image in images:
         if not image.is_file():
-            raise DataError(f"--image {image}: no such file; give the path of a picture.")
+            raise DataError(f"--image {image}: no such file; give the path of an image.")
         open_picture(image, "the chat")
     return [
         Chat(load_model(path, "auto", best_device()), load_processor(path), tuple(images), max_new_tokens)

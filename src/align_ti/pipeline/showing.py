@@ -1,4 +1,4 @@
-"""What the report shows of the inside of models: where they look in a few pictures, and what they say next along a few answers."""
+"""What the report shows of the inside of models: where they look in a few images, and what they say next along a few answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from align_ti.training.passes import first_pass, second_pass
 logger = logging.getLogger(__name__)
 
 INSTRUCTIONS = 4
-"""Instructions of a picture at most."""
+"""Instructions of an image at most."""
 
 STEPS = 6
 """Tokens of an answer that are followed."""
@@ -48,7 +48,7 @@ NEXT = 5
 """Next tokens that are told behind each candidate: those that any model finds most probable, in the order of the teacher."""
 
 SIDE = 256
-"""Pixels of a picture's longer side at most."""
+"""Pixels of an image's longer side at most."""
 
 UNSHOWN = (BatchError, ConfigError, DataError, ModelError)
 """What says that a model, or these records, cannot be shown in this way."""
@@ -63,7 +63,7 @@ def show_inside(
     layer: int | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes `looks.json` and `transitions.json` for the report, and the pictures that they are about.
+    """Writes `looks.json` and `transitions.json` for the report, and the images that they are about.
 
     Each model is loaded once, one after the other. What cannot be shown of a model or of the records is left out, and a note in the
     file says why.
@@ -74,8 +74,8 @@ def show_inside(
             student whose most probable tokens are tried.
         conversations: the records that models were measured on.
         right: whether each model's answer to each record is right.
-        count: pictures and answers; with 0 nothing is written.
-        layer: the teacher's layer, if it is known; by default the one with the highest IRS on these pictures.
+        count: images and answers; with 0 nothing is written.
+        layer: the teacher's layer, if it is known; by default the one with the highest IRS on these images.
         advance: called with the models that are done, and all of them.
     """
     if count == 0:
@@ -142,19 +142,19 @@ class Focus:
 
     layers: tuple[int, ...]
     pictures: list[Float[Tensor, "layers instructions visual"]]
-    """For each picture the weights of its visual tokens, which sum to 1 for each instruction."""
+    """For each image the weights of its visual tokens, which sum to 1 for each instruction."""
     grids: list[tuple[int, int] | None]
-    """Rows and columns of each picture's visual tokens; None where they are no single grid, as of a picture that is read in tiles."""
+    """Rows and columns of each image's visual tokens; None where they are no single grid, as of an image that is read in tiles."""
 
     @property
     def scores(self) -> dict[int, float]:
-        """The IRS of each layer on these pictures."""
+        """The IRS of each layer on these images."""
         mean = torch.cat([similarities_of(one) for one in self.pictures], dim=1).mean(1)
         return {layer: 1 - float(value) for layer, value in zip(self.layers, mean, strict=True)}
 
 
 def focus_of(model: PreTrainedModel, processor: ProcessorMixin, groups: Sequence[Sequence[Conversation]]) -> Focus:
-    """Where a model looks in each group's picture.
+    """Where a model looks in each group's image.
 
     Raises:
         AlignTIError: its attention or its visual tokens cannot be read.
@@ -164,7 +164,7 @@ def focus_of(model: PreTrainedModel, processor: ProcessorMixin, groups: Sequence
     for number, group in enumerate(groups, start=1):
         made = collate([encode(one, processor, train=False) for one in group])
         batch = {name: value.to(model.device) for name, value in made.items()}
-        seen = visual_focus(model, batch, layers, f"picture {number}").double().cpu()
+        seen = visual_focus(model, batch, layers, f"image {number}").double().cpu()
         found.pictures.append(seen / seen.sum(-1, keepdim=True))
         try:
             grids = visual_grids(model, model_inputs(batch), batch["roles"] == VISUAL)[0]
@@ -177,7 +177,7 @@ def focus_of(model: PreTrainedModel, processor: ProcessorMixin, groups: Sequence
 def told_looks(
     run: RunFolder, groups: Sequence[Sequence[Conversation]], focus: Mapping[str, Focus], layer: int | None
 ) -> dict[str, Any]:
-    """The content of `looks.json`: each model's layer and its IRS, and for each picture the weights of each instruction.
+    """The content of `looks.json`: each model's layer and its IRS, and for each image the weights of each instruction.
 
     Students are shown at one layer, the one with the highest mean IRS over them, so that before and after are the same layer.
     """
@@ -216,7 +216,7 @@ def told_looks(
 
 
 def kept(run: RunFolder, of: Conversation, name: str) -> str | None:
-    """The record's first picture, small, in the folder `shown`; its name there, or None if the record has none."""
+    """The record's first image, small, in the folder `shown`; its name there, or None if the record has none."""
     if not of.images:
         return None
     run.shown.mkdir(parents=True, exist_ok=True)

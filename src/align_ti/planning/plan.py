@@ -313,7 +313,7 @@ def adapters(case: Case) -> tuple[str, Case] | None:
 
 
 def shorter(case: Case) -> tuple[str, Case] | None:
-    """Records of half the length, as far as pictures and responses leave room; longer ones are bad records or cut."""
+    """Records of half the length, as far as images and responses leave room; longer ones are bad records or cut."""
     batch = case.batch
     tokens = max(batch.tokens // 2, batch.visual + batch.response + 1)
     if tokens >= batch.tokens:

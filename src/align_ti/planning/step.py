@@ -107,7 +107,7 @@ def planned_objective(objective: Objective, teacher: PreTrainedModel | None) -> 
 def pretend_batch(
     student: PreTrainedModel, batch: Batch, candidates: int
 ) -> tuple[dict[str, Any], Tensor | None, tuple[str, ...]]:
-    """Tokens, roles and pictures of the batch, and candidates of which the given share needs a row; then what was left out.
+    """Tokens, roles and images of the batch, and candidates of which the given share needs a row; then what was left out.
 
     With several records the first is one token shorter, so that the masks of a padded batch are there.
     """
@@ -135,7 +135,7 @@ def pretend_batch(
 
 
 def pictures(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The pictures that give each record its visual tokens, or none and a note where the config does not tell their shape."""
+    """The images that give each record its visual tokens, or none and a note where the config does not tell their shape."""
     if not batch.visual:
         return {}, ()
     config = model.config

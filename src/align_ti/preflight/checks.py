@@ -137,7 +137,7 @@ def paired(models: Models, processors: Mapping[str, ProcessorMixin]) -> Pairing:
 
 
 def choose_probes(samples: Sequence[Sample]) -> list[Sample]:
-    """The shortest records, those first whose instruction looks at a picture, and of different pictures if there are some."""
+    """The shortest records, those first whose instruction looks at an image, and of different images if there are some."""
     ranked = sorted(samples, key=lambda sample: (not sample.looked_at, not sample.record.images, sample.length))
     first = ranked[0]
     other = next(

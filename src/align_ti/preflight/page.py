@@ -15,7 +15,7 @@ from align_ti.runs import write_text
 
 
 def write_page(path: Path, verdicts: Sequence[Verdict], renderings: Sequence[Rendering]) -> None:
-    """Writes the page; everything from models and data is escaped, and pictures are encoded anew."""
+    """Writes the page; everything from models and data is escaped, and images are encoded anew."""
     environment = Environment(
         loader=PackageLoader("align_ti.preflight", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

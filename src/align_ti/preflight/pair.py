@@ -86,7 +86,7 @@ def vocabularies(models: Models, processor: ProcessorMixin, teacher_processor: P
 
 
 def image_tokens(models: Models, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None = None) -> Verdict:
-    """Whether each model and the processor that it is read by use one token id for a picture."""
+    """Whether each model and the processor that it is read by use one token id for an image."""
     ids = {"processor": image_id(processor)} | {name: families.image_token(model) for name, model in models.items()}
     if teacher_processor is not None:
         ids["teacher's processor"] = image_id(teacher_processor)
@@ -178,7 +178,7 @@ def millions(count: int) -> str:
 def comparable_rows(
     models: Models, samples: Sequence[Mapping[str, Any]], collate: Collator, objective: Objective
 ) -> Verdict:
-    """Whether a student and a teacher that read inputs of their own read the same responses, and pictures that can be compared."""
+    """Whether a student and a teacher that read inputs of their own read the same responses, and images that can be compared."""
     problems, device = [], models["student"].device
     for sample in samples:
         batch = on_device(collate([sample]), device)
@@ -222,7 +222,7 @@ def visual_tokens(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -
 
 
 def tower_vectors(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
-    """Vectors that the tower and projector give for the batch's pictures."""
+    """Vectors that the tower and projector give for the batch's images."""
     read: Any = model.get_image_features
     accepted = inspect.signature(read).parameters
     inputs = {key: value for key, value in model_inputs(batch).items() if key in accepted and key != "input_ids"}

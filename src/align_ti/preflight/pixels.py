@@ -1,4 +1,4 @@
-"""Whether pictures reach the answers of both models, and whether each record of a batch is read with its own."""
+"""Whether images reach the answers of both models, and whether each record of a batch is read with its own."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 2e-2, torch
 """What a log-probability may move, on average and in nats, when a record is read in a batch and not alone.
 
 Kernels for other shapes round differently, and by processor: sound float32 models were seen to move by 1e-6 to 7e-4, most with random
-weights and linear attention, which make a last digit large. Another record's picture moves by tenths and more.
+weights and linear attention, which make a last digit large. Another record's image moves by tenths and more.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Mean changes of a log-probability, in nats, over the response rows behind a picture.
+    """Mean changes of a log-probability, in nats, over the response rows behind an image.
 
-    `pictures`: other pictures in place of the record's own. `repeat`: the same call again. `batch`: the record in a batch.
+    `pictures`: other images in place of the record's own. `repeat`: the same call again. `batch`: the record in a batch.
     `digit`: the last digit of the model's dtype, at the size of a log-probability.
     """
 
@@ -50,7 +50,7 @@ class Change:
 def pixel_verdicts(
     models: Mapping[str, PreTrainedModel], samples: Sequence[Sample], processors: Mapping[str, ProcessorMixin]
 ) -> list[Verdict]:
-    """For each model, whether pixels matter and whether a batch changes nothing; `samples` have pictures."""
+    """For each model, whether pixels matter and whether a batch changes nothing; `samples` have images."""
     views = {
         name: [Sample(sample.record, dict(read_by(name, sample.tensors))) for sample in samples] for name in models
     }
@@ -79,7 +79,7 @@ def measure(model: PreTrainedModel, samples: Sequence[Sample], processor: Proces
 
 
 def answer_rows(sample: Sample) -> Tensor:
-    """The rows that predict response tokens behind a picture."""
+    """The rows that predict response tokens behind an image."""
     roles = sample.tensors["roles"]
     steps = torch.arange(len(roles))
     first = int((roles == VISUAL).nonzero()[0])
@@ -93,7 +93,7 @@ def moved(one: Float[Tensor, "rows vocab"], two: Float[Tensor, "rows vocab"]) ->
 
 
 def pixels_matter(name: str, change: Change) -> Verdict:
-    """Whether other pictures change the model's answer.
+    """Whether other images change the model's answer.
 
     The same shapes run through the same kernels, so a model that sees nothing gives the same bits, or what a repeated call
     differs by on kernels that do not repeat themselves: no more than that is a failure. More than that, but less than ten times
@@ -116,9 +116,9 @@ def pixels_matter(name: str, change: Change) -> Verdict:
 
 
 def batch_alone(name: str, model: PreTrainedModel, change: Change) -> Verdict:
-    """Whether a record in a batch gives what it gives alone: its own pictures, and padding that is not seen."""
+    """Whether a record in a batch gives what it gives alone: its own images, and padding that is not seen."""
     limit = ROUNDING.get(model.dtype, ROUNDING[torch.bfloat16])
-    # A model whose pictures change little must not pass by the absolute limit with another record's picture.
+    # A model whose images change little must not pass by the absolute limit with another record's image.
     mixed = change.batch > 0.3 * change.pictures and change.batch > 0.05 * limit
     wrong = not change.batch <= limit or mixed
     return Verdict(

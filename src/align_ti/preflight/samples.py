@@ -157,11 +157,11 @@ def role_shares(found: FirstRecords, needs_pictures: bool) -> Verdict:
     )
 
 
-# --- other pictures ---------------------------------------------------------------------------------------------------
+# --- other images ---------------------------------------------------------------------------------------------------
 
 
 def with_other_pictures(samples: Sequence[Sample], index: int) -> Conversation:
-    """A record with the pictures of the next records in place of its own, at its own sizes; noise where none differs."""
+    """A record with the images of the next records in place of its own, at its own sizes; noise where none differs."""
     own = samples[index].record.pictures()
     around = [*samples[index + 1 :], *samples[:index]]
     others = _pictures(around)
@@ -179,7 +179,7 @@ def _pictures(samples: Sequence[Sample]) -> Iterator[Image.Image]:
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture of random pixels."""
+    """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

@@ -20,7 +20,7 @@ AXES = {
     "seconds": (TIMES, "accuracy-and-cost", "training time"),
     "flops": (OPERATIONS, "accuracy-and-flops", "FLOPs of training"),
 }
-"""What accuracy is drawn against: units, the picture's name, and what the axis is called."""
+"""What accuracy is drawn against: units, the figure's name, and what the axis is called."""
 
 REPORT = "write the report"
 """The part of a demo whose time is not known yet while its page is written."""

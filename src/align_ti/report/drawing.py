@@ -1,4 +1,4 @@
-"""How every picture of a page looks: SVG text, legible at a phone's width, on light and dark paper, and without colours."""
+"""How every figure of a page looks: SVG text, legible at a phone's width, on light and dark paper, and without colours."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """The look of all pictures, for the block."""
+    """The look of all figures, for the block."""
     with mpl.rc_context(LOOK):
         yield
 
@@ -109,7 +109,7 @@ def drawn(figure: Figure, title: str) -> str:
     text = svg(figure, title)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    # Groups are numbered anew in each picture; a page holds several, and nothing refers to groups.
+    # Groups are numbered anew in each figure; a page holds several, and nothing refers to groups.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     for light, (name, _) in THEME.items():
         text = text.replace(light, f"var({name})")
@@ -178,7 +178,7 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture on a page, with the numbers that it shows as a table to download."""
+    """A figure on a page, with the numbers that it shows as a table to download."""
 
     name: str
     """Of the file that is downloaded, without its ending."""
@@ -205,7 +205,7 @@ def as_text(cell: Cell) -> Cell:
 def picture_of(
     name: str, svg_text: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = ""
 ) -> Drawing:
-    """A picture that was drawn here, and so is markup, with its numbers."""
+    """A figure that was drawn here, and so is markup, with its numbers."""
     # HTML knows the namespace of SVG.
     inline = svg_text.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
     return Drawing(name, Markup(inline), tuple(header), rows, caption)

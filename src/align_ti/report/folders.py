@@ -130,7 +130,7 @@ def content(path: Path) -> Any:
 
 
 def shown_picture(folder: Folder, name: object) -> Path | None:
-    """A picture that was kept for the report, by a name that a file tells; nothing outside its folder can be shown."""
+    """An image that was kept for the report, by a name that a file tells; nothing outside its folder can be shown."""
     return None if name is None else folder.run.shown / str(name).replace("\\", "/").rpartition("/")[2]
 
 

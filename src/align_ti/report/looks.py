@@ -1,4 +1,4 @@
-"""Where the models look: the instruction's attention as heat maps over a few pictures, and the IRS of every layer."""
+"""Where the models look: the instruction's attention as heat maps over a few images, and the IRS of every layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align_ti.report.folders import Folder, Model, content, shown_picture
 from align_ti.report.pictures import Pictures
 
 HEAT = (222, 72, 0)
-"""The colour of attention, over a picture without colours."""
+"""The colour of attention, over an image without colours."""
 
 Told = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def looks_of(models: Sequence[Model], folder: Folder, pictures: Pictures) -> dic
 
 
 def shown(folder: Folder, one: Told, models: Told, labels: Mapping[str, str], pictures: Pictures) -> dict[str, Any]:
-    """One picture: a row for each model, a cell for each instruction."""
+    """One image: a row for each model, a cell for each instruction."""
     rows = []
     for name, label in labels.items():
         if name in one["models"]:
@@ -68,7 +68,7 @@ def heat(weights: np.ndarray, most: float) -> str:
 
 
 def in_words(weights: np.ndarray) -> str:
-    """Where most of the attention is, and how much of it: the picture's ninth that has most."""
+    """Where most of the attention is, and how much of it: the image's ninth that has most."""
     # By the middle of each cell, so that two rows are top and bottom.
     rows, columns = ((2 * np.arange(size) + 1) * 3 // (2 * size) for size in weights.shape)
     ninths = np.zeros((3, 3))
@@ -80,7 +80,7 @@ def in_words(weights: np.ndarray) -> str:
 
 def numbers(pictures: Sequence[Told], labels: Mapping[str, str]) -> Drawing:
     """All weights as a table to download."""
-    header = ("picture", "instruction", "model", "row", "column", "weight")
+    header = ("image", "instruction", "model", "row", "column", "weight")
     rows = [
         (number, text, label, place // columns, place % columns, weight)
         for number, one in enumerate(pictures)

@@ -1,4 +1,4 @@
-"""Pictures from data as data URLs: decoded and encoded anew, so that nothing but pixels gets into a page."""
+"""Images from data as data URLs: decoded and encoded anew, so that nothing but pixels gets into a page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from markupsafe import Markup
 from PIL import Image
 
 SIDE = 192
-"""Pixels of a picture's longer side on a page."""
+"""Pixels of an image's longer side on a page."""
 
 
 def shrunk(opened: Image.Image) -> Image.Image:
-    """The picture's pixels, at most `SIDE` on a side."""
+    """The image's pixels, at most `SIDE` on a side."""
     small = opened.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     return small
 
 
 def data_url(opened: Image.Image) -> str:
-    """The picture, small, as a data URL of its pixels alone: a photograph as JPEG, what PNG holds in as little room as PNG."""
+    """The image, small, as a data URL of its pixels alone: a photograph as JPEG, what PNG holds in as little room as PNG."""
     small = shrunk(opened)
     forms = {kind: encoded(small, kind) for kind in ("png", "jpeg")}
     kind = "jpeg" if 2 * len(forms["jpeg"]) < len(forms["png"]) else "png"
@@ -30,14 +30,14 @@ def data_url(opened: Image.Image) -> str:
 
 
 def encoded(of: Image.Image, kind: str) -> bytes:
-    """The picture's file."""
+    """The image's file."""
     buffer = io.BytesIO()
     of.save(buffer, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
     return buffer.getvalue()
 
 
 class Shown(NamedTuple):
-    """A picture of the page: what `<use>` refers to, and its size."""
+    """An image of the page: what `<use>` refers to, and its size."""
 
     id: str
     width: int
@@ -45,14 +45,14 @@ class Shown(NamedTuple):
 
 
 class Pictures:
-    """The pictures of a page, each in it once however often it is shown."""
+    """The images of a page, each in it once however often it is shown."""
 
     def __init__(self) -> None:
         self._found: dict[str, Shown | None] = {}
         self._markup: list[Markup] = []
 
     def add(self, path: str | Path | None) -> Shown | None:
-        """The picture; None if the record has none, or the file is gone or no picture."""
+        """The image; None if the record has none, or the file is gone or no image."""
         if path is None:
             return None
         name = str(path)

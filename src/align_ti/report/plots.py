@@ -1,4 +1,4 @@
-"""Colours of terms, and the picture of a step's phases."""
+"""Colours of terms, and the figure of a step's phases."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def scores_of(models: Sequence[Model]) -> dict[str, Any]:
-    """What the part of the page shows: tables and pictures; no tables where nothing was measured."""
+    """What the part of the page shows: tables and figures; no tables where nothing was measured."""
     rows = rows_of(models)
     heads = [row for row in rows if row["headline"] and row["differences"]]
     differences = together(heads, models)
@@ -182,7 +182,7 @@ def differences_told(heads: Sequence[Row], differences: Sequence[Row], labels: M
 def figures_of(
     heads: Sequence[Row], differences: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str]
 ) -> dict[str, Drawing]:
-    """The pictures: the differences of the first benchmark, and those by kind of question."""
+    """The figures: the differences of the first benchmark, and those by kind of question."""
     if not heads:
         return {}
     head, found = heads[0], {}

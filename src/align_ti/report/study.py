@@ -36,7 +36,7 @@ CAPTIONS = {
     "differences": "Filled points: the corrected interval excludes 0. Hollow points: it includes 0 or is unknown. In brackets: the "
     "uncorrected 95 % interval."
 }
-"""What stands beneath pictures."""
+"""What stands beneath figures."""
 
 
 def write_study_page(root: Path) -> Path:
@@ -60,7 +60,7 @@ def study_body(content: Content) -> Markup:
 
 
 def study_drawings(content: Content) -> dict[str, Drawing]:
-    """The study's pictures with the numbers that they show."""
+    """The study's figures with the numbers that they show."""
     return {
         name: picture_of(name, figure, *study_numbers(content, name), caption=CAPTIONS.get(name, ""))
         for name, figure in study_figures(content).items()
@@ -68,7 +68,7 @@ def study_drawings(content: Content) -> dict[str, Drawing]:
 
 
 def study_numbers(content: Content, name: str) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
-    """The header and the rows of the numbers that a picture shows."""
+    """The header and the rows of the numbers that a figure shows."""
     labels, unit = content["labels"], unit_of_score(content)
     if name == "differences":
         keys = ("mean", "low", "high", "corrected_low", "corrected_high", "corrected_p")
@@ -96,7 +96,7 @@ def study_numbers(content: Content, name: str) -> tuple[tuple[str, ...], list[tu
 
 
 def study_figures(content: Content) -> dict[str, str]:
-    """The study's pictures as the text of SVG files, by name; those that it has no numbers for are left out.
+    """The study's figures as the text of SVG files, by name; those that it has no numbers for are left out.
 
     `differences`, `kinds`, `frontier-seconds`, `frontier-flops`, and for each benchmark of the learning curves `learning-step-NAME`
     and `learning-seconds-NAME`.

@@ -1,4 +1,4 @@
-"""A study's pictures, as SVG text: legible at a phone's width, on light and dark paper, and without colours."""
+"""A study's figures, as SVG text: legible at a phone's width, on light and dark paper, and without colours."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def difference(of: Metrics, to: Metrics, level: float) -> Difference:
     """What one variant is above another, over the seeds that both have."""
     seeds = common(of, to)
     if len(of[seeds[0]].clusters) < 2:
-        # One picture tells nothing of others.
+        # One image tells nothing of others.
         value = fmean(of[seed].score - to[seed].score for seed in seeds)
         return Difference(value=value, low=nan, high=nan, p=1.0, clusters=1, seeds=len(seeds))
     if len(seeds) == 1:

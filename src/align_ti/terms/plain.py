@@ -67,7 +67,7 @@ class Sample:
         return self.response_steps("student").index(step)
 
     def pictures(self) -> list[list[int]]:
-        """The positions of each picture's visual tokens in the student's sequence."""
+        """The positions of each image's visual tokens in the student's sequence."""
         numbers = self.inputs["student"].get("pictures")
         if numbers is None:
             return visual_runs(self.roles("student").tolist())
@@ -134,7 +134,7 @@ class Sample:
 
 
 def visual_runs(marked: Sequence[int]) -> list[list[int]]:
-    """The positions of each picture: runs of adjacent visual tokens."""
+    """The positions of each image: runs of adjacent visual tokens."""
     runs: list[list[int]] = []
     for step, role in enumerate(marked):
         if role == roles.VISUAL:

@@ -207,7 +207,7 @@ def check_checkpointing(objective: Objective, term: Term, teacher: PreTrainedMod
 
 
 def check_own_sequence(objective: Objective, term: Term, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """A teacher that reads another template around the same pictures and words gives a number, or a refusal that names the term."""
+    """A teacher that reads another template around the same images and words gives a number, or a refusal that names the term."""
     batch = tiny.batch(tiny.COMPOSITIONS["one turn"], seed=3)
     own = {
         name: torch.nn.functional.pad(value, (1, 0), value=fill(name))
@@ -252,7 +252,7 @@ def pad_left(name: str, value: Tensor) -> Tensor:
 
 
 def fill(name: str) -> int:
-    """A template token: neither picture nor words."""
+    """A template token: neither image nor words."""
     return {"input_ids": 7, "labels": -100}.get(name, 0)
 
 
@@ -320,7 +320,7 @@ def value_and_gradient(
 
 
 def samples_of(batch: Batch, padding: bool = False) -> list[Batch]:
-    """The batch's samples alone, without their padding unless it is asked for, each with its own pictures."""
+    """The batch's samples alone, without their padding unless it is asked for, each with its own images."""
     counts = [int((ids == tiny.IMAGE).sum()) // tiny.VISUAL_TOKENS for ids in batch["input_ids"]]
     found = []
     for index, count in enumerate(counts):

@@ -62,7 +62,7 @@ def model(
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: pictures, instruction words, response words (the end-of-turn token is added)."""
+    """One turn: images, instruction words, response words (the end-of-turn token is added)."""
 
     images: int
     instruction: int
@@ -84,7 +84,7 @@ COMPOSITIONS: dict[str, Composition] = {
 
 
 def batch(composition: Composition, seed: int = 0, side: str = "right", extra_padding: int = 0) -> dict[str, Tensor]:
-    """The batch with random words and pictures, padded on the given side."""
+    """The batch with random words and images, padded on the given side."""
     random = torch.Generator().manual_seed(seed)
 
     def words(count: int) -> list[int]:

@@ -262,7 +262,7 @@ def places_of(ours: View, theirs: View, terms: Terms) -> Correspondence:
 
 
 def check_order(roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "batch teacher_seq"]) -> None:
-    """Refuse samples in which only one model's instruction comes after the picture.
+    """Refuse samples in which only one model's instruction comes after the image.
 
     Raises:
         BatchError: the first sample is named.
@@ -271,7 +271,7 @@ def check_order(roles: Int[Tensor, "batch seq"], teacher_roles: Int[Tensor, "bat
     if not torch.equal(seen, shown):
         sample = int((seen != shown).nonzero()[0])
         raise BatchError(
-            f"sample {sample}: the picture stands before the instruction for one model and behind it for the other, where attention "
+            f"sample {sample}: the image stands before the instruction for one model and behind it for the other, where attention "
             "cannot look at it; choose templates of one order or leave IVA out (objective.iva.weight: 0)."
         )
 

@@ -66,7 +66,7 @@ def respond(
 ) -> Rollout:
     """The batch with the last response of every sample replaced by one that the student draws, padded on the right.
 
-    Earlier turns and pictures stay as they are; what stands behind the last response (the end of a template) is dropped. An answer ends
+    Earlier turns and images stay as they are; what stands behind the last response (the end of a template) is dropped. An answer ends
     with its first end-of-turn token, or without one where it reaches the limit. A teacher's own inputs, under `teacher`, get the
     same answers. Afterwards the student is as it was, and so is the global random state if a generator is given.
 
@@ -78,7 +78,7 @@ def respond(
         pairing: what `pair_up` found: tokens that one of the two models does not know, and the teacher's image token, are not drawn.
 
     Raises:
-        BatchError: a sample has no response, nothing before it, or a picture behind it; or a field is made for the recorded answer.
+        BatchError: a sample has no response, nothing before it, or an image behind it; or a field is made for the recorded answer.
         ModelError: the student's configs name no token that ends a turn.
     """
     pairing = Pairing() if pairing is None else pairing
@@ -96,7 +96,7 @@ def respond(
 
 
 def placeholders(model: PreTrainedModel) -> set[int]:
-    """The token ids that stand for no word but for a piece of a picture, a video or a sound."""
+    """The token ids that stand for no word but for a piece of an image, a video or a sound."""
     names = (f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index"))
     return {int(value) for name in names if (value := getattr(model.config, name, None)) is not None}
 
@@ -108,7 +108,7 @@ def prompts_of(batch: Mapping[str, Any], wordless: set[int], whose: str) -> list
     """What stands before the last response of each sample; `whose` is for messages.
 
     Raises:
-        BatchError: a sample has no response, nothing before it, or a picture behind it; or a field is made for the recorded answer.
+        BatchError: a sample has no response, nothing before it, or an image behind it; or a field is made for the recorded answer.
     """
     given = [name for name in OF_ONE_ANSWER if batch.get(name) is not None]
     if given:
@@ -138,8 +138,8 @@ def prompts_of(batch: Mapping[str, Any], wordless: set[int], whose: str) -> list
         behind = (pictured[sample] & real[sample])[start:].nonzero()
         if len(behind):
             raise BatchError(
-                f"{place}token {start + int(behind[0])} is a picture's and stands behind the beginning of the last response, which the "
-                "student is to write (on_policy), so the picture would have no place; let pictures stand before the last response, or "
+                f"{place}token {start + int(behind[0])} is an image's and stands behind the beginning of the last response, which the "
+                "student is to write (on_policy), so the image would have no place; let images stand before the last response, or "
                 "leave on_policy out."
             )
         prompts.append(

@@ -166,7 +166,7 @@ class AlignTITrainer(Trainer):
             args.label_names = ["labels"]
         loader: Any = args.accelerator_config
         if loader.dispatch_batches is None:
-            # A batch dealt out by its first axis would lose pictures of records that have several.
+            # A batch dealt out by its first axis would lose images of records that have several.
             loader.dispatch_batches = False
         if args.n_gpu > 1:
             logger.warning(
@@ -219,7 +219,7 @@ class AlignTITrainer(Trainer):
             shard(teacher_model, self.args.device)
         self.in_step = self.args.world_size > 1
         if self.in_step and isinstance(self.data_collator, Collator) and isinstance(processing_class, ProcessorMixin):
-            # Where no record of a batch has a picture, one of no weight goes through the towers: other processes wait in them.
+            # Where no record of a batch has an image, one of no weight goes through the towers: other processes wait in them.
             blank = blank_sample(processing_class, self.teacher_processor)
             self.data_collator = replace(self.data_collator, blank=blank)
         # The loss is divided by the masses of the whole step already.

@@ -19,11 +19,11 @@ class Item:
     id: str
     """Unique in the benchmark; predictions are joined by it."""
     text: str
-    """The user's words behind the pictures, suffix included."""
+    """The user's words behind the images, suffix included."""
     images: tuple[Picture, ...]
     """Files are looked for when they are asked about, so that scoring needs none."""
     cluster: str
-    """What fails together and is resampled together (usually the picture)."""
+    """What fails together and is resampled together (usually the image)."""
     kind: str = ""
     """A label for scoring by group: a split, a category, a kind of question; empty if there is none."""
     reference: Any = None

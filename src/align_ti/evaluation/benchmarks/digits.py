@@ -26,7 +26,7 @@ class Digits(Benchmark):
     source: ClassVar[Source] = Source(("test.json",), ORIGIN)
 
     def items(self, folder: Path) -> list[Item]:
-        """The questions of the split's file with the pictures beside it."""
+        """The questions of the split's file with the images beside it."""
         folder = task_folder(folder, "digits", self.source)
         path, root = self.source.path(folder), ImageRoot(folder)
         records = read_json(path, ORIGIN)

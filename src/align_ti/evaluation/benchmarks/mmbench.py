@@ -30,7 +30,7 @@ INDEX = re.compile(r"[0-9]{1,18}")
 ROTATION = 1_000_000
 """A rotation's index is its base question's plus a multiple of it."""
 REFERENCE = 64
-"""A picture of fewer characters is the index of the row that holds it."""
+"""An image of fewer characters is the index of the row that holds it."""
 MISSING = "#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>,N/A,NA,NULL,NaN,None,n/a,nan,null"
 """Cells that pandas, by which the original reads, takes for missing."""
 PUBLISHED = 4377
@@ -65,7 +65,7 @@ class MmBench(Benchmark):
                 image = images.get(image, "")
             if len(image) <= REFERENCE:
                 raise DataError(
-                    f"{place}: no picture in column image; base64, or the index of the row that holds it, is accepted; get the file "
+                    f"{place}: no image in column image; base64, or the index of the row that holds it, is accepted; get the file "
                     f"again from {QUESTIONS.origin}."
                 )
             base = int(row["index"]) % ROTATION
@@ -150,7 +150,7 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, str], str]]:
 
 
 def bytes_of(image: str, place: str) -> bytes:
-    """The picture's file.
+    """The image's file.
 
     Raises:
         DataError: it is no base64.
@@ -159,7 +159,7 @@ def bytes_of(image: str, place: str) -> bytes:
         return base64.b64decode(image)
     except ValueError as error:
         raise DataError(
-            f"{place}: the picture in column image cannot be read ({error}); base64 is accepted; get the file again from "
+            f"{place}: the image in column image cannot be read ({error}); base64 is accepted; get the file again from "
             f"{QUESTIONS.origin}."
         ) from error
 

@@ -1,4 +1,4 @@
-"""MME: pairs of yes/no questions about a picture in fourteen categories. Imports no torch."""
+"""MME: pairs of yes/no questions about an image in fourteen categories. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 SUFFIX = "Answer the question using a single word or phrase."
 OFFICIAL_SUFFIX = "Please answer yes or no."
 STATISTICS = 4
-"""Of a category: right answers, questions, pictures with both answers right, pictures."""
+"""Of a category: right answers, questions, images with both answers right, images."""
 PAIR = 2
 PUBLISHED = 2374
 
@@ -58,9 +58,9 @@ class Mme(Benchmark):
     max_new_tokens = 128
 
     def items(self, folder: Path) -> list[Item]:
-        """The questions of `llava_mme.jsonl` with the answers beside the pictures in `MME_Benchmark_release_version`.
+        """The questions of `llava_mme.jsonl` with the answers beside the images in `MME_Benchmark_release_version`.
 
-        A question's id is its picture's and its words, since the file's own ids are those of pictures.
+        A question's id is its image's and its words, since the file's own ids are those of images.
         """
         folder = task_folder(folder, "MME", QUESTIONS)
         root = ImageRoot(Source((PICTURES,), ORIGIN).path(folder))
@@ -92,7 +92,7 @@ class Mme(Benchmark):
         return items
 
     def check_pairs(self, items: Sequence[Item]) -> None:
-        """Refuse a category that MME does not have, or a picture without exactly two questions.
+        """Refuse a category that MME does not have, or an image without exactly two questions.
 
         Raises:
             DataError: one is found.
@@ -108,7 +108,7 @@ class Mme(Benchmark):
         for item in items:
             if count[item.cluster] != PAIR:
                 raise DataError(
-                    f"{item.place}: picture {item.cluster} has {count[item.cluster]} question(s); each has {PAIR}; the file is cut off "
+                    f"{item.place}: image {item.cluster} has {count[item.cluster]} question(s); each has {PAIR}; the file is cut off "
                     f"or of another version; get it from {QUESTIONS.origin}."
                 )
 
@@ -126,7 +126,7 @@ class Mme(Benchmark):
             pairs = by_picture(items)
             single = sum(len(pair.items) != PAIR for pair in pairs)
             if single:
-                notes.append(f"{single} pictures lack one of their two questions; they count as pairs of the one.")
+                notes.append(f"{single} images lack one of their two questions; they count as pairs of the one.")
         right = {}
         for item in (item for pair in pairs for item in pair.items):
             said = predictions.get(item.id, "")
@@ -182,7 +182,7 @@ class Pair:
 
 
 def by_picture(items: Sequence[Item]) -> list[Pair]:
-    """The questions of each picture."""
+    """The questions of each image."""
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(item.cluster, []).append(item)
@@ -195,7 +195,7 @@ def question_of(text: str) -> str:
 
 
 def read_truth(root: ImageRoot, id: str, place: str) -> dict[str, str]:
-    """The answers (yes or no) to the questions about one picture, by question.
+    """The answers (yes or no) to the questions about one image, by question.
 
     Raises:
         DataError: the file is missing or damaged, or the id leads out of the folder.
@@ -204,7 +204,7 @@ def read_truth(root: ImageRoot, id: str, place: str) -> dict[str, str]:
     tried = [root.path(f"{category}/{sub}{name}", place) for sub in ("questions_answers_YN/", "")]
     path = next((one for one in tried if one.is_file()), None)
     if path is None:
-        raise DataError(f"{place}: neither {tried[0]} nor {tried[1]} exists; they come with the pictures of {ORIGIN}.")
+        raise DataError(f"{place}: neither {tried[0]} nor {tried[1]} exists; they come with the images of {ORIGIN}.")
     found = {}
     for number, line in enumerate(read_text(path).strip().split("\n"), start=1):
         parts = line.strip().split("\t")

@@ -1,4 +1,4 @@
-"""A benchmark of one's own without code: a JSONL file of questions, pictures and references, and a scorer. Imports no torch."""
+"""A benchmark of one's own without code: a JSONL file of questions, images and references, and a scorer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Own(Benchmark):
     def items(self, folder: Path) -> list[Item]:
         """The lines of a JSONL file: given itself, or the one named `questions.jsonl` or standing alone in a folder (or its `own`).
 
-        Pictures are relative to the file's folder.
+        Images are relative to the file's folder.
         """
         path = question_file(folder)
         root = ImageRoot(path.parent)
@@ -65,7 +65,7 @@ class Own(Benchmark):
         id, text = field(record, "id", place), field(record, "question", place)
         if IMAGE_TAG in text:
             raise DataError(
-                f"{place}: {IMAGE_TAG} in the question; pictures stand in front of it by themselves; take the tag away."
+                f"{place}: {IMAGE_TAG} in the question; images stand in front of it by themselves; take the tag away."
             )
         images = texts(record, "image", "images", place, needed=False)
         answers = texts(record, "answer", "answers", place, needed=True)

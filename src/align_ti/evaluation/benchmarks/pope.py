@@ -1,4 +1,4 @@
-"""POPE: is an object in the picture, three ways of choosing objects that are not. Imports no torch."""
+"""POPE: is an object in the image, three ways of choosing objects that are not. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COUNTS = ("true_positive", "false_positive", "true_negative", "false_negative", 
 
 
 class Pope(Benchmark):
-    """POPE by LLaVA's protocol, but joined by picture and object."""
+    """POPE by LLaVA's protocol, but joined by image and object."""
 
     name = "pope"
     title = "POPE"
@@ -60,7 +60,7 @@ class Pope(Benchmark):
             key = (image, object_of(text))
             if key not in by_key:
                 raise DataError(
-                    f"{place}: {path} has no label for {key[1]!r} in picture {image!r}; it holds {len(ordered)} labels, there are "
+                    f"{place}: {path} has no label for {key[1]!r} in image {image!r}; it holds {len(ordered)} labels, there are "
                     f"{count[split]} {split} questions, so the two differ in version; get the labels from {LABELS_ORIGIN}."
                 )
             number = asked[split]
@@ -103,7 +103,7 @@ class Pope(Benchmark):
             if labels != questions:
                 notes.append(
                     f"coco_pope_{split}.json holds {labels} labels for {questions} questions; they are joined by "
-                    f"{'order, as by the original' if strict_original else 'picture and object'}."
+                    f"{'order, as by the original' if strict_original else 'image and object'}."
                 )
             found = in_order(of, predictions) if strict_original else by_picture(of, predictions)
             if not found:
@@ -167,7 +167,7 @@ def object_of(text: str) -> str:
 
 
 def read_labels(folder: Path, split: str) -> tuple[list[str], dict[tuple[str, str], str], Path]:
-    """A split's labels in their order, and by picture and object, and the file.
+    """A split's labels in their order, and by image and object, and the file.
 
     Raises:
         DataError: the file is missing or damaged, or contradicts itself.
@@ -210,7 +210,7 @@ def confusion(answer: str | None, label: str) -> Counts:
 
 
 def by_picture(items: Sequence[Item], predictions: Mapping[str, str]) -> list[tuple[Item, Counts]]:
-    """What each question of a split counts, joined by picture and object."""
+    """What each question of a split counts, joined by image and object."""
     said = [predictions.get(item.id) for item in items]
     return [
         (item, confusion(None if text is None else pope_answer(tidy(text)), item.reference["label"]))
@@ -244,7 +244,7 @@ def metrics_of(counted: Sequence[tuple[str, str, Counts]], splits: Sequence[str]
     flat = sums.reshape(len(clusters), -1)
     metrics = {"f1": Metric(flat, partial(mean_f1, len(splits)), clusters)}
     for index, split in enumerate(splits):
-        # The pictures of a split alone, so that its interval resamples them and no others.
+        # The images of a split alone, so that its interval resamples them and no others.
         there = sums[:, index, COUNTS.index("asked")] > 0
         names = tuple(cluster for cluster, kept in zip(clusters, there, strict=True) if kept)
         for name, value in VALUES.items():

@@ -1,4 +1,4 @@
-"""ScienceQA: school questions of several choices, some with a picture; the letter alone. Imports no torch."""
+"""ScienceQA: school questions of several choices, some with an image; the letter alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED = 4241
 
 
 class ScienceQa(Benchmark):
-    """ScienceQA by LLaVA's protocol: all questions are asked, those with a picture make the score that tables show."""
+    """ScienceQA by LLaVA's protocol: all questions are asked, those with an image make the score that tables show."""
 
     name = "sqa"
     title = "ScienceQA"
@@ -66,13 +66,13 @@ class ScienceQa(Benchmark):
         return items
 
     def score(self, items: Sequence[Item], predictions: Mapping[str, str], *, strict_original: bool = False) -> Report:
-        """Accuracy over the questions with a picture, and over all.
+        """Accuracy over the questions with an image, and over all.
 
-        Strictly, a missing prediction leaves the questions with a picture, since the original tells them by the answer's prompt; and
+        Strictly, a missing prediction leaves the questions with an image, since the original tells them by the answer's prompt; and
         nothing is tidied.
         """
         check(items, predictions, self.title)
-        missing = "wrong, and not among those with a picture, as by the original" if strict_original else ""
+        missing = "wrong, and not among those with an image, as by the original" if strict_original else ""
         notes = notes_on(items, predictions, PUBLISHED, missing)
         right = {}
         for item in items:
@@ -81,10 +81,10 @@ class ScienceQa(Benchmark):
             right[item.id] = float(scienceqa_choice(text, item.reference["choices"]) == item.reference["answer"])
         seen = [item for item in items if item.kind == "image" and (item.id in predictions or not strict_original)]
         if not seen:
-            notes.append(zero_note("image", "are no questions with a picture"))
+            notes.append(zero_note("image", "are no questions with an image"))
             if strict_original:
                 raise DataError(
-                    f"{self.title}: no answered question has a picture, so the original divides by zero; score without strict_original."
+                    f"{self.title}: no answered question has an image, so the original divides by zero; score without strict_original."
                 )
         metrics = {name: mean_over(of, right) for name, of in (("image", seen), ("all", items))}
         return Report(metrics, "image", right, tuple(notes))

@@ -1,4 +1,4 @@
-"""TextVQA: questions about the words in a picture, with OCR tokens in the prompt, scored by what ten people say. Imports no torch."""
+"""TextVQA: questions about the words in an image, with OCR tokens in the prompt, scored by what ten people say. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TextVqa(Benchmark):
     def items(self, folder: Path) -> list[Item]:
         """The questions of `llava_textvqa_val_v051_ocr.jsonl` with the answers of `TextVQA_0.5.1_val.json`.
 
-        A question's id is its picture's and its words in lower case, since the file's own ids are those of pictures.
+        A question's id is its image's and its words in lower case, since the file's own ids are those of images.
         """
         folder = task_folder(folder, "textvqa", QUESTIONS)
         path, annotations_path = QUESTIONS.path(folder), ANNOTATIONS.path(folder)
@@ -50,7 +50,7 @@ class TextVqa(Benchmark):
             asked = question_of(text, place)
             if (image_id, asked) not in annotations:
                 raise DataError(
-                    f"{place}: {asked!r} about picture {image_id!r} is not in {annotations_path} ({len(annotations)} questions); the "
+                    f"{place}: {asked!r} about image {image_id!r} is not in {annotations_path} ({len(annotations)} questions); the "
                     f"two differ in version; get the latter from {ANNOTATIONS.origin}."
                 )
             items.append(
@@ -111,7 +111,7 @@ def question_of(prompt: str, place: str) -> str:
 
 
 def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
-    """People's answers by picture and question in lower case.
+    """People's answers by image and question in lower case.
 
     Raises:
         DataError: the file is damaged or of a split without answers.

@@ -1,4 +1,4 @@
-"""Exact-match accuracy, overall and by kind, with intervals that respect that questions share pictures. Imports no torch."""
+"""Exact-match accuracy, overall and by kind, with intervals that respect that questions share images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,17 +30,15 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def accuracy(right: Sequence[bool], pictures: Sequence[Hashable]) -> Accuracy:
-    """The share of right answers, with a bootstrap over pictures (`statistics.interval`).
+    """The share of right answers, with a bootstrap over images (`statistics.interval`).
 
-    Questions about one picture fail together, so whole pictures are resampled, not questions.
+    Questions about one image fail together, so whole images are resampled, not questions.
 
     Raises:
         ValueError: no questions, or the two sequences differ in length.
     """
     if not right or len(right) != len(pictures):
-        raise ValueError(
-            f"{len(right)} results and {len(pictures)} pictures; equal numbers of at least 1 are accepted."
-        )
+        raise ValueError(f"{len(right)} results and {len(pictures)} images; equal numbers of at least 1 are accepted.")
     found = interval(mean_of([float(hit) for hit in right], pictures))
     return Accuracy(per_cent=found.value, low=found.low, high=found.high, questions=len(right))
 
