@@ -581,6 +581,37 @@ def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
     path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
     assert told.exit_code == 0 and "remaining: 2 runs, 12 s of training" in told.output
+    assert "cost of a step: measured, 37 steps per variant in total" in " ".join(told.output.split())
     assert not (tmp_path / "s").exists()
     wrong = CliRunner().invoke(app, ["study", path, "--shard", "3/2"])
     assert isinstance(wrong.exception, ConfigError) and "--shard is '3/2'" in str(wrong.exception)
+
+
+def test_a_dry_run_says_what_is_trained_before_costs_are_measured(folder, tmp_path, cheap, monkeypatch):
+    # `cost_after` trains each variant, in a dry run too, and the plan neither said so nor counted the time.
+    from align_ti.studies import planned
+
+    monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
+    path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0], cost_after=300))
+    told = CliRunner().invoke(app, ["study", path, "--dry-run"])
+    lines = " ".join(told.output.split())
+    before, plan = lines.split("remaining:")[0], lines.split("remaining:")[1]
+    # 300 steps, 25 that are timed, 2 and 10 that are counted; a second a step for one variant, two for the other.
+    assert (
+        "measuring the cost of a step: 2 variant(s) are trained for 337 steps each, the first 300 of them before"
+        in before
+    )
+    assert (
+        "measured after 300 steps of training (cost_after), 337 steps per variant in total, about 16 min 51 s" in before
+    )
+    assert "12 s of training" in plan and "with the cost measurement: 17 min 03 s of training" in plan
+    # Costs that the folder holds are not measured again, so nothing is announced.
+    study = read_study(Path(path))
+    known = {
+        name: {"of": costs.measured_as(study, name), "seconds_per_step": 1.0, "flops_per_step": 2.0}
+        for name in study.variants
+    }
+    study.out.mkdir()
+    StudyFolder(study.out).costs.write_text(json.dumps(known))
+    told = CliRunner().invoke(app, ["study", path, "--dry-run"])
+    assert "measuring the cost of a step" not in told.output and "cost_after" in told.output

@@ -23,7 +23,10 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study file (.yaml): base, variants, seeds.", metavar="STUDY")],
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Measure the cost of a step, print runs, expected time and disk; do not train."),
+        typer.Option(
+            "--dry-run",
+            help="Measure the cost of a step (after cost_after training steps), print runs, time and disk; do nothing else.",
+        ),
     ] = False,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Run part I of N, each on its own machine in a shared folder.")
@@ -54,6 +57,7 @@ def study(
     from align_ti.studies.running import Shard, run_study
 
     checked = read_study(file, changes or [], allow_extensions=allow_extensions)
+    announce_costs(checked)
     if dry_run:
         with bars() as advance:
             plan = planned(checked, advance)
@@ -79,6 +83,20 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def announce_costs(checked: Study) -> None:
+    """Say what is trained to measure costs before the first run, if costs are not known yet."""
+    from align_ti.studies.costs import steps_to_measure, unmeasured
+    from align_ti.studies.folder import StudyFolder
+
+    missing = unmeasured(checked, StudyFolder(checked.out))
+    if missing:
+        after = f", the first {checked.file.cost_after:,} of them before the measurement (cost_after)"
+        console.print(
+            f"measuring the cost of a step: {len(missing)} variant(s) are trained for {steps_to_measure(checked):,} steps each"
+            f"{after if checked.file.cost_after else ''}"
+        )
+
+
 def show_plan(checked: Study, plan: Planned) -> None:
     """The runs of a study, and what they will take."""
     table = Table("variant", "runs", "done", "steps", "s / step", "GFLOP / step", "time per run")
@@ -94,7 +112,13 @@ def show_plan(checked: Study, plan: Planned) -> None:
         )
     console.print(table)
     console.print(f"equal: {checked.file.equal}; seeds: {', '.join(map(str, checked.file.seeds))}")
+    after = f" after {checked.file.cost_after:,} steps of training (cost_after)" if checked.file.cost_after else ""
+    console.print(
+        f"cost of a step: measured{after}, {plan.cost_steps:,} steps per variant in total, about {duration(plan.cost_seconds)}; "
+        "kept in costs.json, not repeated"
+    )
     console.print(f"remaining: {plan.left} runs, {duration(plan.seconds)} of training{plan.measuring}")
+    console.print(f"with the cost measurement: {duration(plan.seconds + plan.cost_seconds)} of training")
     console.print(f"disk: {plan.working / 2**20:,.0f} MiB per active run, {plan.kept / 2**20:,.0f} MiB at the end")
 
 

@@ -49,11 +49,8 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
     Raises:
         RunError: the budget is less than one step of a variant.
     """
-    known: dict[str, Any] = read_json(folder.costs) if folder.costs.exists() else {}
-    after = study.file.cost_after
-    of = {name: digest_of(study.templates[name]) + (f" after {after}" if after else "") for name in study.variants}
-    missing = [name for name in study.variants if known.get(name, {}).get("of") != of[name]]
-    rounds = ROUNDS if study.file.equal == "time" else 1
+    known, missing = known_costs(folder), unmeasured(study, folder)
+    after, rounds = study.file.cost_after, rounds_of(study)
     seconds: dict[str, list[float]] = {name: [] for name in missing}
     done, total = 0, len(missing) * (rounds + 1 + bool(after))
     with ExitStack() as stack:
@@ -70,7 +67,7 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         for name in missing:
             advance(f"count FLOPs: {study.label(name)}", done, total)
             known[name] = {
-                "of": of[name],
+                "of": measured_as(study, name),
                 "seconds_per_step": median(seconds[name]),
                 "flops_per_step": flops_of_a_step(recipes[name], folder),
             }
@@ -87,6 +84,33 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         )
         for name in study.variants
     }
+
+
+def unmeasured(study: Study, folder: StudyFolder) -> list[str]:
+    """The variants whose cost the folder does not hold yet."""
+    known = known_costs(folder)
+    return [name for name in study.variants if known.get(name, {}).get("of") != measured_as(study, name)]
+
+
+def steps_to_measure(study: Study) -> int:
+    """The steps that a variant is trained for until its cost is known: `cost_after`, then those that are timed or counted."""
+    return study.file.cost_after + rounds_of(study) * TIMED + sum(COUNTED)
+
+
+def known_costs(folder: StudyFolder) -> dict[str, Any]:
+    """The costs that the folder holds, by variant."""
+    return read_json(folder.costs) if folder.costs.exists() else {}
+
+
+def measured_as(study: Study, name: str) -> str:
+    """What a variant's cost depends on, as a digest of its recipe and the steps of training before the measurement."""
+    after = study.file.cost_after
+    return digest_of(study.templates[name]) + (f" after {after}" if after else "")
+
+
+def rounds_of(study: Study) -> int:
+    """The number of timed runs of each variant."""
+    return ROUNDS if study.file.equal == "time" else 1
 
 
 def equal_steps(study: Study, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

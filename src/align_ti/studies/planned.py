@@ -1,4 +1,4 @@
-"""What a study will take: runs, time, disk. Nothing is trained but the few steps whose cost is measured."""
+"""What a study will take: runs, time, disk. Nothing is trained but the steps that measure costs, after `cost_after` others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_ti.runs import read_json
-from align_ti.studies.costs import Advance, Cost, measured_costs
+from align_ti.studies.costs import Advance, Cost, measured_costs, steps_to_measure
 from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
 
@@ -36,6 +36,10 @@ class Planned:
     left: int
     seconds: float
     """Of training, one run after the other."""
+    cost_steps: int
+    """Steps that each variant is trained for to measure its cost, those of `cost_after` among them."""
+    cost_seconds: float
+    """Seconds of these steps for all variants; they are spent once per study, by the first plan or run."""
     around: float | None
     """Seconds of loading and measuring a run takes beside training, from the records that are there; None before the first."""
     working: int
@@ -70,6 +74,8 @@ def planned(study: Study, advance: Advance) -> Planned:
         rows=rows,
         left=sum(left.values()),
         seconds=sum(left[name] * row.cost.steps * row.cost.seconds_per_step for name, row in rows.items()),
+        cost_steps=steps_to_measure(study),
+        cost_seconds=steps_to_measure(study) * sum(cost.seconds_per_step for cost in costs.values()),
         around=sum(around) / len(around) if around else None,
         working=max(weights[name] * copies[name] for name in study.variants),
         kept=RECORD * sum(row.runs for row in rows.values())
