@@ -1,4 +1,4 @@
-"""Time and memory of one training step: ours against vanilla KD as people write it and against the released design.
+"""Time and memory of one training step: ours against vanilla KD, common implementation and against the released design.
 
     python -m benchmarks.step --out results/step.json
 

@@ -28,7 +28,7 @@ PAGES = (PAGE, README, SCALING, CACHE, QUALITY)
 RESULTS = ROOT / "results"
 
 WORDS = {
-    "vanilla_kd": "vanilla KD as people write it",
+    "vanilla_kd": "vanilla KD, common implementation",
     "ours_kd": "our vanilla KD (SFT + KD)",
     "align_ti_1.00": "Align-TI, every candidate with a row",
     "align_ti_0.50": "Align-TI, half of them",
@@ -38,7 +38,7 @@ WORDS = {
     "align_ti_0.25_compiled": "a quarter, `torch_compile`",
     "align_ti_0.25_teacher_bfloat16": "a quarter, teacher in bfloat16",
     "released_design": "the released design",
-    "released_design_given": "the released design, its drawing left out",
+    "released_design_given": "the released design, without its drawing of candidates",
     "align_ti_kd": "ours, KD alone",
     "align_ti_full": "ours, all of Align-TI (more work)",
     "trl_gold": "TRL `GOLDTrainer`",
@@ -122,7 +122,7 @@ def targets_table(name: str = "step.json") -> str:
 
 
 SETTINGS = {
-    "step.json": "float32, memory as the C library has it",
+    "step.json": "float32, default memory handling",
     "step-bfloat16.json": "bfloat16, the same",
     "step-kept.json": "float32, freed memory kept for all",
 }
@@ -249,7 +249,7 @@ def levers_table() -> str:
         for label, ways in groups
         for way, one in ways.items()
     ]
-    return table(("lever", "ms", "quartiles"), rows)
+    return table(("optimisation", "ms", "quartiles"), rows)
 
 
 def packing_table() -> str:
@@ -280,7 +280,7 @@ def opened_table() -> str:
         for name in SHORT[1:]
         for of in ("time", "memory")
     )
-    return table(("x vanilla KD", "the table above", "before, this machine", "after, this machine"), rows)
+    return table(("x vanilla KD", "the table above", "before, other machine", "after, other machine"), rows)
 
 
 def share_table() -> str:

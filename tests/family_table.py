@@ -68,18 +68,18 @@ def columns(family: Family) -> dict[str, str]:
 
 
 def attention(model, inputs) -> str:
-    """The kinds of layers, and whether some tokens see ahead."""
+    """The kinds of layers, and whether some tokens attend to later ones."""
     short = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
     found = ", ".join(short.get(kind, kind) for kind in dict.fromkeys(sorted(layer_kinds(model))))
     ahead = any(mask.triu(1).any() for mask in own_masks(model, inputs).values())
-    return f"{found}; {'some tokens see ahead' if ahead else 'causal'}"
+    return f"{found}; {'some tokens attend to later ones' if ahead else 'causal'}"
 
 
 def logits(model) -> str:
-    """Whether logits are what the head gives."""
+    """Whether logits are the head's output."""
     plain = Projection(model).linear is not None
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return f"{'as the head gives them' if plain else 'capped or scaled'}, {'tied' if tied else 'untied'}"
+    return f"{'head output unchanged' if plain else 'capped or scaled'}, {'tied' if tied else 'untied'}"
 
 
 def works(model, teacher, batch, **terms) -> str:
