@@ -131,7 +131,7 @@ def rows() -> Figure:
     notes = (
         "the position before each\nresponse token, weight 1",
         "each visual token, weight w: the share of\nthe teacher's attention that it gets",
-        "each candidate in place of the gold token,\nits position's weight shared out",
+        "each candidate in place of the gold token;\na position's candidates share its weight",
     )
     for (name, y), note in zip(lanes, notes, strict=True):
         ax.text(-0.9, y + 0.4, name, ha="right", va="center", weight="bold")
@@ -145,7 +145,7 @@ def rows() -> Figure:
 
 
 def ribbon() -> Figure:
-    """Candidates behind the gold sequence: what each token sees, and which position it has."""
+    """Candidates after the gold sequence: what each token attends to, and which position it has."""
     figure = Figure(figsize=(7.2, 6.2), layout="constrained")
     ax, seen = figure.subplots(), visible()
     tokens = [*SEQUENCE, *((name, "candidate") for name, _ in candidates())]
@@ -155,8 +155,8 @@ def ribbon() -> Figure:
         ax.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
     ax.axhline(len(SEQUENCE), color="#444444", linewidth=1)
     ax.axvline(len(SEQUENCE), color="#444444", linewidth=1)
-    ax.set(xlim=(0, len(tokens)), ylim=(len(tokens), 0), aspect="equal", xlabel="token that is seen (key)")
-    ax.set_ylabel("token that sees (query), with its position")
+    ax.set(xlim=(0, len(tokens)), ylim=(len(tokens), 0), aspect="equal", xlabel="attended token (key)")
+    ax.set_ylabel("attending token (query), with its position")
     names = [name for name, _ in tokens]
     ax.set_xticks(np.arange(len(tokens)) + 0.5, names, fontsize=7)
     ax.set_yticks(
@@ -167,7 +167,7 @@ def ribbon() -> Figure:
     ax.text(
         len(tokens) + 0.2,
         (len(SEQUENCE) + len(tokens)) / 2,
-        "candidates: the gold\ntokens before their\nstep, and themselves",
+        "candidates attend to the\ngold tokens before their\nstep, and to themselves",
         va="center",
     )
     return figure
@@ -345,7 +345,7 @@ def tpa(shipped: Shipped) -> Figure:
         ax.set_xticks(places, [repr(tokenizer.decode(index)) for index in top])
         ax.set(ylim=(0, 1.05), ylabel="probability")
         ax.set_title(
-            f"behind the candidate {tokenizer.decode(token)!r} (drawn {count} of 4 times): KL {divergence:.2f} nats",
+            f"after the candidate {tokenizer.decode(token)!r} (sampled {count} of 4 times): KL {divergence:.2f} nats",
             fontsize=9,
             loc="left",
         )
