@@ -77,7 +77,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths inside a run folder, and how its files are written: whole or not at all."""
+    """Paths inside a run folder; its files are written atomically."""
 
     root: Path
 
@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """What became of the training data: records of each source, skipped, cut."""
+        """The training data that were used: records of each source, skipped, truncated."""
         return self.root / "data.json"
 
     @property
@@ -151,7 +151,7 @@ class RunFolder:
 
     @property
     def training(self) -> Path:
-        """What was trained on how much: steps, records, and parameters by part."""
+        """The amount of training: steps, records, and trained parameters by part."""
         return self.root / "training.json"
 
     @property
@@ -160,12 +160,12 @@ class RunFolder:
 
     @property
     def looks(self) -> Path:
-        """Where the models look in a few images, under several instructions each; the images lie in the folder `shown`."""
+        """The models' attention to a few images, under several instructions each; the images are in the folder `shown`."""
         return self.root / "looks.json"
 
     @property
     def transitions(self) -> Path:
-        """What the models say next behind a few candidates, along a few answers."""
+        """The models' next-token distributions after a few candidates, along a few answers."""
         return self.root / "transitions.json"
 
     @property
@@ -189,7 +189,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside the block no other process trains in the folder. A file system without locks lets every run in.
+        """A context in which no other process trains in the folder; on a file system without locks there is no protection.
 
         Raises:
             RunError: another process trains in it.
@@ -206,7 +206,7 @@ class RunFolder:
             yield
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None; a kill may leave one half written, or half removed."""
+        """The newest complete checkpoint, or None; a kill may leave one partly written, or partly removed."""
         found = sorted(self.root.glob("checkpoint-*/trainer_state.json"), key=lambda path: step_of(path.parent))
         folders = [path.parent for path in reversed(found)]
         for whole in (has_all_files, has_state):
@@ -229,7 +229,7 @@ class RunFolder:
         return self.root / f"evaluation-{name}.json"
 
     def claim(self, recipe: Recipe, processes: int = 1) -> bool:
-        """Make the folder this recipe's own; True if it already was, so that the run goes on where it stopped.
+        """Claim the folder for this recipe; True if it already was, so that the run resumes.
 
         A run that was only checked, and trained nothing yet, makes room for another recipe. A run may go on with another number of
         processes, if batch and accumulation are set so that a step has as many records as before.
@@ -277,7 +277,7 @@ class RunFolder:
         return False
 
     def check_step(self, before: int, now: int) -> None:
-        """Refuses to go on with steps of another number of records.
+        """Refuses to resume with another number of records per step.
 
         Raises:
             RunError: the two differ.
@@ -504,7 +504,7 @@ def digest(path: Path) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """What a run was made with: versions and machine, no names of hosts or people."""
+    """Versions and machine of a run; no names of hosts or people."""
     versions = {}
     for package in PACKAGES:
         try:

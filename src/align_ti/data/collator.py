@@ -82,7 +82,7 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         return sample
 
     def from_disk(self, index: int) -> dict[str, Tensor]:
-        """The sample as it is kept on disk, made and kept if it is not there."""
+        """The sample from the disk cache; encoded and stored if it is not there."""
         assert self.disk is not None
         path = self.disk.path(self.conversations[index])
         sample = self.disk.load(path)
@@ -101,7 +101,7 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         return estimates if self.max_length is None else [min(length, self.max_length) for length in estimates]
 
     def keep_only(self, indices: Sequence[int], lengths: Sequence[int]) -> None:
-        """Leave out every other record, and know the lengths of those that stay."""
+        """Leave out all other records, and store the lengths of those that stay."""
         self.conversations = [self.conversations[index] for index in indices]
         self.exact_lengths = list(lengths)
         if self.teacher is not None:
@@ -116,10 +116,10 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads samples into one batch: tokens to the longest, images one behind the other, as the model's processor batches them.
+    """Pads samples into one batch: tokens to the longest, images concatenated, as the model's processor batches them.
 
-    Tiles and pixels are filled with zeros where the processor does the same. Idefics3 and SmolVLM batch images by sample; a sample
-    with fewer of them, or none, has zeros in their place, which the model leaves out.
+    Tiles and pixels are padded with zeros where the processor does the same. Idefics3 and SmolVLM batch images by sample; a sample
+    with fewer images, or none, has zeros in their place, which the model ignores.
     """
 
     pad_token: int
@@ -128,9 +128,9 @@ class Collator:
     teacher_pad_token: int | None = None
     """The pad token of a teacher that reads inputs of its own; by default the student's."""
     blank: Sample | None = None
-    """A sample of no weight with an image, which a batch without any image gets at its end; by default none does."""
+    """A sample with an image and weight 0, appended to batches without any image; by default nothing is appended."""
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Spells the tokens where a notebook shows the batch; by default they are numbers."""
+    """Decodes the tokens if a notebook displays the batch; by default their ids are shown."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch; what the samples hold for a teacher alone (`teacher`) becomes a batch of its own in it.
@@ -177,14 +177,14 @@ class Collator:
         return batch
 
     def tokens(self, name: str, samples: Sequence[Sample]) -> Tensor:
-        """The field, one entry a token, padded to the longest sample; 0 (a token of text) for a sample that has no such field."""
+        """A field with one entry per token, padded to the longest sample; 0 (a token of text) for a sample without the field."""
         fill = {"input_ids": self.pad_token, "labels": NO_LABEL, "roles": OTHER}.get(name, 0)
         length = max(len(sample["input_ids"]) for sample in samples)
         rows = [sample.get(name, torch.zeros_like(sample["input_ids"])) for sample in samples]
         return torch.stack([self.padded(row, length, fill) for row in rows])
 
     def padded(self, value: Tensor, length: int, fill: int) -> Tensor:
-        """The vector grown to the length on the collator's side."""
+        """The vector padded to the length, on the collator's side."""
         room = (0, length - len(value)) if self.side == "right" else (length - len(value), 0)
         return torch.nn.functional.pad(value, room, value=fill)
 

@@ -85,8 +85,8 @@ def encode(
     the record, from 1; 0 elsewhere). Fields of `PER_TOKEN` are [seq], others as they come.
 
     Every assistant turn's text and the special token that ends it are response; every user turn's text is instruction; tokens whose
-    embedding is replaced by an image feature are visual; all else is other, including what the processor puts around visual tokens.
-    A token that covers text and something else (a blank of the template, say) has the text's role.
+    embedding is replaced by an image feature are visual; all others are other, including what the processor puts around visual tokens.
+    A token that covers text and something else (a space of the template, for example) has the text's role.
 
     Args:
         conversation: the record.

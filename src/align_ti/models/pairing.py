@@ -20,8 +20,8 @@ from align_ti.models.standins import Projection, same_frozen_tower
 class Pairing:
     """How a student and a teacher are compared.
 
-    `shared` picks the logits of the tokens that both know. `one_tower` says that both have the same frozen vision tower, whose
-    features are then computed once. `wordless` are the teacher's tokens that stand for no word, so that none of them is a candidate.
+    `shared` selects the logits of the tokens that both models have. `one_tower`: both have the same frozen vision tower, whose
+    features are computed once. `wordless` are the teacher's tokens that are not text, so that none of them is a candidate.
     """
 
     shared: slice | Int[Tensor, " shared"] = field(default_factory=lambda: slice(None))

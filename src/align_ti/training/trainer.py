@@ -55,7 +55,7 @@ Data = Sequence[Conversation] | Dataset[dict[str, Any]]
 
 
 class Sums:
-    """Totals and masses of each term since the last log, joined over batches."""
+    """Totals and masses of each term since the last log, summed over batches."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ class Sums:
         self.masses[name] = self.masses.get(name, 0.0) + mass.to(widest_float(mass.device))
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The mean of each term over everything added, on all processes, and a fresh start."""
+        """The mean of each term over everything added, on all processes; the sums then start again at 0."""
         names = list(self.totals)
         if not names:
             return {}
@@ -230,11 +230,11 @@ class AlignTITrainer(Trainer):
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     def check_sharding(self) -> None:
-        """Refuse forms of sharding in which the loss would not be the same number.
+        """Refuses kinds of sharding under which the loss would be another number.
 
         Raises:
             ConfigError: FSDP 1; sequences or layers split over devices; mixed precision under DeepSpeed; on-policy batches where
-                weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is not whole
+                weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is sharded
                 on each process, or where backward runs layers again in the way of reentrant checkpointing.
         """
         self.check_gradient_shares()
@@ -274,7 +274,7 @@ class AlignTITrainer(Trainer):
             )
 
     def check_gradient_shares(self) -> None:
-        """Refuse to measure shares in the gradient where a term's own cannot be had without touching the step's.
+        """Refuses to measure shares in the gradient where a term's own gradient cannot be computed without changing the step's.
 
         Raises:
             ConfigError: FSDP or DeepSpeed, or reentrant gradient checkpointing.
@@ -296,7 +296,7 @@ class AlignTITrainer(Trainer):
 
     @property
     def shards_weights(self) -> bool:
-        """Whether the student's weights lie in parts on the processes: FSDP, or ZeRO-3."""
+        """Whether the student's weights are sharded over the processes: FSDP, or ZeRO-3."""
         if self.is_fsdp_enabled:
             return True
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -308,7 +308,7 @@ class AlignTITrainer(Trainer):
         return candidate_options(self.objective.terms) is not None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in transformers, for conversations too; streams are dealt out so that each record counts once."""
+        """As in transformers, for conversations too; streams are split over processes so that each record counts once."""
         named: Any = self.eval_dataset
         data = named if eval_dataset is None else named[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if self.deals(data):
@@ -322,12 +322,12 @@ class AlignTITrainer(Trainer):
         return super().get_test_dataloader(encoded(test_dataset, self.processing_class, self.teacher_processor))
 
     def deals(self, data: Any) -> bool:
-        """Whether this trainer deals an evaluation set out to the processes: a stream, unless the user chose that one process does."""
+        """Whether this trainer splits an evaluation set over the processes: a stream, unless one process distributes the batches."""
         loader: Any = self.args.accelerator_config
         return isinstance(data, IterableDataset) and self.args.world_size > 1 and not loader.dispatch_batches
 
     def dealt(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
-        """This process's batches of a stream. accelerate would repeat records to fill the last ones up and not tell how many."""
+        """This process's batches of a stream. accelerate would fill the last ones with repeated records and not say how many."""
         collate: Any = self.data_collator
         count = int(self.args.dataloader_num_workers)
         return DataLoader(
@@ -365,7 +365,7 @@ class AlignTITrainer(Trainer):
         return self.objective
 
     def scored_from(self) -> dict[str, Any]:
-        """What layer scores depend on: kept scores of anything else are not used."""
+        """What layer scores depend on; stored scores are used only if it is equal."""
         assert self.teacher_model is not None
         return {
             "teacher": self.teacher_model.config.name_or_path,
@@ -376,7 +376,7 @@ class AlignTITrainer(Trainer):
         }
 
     def digest_of_teacher(self) -> str:
-        """A number that tells the teacher's weights.
+        """A digest of the teacher's weights.
 
         Raises:
             ModelError: it is another one on another process.
@@ -452,7 +452,7 @@ class AlignTITrainer(Trainer):
         return sampler
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As in transformers; the time of each step is counted if `phases` was given. On a CPU freed memory is kept from here on."""
+        """As in transformers; measures the time of each step if `phases` was given. On a CPU, freed memory is kept from here on."""
         if self.args.device.type == "cpu":
             keep_freed_memory()
         if self.phases is None:
@@ -466,7 +466,7 @@ class AlignTITrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one optimizer step, with the masses of the whole step found beforehand if it has several.
+        """The batches of one optimizer step, and the masses of the whole step, computed beforehand if it has several batches.
 
         TPA's mass depends on the candidates, so under accumulation they are drawn here, by a forward pass without gradient.
         """
@@ -483,11 +483,11 @@ class AlignTITrainer(Trainer):
         return batches, count
 
     def counting(self) -> AbstractContextManager[None]:
-        """A block whose FLOPs are a step's, if they are counted."""
+        """A context in which the FLOPs of a step are counted, if they are to be."""
         return nullcontext() if self.work is None else self.work.counting()
 
     def prepared(self, batches: list[Any]) -> list[Any]:
-        """The batches of one optimizer step, answered where they are to be, and the masses of the step if there are several."""
+        """The batches of one optimizer step, some answered by the student, and the step's masses if there are several batches."""
         if self.on_policy is not None:
             batches = [self.perhaps_answered(batch, number, self.on_policy) for number, batch in enumerate(batches)]
         self.step_totals = None
@@ -504,8 +504,8 @@ class AlignTITrainer(Trainer):
     def gradient_norms(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The norm of each term's own gradient, weighted as in the loss, over the batches of an optimizer step on all processes.
 
-        Each term is computed and taken backward alone, on the candidates that the step itself reads. Gradients, random states and the
-        place in the sequence of draws are then as they were, so that the step is the same as without it.
+        Each term's forward and backward pass runs alone, on the step's own candidates. Gradients, random states and the count of
+        draws are restored afterwards, so that the step is the same as without the measurement.
         """
         objective, whole = self.resolve_layer(), self.accelerator.unwrap_model(self.model)
         parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
@@ -528,10 +528,10 @@ class AlignTITrainer(Trainer):
         return norms
 
     def perhaps_answered(self, batch: dict[str, Any], number: int, settings: OnPolicy) -> dict[str, Any]:
-        """The batch with this number in the step, or, as chance has it, the same one answered by the student.
+        """The batch with this number in the step; with the configured probability, answered by the student.
 
-        Chance is fixed by seed, step and number alone: on all processes the same batches are answered, so that none waits for another
-        that writes. What is written differs, as all draws do.
+        The decision depends on seed, step and number alone: all processes answer the same batches, so that none waits for another that
+        generates. The sampled tokens differ between processes, as all draws do.
         """
         # A tuple of integers hashes to the same number in every process and Python.
         chance = torch.Generator().manual_seed(hash((self.args.seed, self.state.global_step, number)) % 2**63)
@@ -611,7 +611,7 @@ class AlignTITrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As in transformers: the loss of one batch, and its gradients added up; what is no phase inside it is backward."""
+        """As in transformers: the loss of one batch, with its gradients accumulated; time outside other phases counts as `backward`."""
         with phase("backward"), self.counting():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -682,7 +682,7 @@ class AlignTITrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
-        """The loss of one evaluation batch; logits in full are never made. Records that fill the last batch up weigh nothing."""
+        """The loss of one evaluation batch; full logits are never computed. Records that only fill the last batch have weight 0."""
         sums, own = self.eval_sums, inputs[OWN] if OWN in inputs else self.records_of_its_own()
         inputs = {name: value for name, value in inputs.items() if name != OWN}
         if own == 0:
@@ -700,10 +700,10 @@ class AlignTITrainer(Trainer):
         return value.detach(), None, None
 
     def records_of_its_own(self) -> int | None:
-        """How many records at the head of this evaluation batch no other batch has; None: all of them.
+        """The number of records at the start of this evaluation batch that no other batch contains; None: all of them.
 
-        Where records do not fill the last batches of all processes, accelerate repeats the first ones, behind the others. Streams are
-        dealt out by `dealt` instead.
+        If records do not fill the last batches of all processes, accelerate appends the first ones again. Streams are split by
+        `dealt` instead.
         """
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -740,10 +740,10 @@ class AlignTITrainer(Trainer):
     def reload(self, model: nn.Module | None, checkpoint: str) -> None:
         """The checkpoint's weights, by the names that its files use.
 
-        transformers writes some families under older names than the model's own (LLaVA among them), and its Trainer then reads
-        the file with `strict=False`: no name matches, nothing is loaded, and the run goes on from its start without a word
-        (seen with 5.23). Loading as `from_pretrained` does maps the names, and a weight that is missing is an error. With adapters
-        peft loads its own; weights that are trained beside them are loaded here.
+        transformers saves some families (LLaVA among them) under older names than the model's own, and its Trainer then reads the
+        file with `strict=False`: no name matches, nothing is loaded, and the run silently starts again from the initial weights
+        (observed with 5.23). Loading as `from_pretrained` does maps the names, and a missing weight is an error. Adapters are
+        loaded by peft, other trained weights here.
         """
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not isinstance(model, PeftModel)):
             # Their own files are by the names that the model has in memory.
@@ -783,7 +783,7 @@ class AlignTITrainer(Trainer):
 
 
 def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch with records that weigh nothing in any term from this one on: none of their tokens has a role or a label."""
+    """The batch, its records from this one on with weight 0 in every term: none of their tokens has a role or a label."""
     nothing = {"labels": NO_LABEL, "roles": OTHER_ROLE, "pictures": 0}
     changed = dict(batch)
     for name, value in nothing.items():
