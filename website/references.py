@@ -1,4 +1,4 @@
-"""The pages that are made from the code: options of a recipe, the command line, the Python names."""
+"""The pages that are generated from the code: options of a recipe, the command line, the Python names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recipes() -> str:
     parts = [
         "# Recipes",
         "A recipe is a YAML file. `align-ti recipes list` lists the shipped ones, and `--set section.option=value` changes "
-        "an option of any. This page is made from the declarations in `align_ti.config`, `align_ti.terms` and "
+        "an option of any. This page is generated from the declarations in `align_ti.config`, `align_ti.terms` and "
         "`align_ti.losses.divergences`; an option that is not here is refused.",
         group("", Recipe, "## The top level"),
     ]

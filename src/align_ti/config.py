@@ -28,10 +28,10 @@ DEFAULT_TERMS = ("sft", "kd", "iva", "tpa")
 
 
 class Objective(Knobs):
-    """The loss: a weighted sum of terms, each in a file of `align_ti.terms` or of the user's.
+    """The loss: a weighted sum of terms, each defined in a file of `align_ti.terms` or in one of yours.
 
     Each term is an option under its name: `Objective(kd=Kd(temperature=2.0))`, `objective.kd.temperature`. The four terms of
-    Align-TI have weight 1 by default; others are used only if they are named. `Objective.only(...)` has the named terms alone.
+    Align-TI have weight 1 by default; others are used only if they are named. `Objective.only(...)` contains only the named terms.
 
     Source: Align-TI (arXiv:2602.09483), L = L_sft + w_kd L_kd + w_iva L_iva + w_tpa L_tpa.
     """

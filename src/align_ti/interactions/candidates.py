@@ -36,7 +36,7 @@ class CandidateOptions(Knobs):
     source: Literal["student", "teacher", "gold"] = "student"
     """Whose distribution candidates are drawn from; gold: the answer's own next token, without sampling."""
     draw: Literal["with_replacement", "without_replacement", "top_and_tail", "stratified"] = "with_replacement"
-    """How candidates are drawn and weighed; what is expected of the term is the same. with_replacement: equal weights, the paper's.
+    """How candidates are drawn and weighed; the expectation of the term is the same. with_replacement: equal weights, the paper's.
     without_replacement: distinct tokens, 8 at most. top_and_tail: the gold token and the `enumerated` most probable ones exactly, the
     others drawn from the rest. stratified: draws spread evenly over the distribution, the gold token's share exact."""
     enumerated: int = Field(default=0, ge=0)
