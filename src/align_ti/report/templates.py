@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 
 def environment() -> Environment:
-    """Templates of this folder; only figures that are drawn here are markup."""
+    """Templates of this folder; only pictures that are drawn here are markup."""
     return Environment(
         loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
