@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.resources import files
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_pretraining_sees_what_the_ordinary_data_path_gives():
 
 
 def test_the_benchmark_on_disk_is_read_by_the_ordinary_path_and_repeats(tmp_path):
-    sizes = Sizes(train=3, validation=2, test=2)
+    sizes = Sizes(train=3, validation=2, test=2, questions=8)
     for folder in ("one", "two"):
         write_benchmark(tmp_path / folder, seed=4, sizes=sizes)
     names = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
@@ -131,6 +132,16 @@ def test_the_benchmark_on_disk_is_read_by_the_ordinary_path_and_repeats(tmp_path
         assert used <= set(load_scans(split).index.tolist())
     with pytest.raises(RunError, match="not empty"):
         write_benchmark(tmp_path / "one", sizes=sizes)
+
+
+def test_training_images_have_as_many_types_of_questions_as_asked_for(tmp_path):
+    write_benchmark(tmp_path / "data", sizes=Sizes(train=40, validation=1, test=1))
+    asked = Counter(record.images[0] for record in read_conversations(tmp_path / "data" / "train.json"))
+    kinds = Counter(record.kind for record in read_conversations(tmp_path / "data" / "train.json"))
+    # A scene whose digits all look alike in name and colour has no "where".
+    assert len(asked) == 40 and set(asked.values()) <= {1, 2} and sum(asked.values()) >= 78
+    assert set(kinds) == set(KINDS) and max(kinds.values()) <= 20
+    assert len(read_conversations(tmp_path / "data" / "test.json")) >= len(KINDS) - 1
 
 
 def test_shipped_models_are_small_safe_and_share_one_tower():

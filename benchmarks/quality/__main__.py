@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality            writes runs/quality/digits-SEED; what is there is left as it is
 python -m benchmarks.quality --train 10000 --folder runs/quality/long       for long.yaml
+python -m benchmarks.quality --train 10000 --questions 2 --folder runs/quality/images       for images.yaml
 align-ti study benchmarks/quality/ablation.yaml
 """
 
@@ -13,20 +14,21 @@ from pathlib import Path
 
 from align_ti.digits.files import Sizes, write_benchmark
 
-SIZES = Sizes(validation=100, test=150)
-"""Pictures of the splits but training's. Only seed 0's validation and test questions are asked, so that all runs answer the same."""
+SIZES = Sizes(train=2500, validation=100, test=150, questions=8)
+"""Images of the splits, and questions about each image of training. Only seed 0's validation and test questions are asked, so that all runs answer the same."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--train", type=int, default=SIZES.train, help="training pictures")
+    parser.add_argument("--train", type=int, default=SIZES.train, help="training images")
+    parser.add_argument("--questions", type=int, default=SIZES.questions, help="types of questions about each of them")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         out = arguments.folder / f"digits-{seed}"
         if not out.is_dir():
-            write_benchmark(out, seed, replace(SIZES, train=arguments.train))
+            write_benchmark(out, seed, replace(SIZES, train=arguments.train, questions=arguments.questions))
         print(out)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align_ti.digits.questions import Question, ask
+from align_ti.digits.questions import KINDS, Question, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import Scene, draw_scene
 from align_ti.errors import RunError
@@ -20,11 +20,17 @@ from align_ti.runs import new_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Images of each split; each has one question of every kind that it can answer (eight at most)."""
+    """Images of each split.
 
-    train: int = 2500
+    Those of validation and test have one question of every type that they can answer (eight at most). Those of training have
+    questions of `questions` types, drawn at random for each image: two about many images teach more than eight about few
+    (docs/quality.md, "Images").
+    """
+
+    train: int = 10_000
     validation: int = 100
     test: int = 150
+    questions: int = 2
 
 
 def write_benchmark(
@@ -43,16 +49,26 @@ def write_benchmark(
         splits: tuple[Split, ...] = ("train", "validation", "test")
         for number, split in enumerate(splits):
             random = np.random.default_rng([seed, number])
+            asked = sizes.questions if split == "train" else len(KINDS)
             records = []
             for index in range(getattr(sizes, split)):
                 scene = draw_scene(load_scans(split), random)
                 name = f"images/{split}-{index:05d}.png"
                 scene.picture.save(draft / name)
-                records += [record(split, index, name, scene, question) for question in ask(scene, random)]
+                questions = ask(scene, random, some_kinds(asked, random))
+                records += [record(split, index, name, scene, question) for question in questions]
                 advance(1)
             (draft / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         for part in ("teacher", "student"):
             copy_model(part, draft / part)
+
+
+def some_kinds(count: int, random: np.random.Generator) -> tuple[str, ...]:
+    """So many types of questions, drawn without replacement, in their usual order; all of them (nothing is drawn) if there are no more."""
+    if count >= len(KINDS):
+        return tuple(KINDS)
+    drawn = set(random.choice(len(KINDS), count, replace=False).tolist())
+    return tuple(kind for index, kind in enumerate(KINDS) if index in drawn)
 
 
 def record(split: Split, index: int, picture: str, scene: Scene, question: Question) -> dict[str, object]:
