@@ -191,7 +191,7 @@ class Shipped:
 
     @classmethod
     def written_to(cls, folder: Path) -> Shipped:
-        write_benchmark(folder, sizes=Sizes(train=BEGUN * 2, validation=1, test=3, questions=8))
+        write_benchmark(folder, sizes=Sizes(train=BEGUN * 2, validation=1, test=3))
         training = TRAINING.model_copy(update={"max_steps": BEGUN})
         begun = distil(method_recipe(folder / "run", folder, Objective.only(sft={}), 0, training), check=False).student
         teacher, student = (load_model(str(path), "float32").eval() for path in (folder / "teacher", begun))

@@ -13,7 +13,7 @@ from align_ti.digits.questions import KINDS
 from align_ti.errors import RunError
 from align_ti.report.page import write_report
 
-SIZES = Sizes(train=4, validation=1, test=3, questions=8)
+SIZES = Sizes(train=4, validation=1, test=3)
 SHORT = TRAINING.model_copy(update={"max_steps": 7, "logging_steps": 1, "per_device_train_batch_size": 4})
 
 

@@ -18,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_ten_lines_of_python_run_and_print_every_term(tmp_path):
     (session,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in session.splitlines() if line.strip()]) <= 11
-    write_benchmark(tmp_path / "digits", sizes=Sizes(train=2, validation=1, test=1, questions=8))
+    write_benchmark(tmp_path / "digits", sizes=Sizes(train=2, validation=1, test=1))
     done = subprocess.run(
         [sys.executable, "-c", session],
         capture_output=True,

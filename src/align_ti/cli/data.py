@@ -161,10 +161,7 @@ def size(count: float) -> str:
 def digits(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 10_000,
-    questions: Annotated[
-        int, typer.Option(min=1, max=8, help="Types of questions about each training image, drawn at random for each.")
-    ] = 2,
+    train: Annotated[int, typer.Option(min=1, help="Training images, each with up to eight instructions.")] = 2500,
     validation: Annotated[int, typer.Option(min=1, help="Validation images.")] = 100,
     test: Annotated[int, typer.Option(min=1, help="Test images.")] = 150,
 ) -> None:
@@ -179,5 +176,5 @@ def digits(
             done[0] += count
             advance("draw images", done[0], train + validation + test)
 
-        write_benchmark(out, seed, Sizes(train=train, validation=validation, test=test, questions=questions), drawn)
+        write_benchmark(out, seed, Sizes(train=train, validation=validation, test=test), drawn)
     console.print(f"benchmark: {out}")

@@ -22,15 +22,14 @@ from align_ti.runs import new_folder
 class Sizes:
     """Images of each split.
 
-    Those of validation and test have one question of every type that they can answer (eight at most). Those of training have
-    questions of `questions` types, drawn at random for each image: two about many images teach more than eight about few
-    (docs/quality.md, "Images").
+    Those of validation and test have one question of every type that they can answer (eight at most), those of training of
+    `questions` types, drawn at random for each image if there are fewer than eight.
     """
 
-    train: int = 10_000
+    train: int = 2500
     validation: int = 100
     test: int = 150
-    questions: int = 2
+    questions: int = 8
 
 
 def write_benchmark(
