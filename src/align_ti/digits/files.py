@@ -26,7 +26,7 @@ class Sizes:
     `questions` types, drawn at random for each image if there are fewer than eight.
     """
 
-    train: int = 2500
+    train: int = 3200
     validation: int = 100
     test: int = 150
     questions: int = 8
