@@ -26,7 +26,7 @@ from align_ti.report.drawing import (
     short,
 )
 from align_ti.report.folders import Model, names_in_colour
-from align_ti.report.numbers import MINUS, TIMES, amount, bounds, decimals, number, points, signed
+from align_ti.report.numbers import MINUS, TIMES, amount, amounts, bounds, decimals, number, points, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,9 @@ def in_words(found: Contest, closed: Difference | None) -> str:
         of = f"of the gap between {base.label} ({told(found, base)}) and the teacher ({told(found, found.teacher)})"
         share = f"{number(closed.value, 0)} % ({ends(closed, 0)})"
         if closed.value < 0:
-            return f"{best.label} closed none {of} on {title}: the gap grew by {share.replace(MINUS, '')}{cost}."
-        return f"{best.label} closed {share} {of} on {title}{cost}."
-    first = f"{best.label} reaches {told(found, best)} ({ends(interval(found.metric(best)), 1)}) on {title}"
+            return f"{best.label} closed none {of} in {title}: the gap grew by {share.replace(MINUS, '')}{cost}."
+        return f"{best.label} closed {share} {of} in {title}{cost}."
+    first = f"{best.label} reaches {told(found, best)} ({ends(interval(found.metric(best)), 1)}) in {title}"
     if base is None:
         return f"{first}{cost}."
     apart = paired(found.metric(best), found.metric(base))
@@ -193,11 +193,14 @@ def cost_in_words(best: Model, base: Model | None) -> str:
 def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
     """The chart of run folders."""
     rungs, names = [], names_in_colour(found.models)
+    times = {
+        model.key: model.seconds for model in found.models if model.role == "trained" and model.seconds is not None
+    }
+    costs = dict(zip(times, amounts(TIMES, list(times.values())), strict=True))
     for model in found.models:
         one = interval(found.metric(model))
         low, high = (None if isnan(end) else end for end in (one.low, one.high))
-        cost = "" if model.role != "trained" or model.seconds is None else amount(TIMES, model.seconds)
-        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, cost))
+        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, costs.get(model.key, "")))
     of = found.models
     base, best, teacher = (None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
@@ -262,13 +265,15 @@ def ladder(
                 ha="center",
                 va="top",
                 fontsize=9,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
             )
         seen = [end for rung in rungs for end in (rung.value, rung.low, rung.high) if end is not None]
         ax.set_xlim(*around(seen))
         ax.set_ylim(len(rungs) - 0.6 + (0.8 if share else 0.0), -0.75)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
-        ax.set_xlabel(f"{short(title, 44)}, {unit}; lines: 95 % intervals" + ("; dashed: the gap" if share else ""))
+        dashed = ", dashed: the gap" if share else ""
+        ax.set_xlabel(f"{short(title, 44)}, {unit}\nbars: 95 % intervals{dashed}")
         text = drawn(figure, f"{title} of each model, and the gap to the teacher")
     header = ("model", f"{title}, {unit}", "low", "high", "training time")
     rows = [(one.label, one.value, one.low, one.high, one.cost) for one in (rungs[place] for place in order)]
@@ -280,9 +285,10 @@ def headline_of_study(content: Mapping[str, Any]) -> Headline:
     variants, labels, start = content["variants"], content["labels"], content["gap_from"]
     if not variants:
         return Headline(study.answer(content), None)
+    costs = amounts(TIMES, [one["seconds"] for one in variants.values()])
     rungs = [
-        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], amount(TIMES, one["seconds"]))
-        for name, one in variants.items()
+        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], cost)
+        for (name, one), cost in zip(variants.items(), costs, strict=True)
         for told in [one["accuracy"]]
     ]
     goal, best = content["teacher"], max(range(len(rungs)), key=lambda place: rungs[place].value)

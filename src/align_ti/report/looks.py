@@ -74,7 +74,9 @@ def in_words(weights: np.ndarray) -> str:
     ninths = np.zeros((3, 3))
     np.add.at(ninths, (rows[:, None], columns[None, :]), weights)
     row, column = np.unravel_index(int(ninths.argmax()), (3, 3))
-    place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
+    place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}".replace(
+        "middle center", "center"
+    )
     return f"{place} {100 * ninths[row, column] / max(ninths.sum(), 1e-12):.0f} %"
 
 
