@@ -198,7 +198,7 @@ def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
     for part in ("scores", "looks", "transitions", "examples", "training", "cost", "origin"):
         assert f'<section id="{part}">' in page and f'href="#{part}"' in page
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
-    assert f"Align-TI {MINUS} SFT" in words and "Corrected intervals" in words
+    assert f"Align-TI {MINUS} SFT" in words and "There is one comparison, so nothing is corrected." in words
     assert "Where is &lt;b&gt;it&lt;/b&gt;?" in page and "a &lt;i&gt;note&lt;/i&gt;" in page and "layer 1" in words
     # Of six cells the first has half of the weight; in the second map the last has all.
     assert "top left 50 %" in words and "bottom right 100 %" in words
