@@ -24,7 +24,7 @@ LINES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "throughput": "throughput, records / s",
-    "memory_mib": "peak memory so far, MiB",
+    "memory_mib": "peak memory so far, MiB (including what was allocated before training)",
     "branch_share": "share of TPA's candidates computed in their own row",
     "on_policy_share": "share of on-policy batches (responses by the student)",
 }
@@ -214,7 +214,7 @@ def lines(
                 )
         ax.set_ylim(0, 1.08 * max((value for *_, value in rows), default=0) or 1)
         ax.set_xlabel("step")
-        ax.set_ylabel("share" if name.endswith("_share") else words)
+        ax.set_ylabel("share" if name.endswith("_share") else words.partition(" (")[0])
         if len(logs) > 1:
             ax.legend(frameon=False, fontsize=9)
         text = drawn(figure, words)

@@ -92,7 +92,7 @@ def numbers(pictures: Sequence[Told], labels: Mapping[str, str]) -> Drawing:
         for text, weights in zip(one["instructions"], one["models"][name]["weights"], strict=True)
         for place, weight in enumerate(weights)
     ]
-    return picture_of("where-models-look", "", header, rows)
+    return picture_of("attention-over-images", "", header, rows)
 
 
 def curve(folder: Folder, models: Told, labels: Mapping[str, str]) -> Drawing:

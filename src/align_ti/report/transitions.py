@@ -75,4 +75,4 @@ def numbers(answers: Sequence[Told], labels: Mapping[str, str]) -> Drawing:
         for one in step["candidates"]
         for next_one in one["next"]
     ]
-    return picture_of("what-comes-next", "", ("answer", "step", "candidate", "next", *labels.values()), rows)
+    return picture_of("next-token-distributions", "", ("answer", "step", "candidate", "next", *labels.values()), rows)
