@@ -40,7 +40,6 @@ from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline.training import distil
 from align_ti.report.folders import ROLES as PARTS_PLAYED
 from align_ti.report.headline import Rung, ladder
-from align_ti.report.numbers import TIMES, amounts
 
 ROLES = {
     "other": "#c4c4c4",
@@ -365,7 +364,6 @@ def report() -> str:
     told = json.loads(DEMO.read_text(encoding="utf-8"))
     score, names = {name: told["accuracy"][name]["overall"] for name in LABELS}, list(LABELS)
     seconds = {name: each * told["steps"] for name, each in told["seconds_per_step"].items()}
-    costs = dict(zip(seconds, amounts(TIMES, list(seconds.values())), strict=True))
     rungs = [
         Rung(
             name,
@@ -373,7 +371,7 @@ def report() -> str:
             PARTS_PLAYED.get(name, "trained"),
             score[name],
             *told["interval_95"][name]["overall"],
-            costs.get(name, ""),
+            seconds.get(name),
         )
         for name, label in LABELS.items()
     ]

@@ -39,7 +39,8 @@ class Rung:
     value: float
     low: float | None
     high: float | None
-    cost: str = ""
+    seconds: float | None = None
+    """Its training time; None where it is not known, or the model was not trained here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +194,11 @@ def cost_in_words(best: Model, base: Model | None) -> str:
 def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
     """The chart of run folders."""
     rungs, names = [], names_in_colour(found.models)
-    times = {
-        model.key: model.seconds for model in found.models if model.role == "trained" and model.seconds is not None
-    }
-    costs = dict(zip(times, amounts(TIMES, list(times.values())), strict=True))
     for model in found.models:
         one = interval(found.metric(model))
         low, high = (None if isnan(end) else end for end in (one.low, one.high))
-        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, costs.get(model.key, "")))
+        seconds = model.seconds if model.role == "trained" else None
+        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, seconds))
     of = found.models
     base, best, teacher = (None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
@@ -223,6 +221,8 @@ def ladder(
     base, best, goal = marks
     order = sorted(range(len(rungs)), key=lambda place: -rungs[place].value)
     places = decimals(unit, (one.value for one in rungs), 1)
+    known = {place: rung.seconds for place, rung in enumerate(rungs) if rung.seconds is not None}
+    costs = dict(zip(known, amounts(TIMES, list(known.values())), strict=True))
     with look():
         figure, ax = axes(WIDTH, 0.75 + 0.47 * len(rungs) + (0.3 if share else 0.0))
         styles = looks([rung.key for rung in rungs])
@@ -235,7 +235,7 @@ def ladder(
             marker = {"teacher": "D", "start": "s"}.get(rung.role, "o")
             ax.plot(rung.value, row, marker, color=colour, markersize=8, markeredgecolor=INK, zorder=3)
             score = f"{number(rung.value, places)} ({bounds(rung.low, rung.high, places)})"
-            words = " · ".join([score, *([rung.cost] if rung.cost else [])])
+            words = " · ".join([score, *([costs[place]] if place in costs else [])])
             for text, side, tone, across in ((short(rung.label, 24), "left", INK, 0), (words, "right", SOFT, 1)):
                 ax.annotate(
                     text,
@@ -275,8 +275,8 @@ def ladder(
         dashed = ", dashed: the gap" if share else ""
         ax.set_xlabel(f"{short(title, 44)}, {unit}\nbars: 95 % intervals{dashed}")
         text = drawn(figure, f"{title} of each model, and the gap to the teacher")
-    header = ("model", f"{title}, {unit}", "low", "high", "training time")
-    rows = [(one.label, one.value, one.low, one.high, one.cost) for one in (rungs[place] for place in order)]
+    header = ("model", f"{title}, {unit}", "low", "high", "training time, s")
+    rows = [(one.label, one.value, one.low, one.high, one.seconds) for one in (rungs[place] for place in order)]
     return picture_of("headline", text, header, rows)
 
 
@@ -285,10 +285,9 @@ def headline_of_study(content: Mapping[str, Any]) -> Headline:
     variants, labels, start = content["variants"], content["labels"], content["gap_from"]
     if not variants:
         return Headline(study.answer(content), None)
-    costs = amounts(TIMES, [one["seconds"] for one in variants.values()])
     rungs = [
-        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], cost)
-        for (name, one), cost in zip(variants.items(), costs, strict=True)
+        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], one["seconds"])
+        for name, one in variants.items()
         for told in [one["accuracy"]]
     ]
     goal, best = content["teacher"], max(range(len(rungs)), key=lambda place: rungs[place].value)
