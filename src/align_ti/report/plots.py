@@ -56,7 +56,7 @@ def phase_bars(
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         ax.set_xlabel("mean time per step, ms\nin brackets: share of the step")
-        ax.margins(x=0.12, y=0.02)
+        ax.margins(x=1.2 / width, y=0.02)
         if len(phases) > 1:
             # Above the bars: where they are short differs from run to run.
             columns = 3 if width > WIDTH else 2
