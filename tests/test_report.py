@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,10 @@ def test_a_study_stands_beside_runs_and_alone(tmp_path):
     (tmp_path / "study" / "study.json").write_text(json.dumps(study_content(curves=False, fidelity=False)))
     alone = write_report(tmp_path / "study").read_text()
     assert "of the gap" in alone and '<section id="study-0">' in alone and "Scores by seed" in alone
+    shutil.copytree(tmp_path / "study", tmp_path / "other")
+    several = write_report(tmp_path / "other", tmp_path / "study", out=tmp_path / "several.html").read_text()
+    assert "2 studies" in several and first_sentence(several).startswith("Study other: ")
+    assert not first_sentence(alone).startswith("Study")
     beside = write_report(
         compared_folder(tmp_path / "demo"), tmp_path / "study", out=tmp_path / "both.html"
     ).read_text()
