@@ -365,15 +365,9 @@ def report() -> str:
     score, names = {name: told["accuracy"][name]["overall"] for name in LABELS}, list(LABELS)
     seconds = {name: each * told["steps"] for name, each in told["seconds_per_step"].items()}
     rungs = [
-        Rung(
-            name,
-            label,
-            PARTS_PLAYED.get(name, "trained"),
-            score[name],
-            *told["interval_95"][name]["overall"],
-            seconds.get(name),
-        )
+        Rung(name, label, PARTS_PLAYED.get(name, "trained"), score[name], low, high, seconds.get(name))
         for name, label in LABELS.items()
+        for low, high in [told["interval_95"][name]["overall"]]
     ]
     best = max(seconds, key=lambda name: score[name])
     closed = 100 * (score[best] - score["sft"]) / (score["teacher"] - score["sft"])
