@@ -1,12 +1,14 @@
 """Draws the pictures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
 
 `rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured on the benchmark's own test
-pictures, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT.
+pictures, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT. `report` is the chart at the
+top of a demo's report, from the numbers in results/demo.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
@@ -29,13 +31,15 @@ from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation
 from align_ti.data.roles import INSTRUCTION, RESPONSE, VISUAL, encode, model_inputs
 from align_ti.data.sources import read_conversations
-from align_ti.demo import TRAINING, method_recipe
+from align_ti.demo import LABELS, TRAINING, method_recipe
 from align_ti.digits.files import Sizes, write_benchmark
 from align_ti.interactions.visual import visual_weights
 from align_ti.models.attention import watching
 from align_ti.models.continuation import read
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline.training import distil
+from align_ti.report.folders import ROLES as PARTS_PLAYED
+from align_ti.report.headline import Rung, ladder
 
 ROLES = {
     "other": "#c4c4c4",
@@ -45,6 +49,8 @@ ROLES = {
     "candidate": "#e69f00",
 }
 """A colour for each role, and for candidates; told apart by colour-blind readers too (Okabe and Ito)."""
+
+DEMO = Path(__file__).parent.parent / "results" / "demo.json"
 
 LAYER = 4
 """The teacher's layer whose attention is shown: the shipped teacher's highest IRS."""
@@ -353,13 +359,34 @@ def tpa(shipped: Shipped) -> Figure:
     return figure
 
 
-SCHEMES: dict[str, Callable[[], Figure]] = {"rows": rows, "ribbon": ribbon}
+def report() -> str:
+    """The chart at the top of a demo's report, as the text of an SVG file."""
+    told = json.loads(DEMO.read_text(encoding="utf-8"))
+    score, names = {name: told["accuracy"][name]["overall"] for name in LABELS}, list(LABELS)
+    seconds = {name: each * told["steps"] for name, each in told["seconds_per_step"].items()}
+    rungs = [
+        Rung(name, label, PARTS_PLAYED.get(name, "trained"), score[name], low, high, seconds.get(name))
+        for name, label in LABELS.items()
+        for low, high in [told["interval_95"][name]["overall"]]
+    ]
+    best = max(seconds, key=lambda name: score[name])
+    closed = 100 * (score[best] - score["sft"]) / (score["teacher"] - score["sft"])
+    marks = (names.index("sft"), names.index(best), names.index("teacher"))
+    drawing = ladder(rungs, marks, f"{closed:.0f} % of the gap", "exact match on own questions", "%")
+    # A file of its own, unlike a part of a page, names what it is written in.
+    return str(drawing.svg).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+
+
+SCHEMES: dict[str, Callable[[], Figure | str]] = {"rows": rows, "ribbon": ribbon, "report": report}
 MEASURED: dict[str, Callable[[Shipped], Figure]] = {"digits": digits, "iva": iva, "tpa": tpa}
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure | str, path: Path) -> None:
     """A figure as SVG; the same figure gives the same file."""
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
+    if isinstance(figure, str):
+        path.write_text(figure, encoding="utf-8")
+    else:
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
     # Matplotlib leaves blanks at the ends of lines.
     path.write_text(
         "\n".join(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()) + "\n", encoding="utf-8"

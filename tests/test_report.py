@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,12 +166,19 @@ def write_inside(root: Path, names: list[str]) -> None:
     (root / "transitions.json").write_text(json.dumps({"answers": [answer], "notes": []}))
 
 
+def first_sentence(page: str) -> str:
+    """What a page says first; no line breaks between a number and its unit."""
+    told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
+    assert not re.search(r"\d %", told)
+    return told.replace("\N{NO-BREAK SPACE}", " ")
+
+
 # --- what is on the page ----------------------------------------------------------------------------------------------
 
 
 def test_the_top_says_how_much_of_the_gap_was_closed_and_at_what_cost(tmp_path):
     page = write_report(compared_folder(tmp_path / "demo")).read_text()
-    told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
+    told = first_sentence(page)
     # SFT has half of the questions right, the teacher all, Align-TI three quarters; the patterns are the same for all pictures.
     assert told.startswith("Align-TI closed 50 % (")
     assert "of the gap between SFT (50.0 %) and the teacher (100.0 %)" in told
@@ -180,7 +189,7 @@ def test_the_top_says_how_much_of_the_gap_was_closed_and_at_what_cost(tmp_path):
 def test_without_a_clear_gap_the_difference_is_told(tmp_path):
     weak = {**ANSWERS, "teacher": (0, 0, 1, 0)}
     page = write_report(compared_folder(tmp_path / "demo", weak)).read_text()
-    told = re.search(r'<p class="answer"><strong>(.*?)</strong>', page)[1]
+    told = first_sentence(page)
     assert "% of the gap" not in page and "+25.0 points" in told and "from SFT" in told
     assert "not significantly better" in page
 
@@ -190,7 +199,7 @@ def test_each_part_is_there_and_says_what_it_is_about(tmp_path):
     for part in ("scores", "looks", "transitions", "examples", "training", "cost", "origin"):
         assert f'<section id="{part}">' in page and f'href="#{part}"' in page
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
-    assert f"Align-TI {MINUS} SFT" in words and "Corrected intervals" in words
+    assert f"Align-TI {MINUS} SFT" in words and "There is one comparison, so nothing is corrected." in words
     assert "Where is &lt;b&gt;it&lt;/b&gt;?" in page and "a &lt;i&gt;note&lt;/i&gt;" in page and "layer 1" in words
     # Of six cells the first has half of the weight; in the second map the last has all.
     assert "top left 50 %" in words and "bottom right 100 %" in words
@@ -218,6 +227,10 @@ def test_a_study_stands_beside_runs_and_alone(tmp_path):
     (tmp_path / "study" / "study.json").write_text(json.dumps(study_content(curves=False, fidelity=False)))
     alone = write_report(tmp_path / "study").read_text()
     assert "of the gap" in alone and '<section id="study-0">' in alone and "Scores by seed" in alone
+    shutil.copytree(tmp_path / "study", tmp_path / "other")
+    several = write_report(tmp_path / "other", tmp_path / "study", out=tmp_path / "several.html").read_text()
+    assert "2 studies" in several and first_sentence(several).startswith("Study other: ")
+    assert not first_sentence(alone).startswith("Study")
     beside = write_report(
         compared_folder(tmp_path / "demo"), tmp_path / "study", out=tmp_path / "both.html"
     ).read_text()
@@ -237,8 +250,6 @@ def test_what_comes_from_data_is_escaped(tmp_path):
 
 
 def test_a_table_to_download_holds_no_formula():
-    import base64
-
     drawn = Drawing("x", Markup(""), ("a", "=b"), [("=1+1", -2.5), (None, "+3")])
     text = base64.b64decode(drawn.csv.partition("base64,")[2]).decode()
     assert text == "a,'=b\n'=1+1,-2.5\n,'+3\n"
@@ -273,6 +284,9 @@ def test_tokens_and_flops_stand_on_the_page_and_accuracy_against_them(tmp_path):
     root = compared_folder(tmp_path / "demo")
     before = write_report(root).read_text()
     assert 'download="accuracy-and-cost.csv"' in before and "accuracy-and-flops" not in before
+    assert '<th scope="col">compute</th>' in before
+    # Times of different students are in one unit, with equal decimals.
+    assert '<th scope="col">training time, s</th>' in before and "<td>6.0</td>" in before and "<td>15.0</td>" in before
     spent = {
         "sft": {"tokens": 1_234_567, "response_tokens": 98_765, "flops": 2_500_000_000_000, "flops_per_step": 1},
         "align_ti": {
@@ -285,7 +299,8 @@ def test_tokens_and_flops_stand_on_the_page_and_accuracy_against_them(tmp_path):
     for name, cost in spent.items():
         (root / name / "cost.json").write_text(json.dumps(cost))
     page = write_report(root).read_text()
-    assert "<td>1,234,567</td><td>98,765</td>" in page and "<td>2.50 TFLOP</td>" in page
+    assert "<td>1,234,567</td><td>98,765</td>" in page
+    assert '<th scope="col">compute, TFLOP</th>' in page and "<td>2.50</td></tr>" in page
     assert "Align-TI: not counted (no &lt;b&gt;reason&lt;/b&gt;)." in page and "SFT: not counted" not in page
     row = next(line for line in page.splitlines() if "7,654,321" in line)
     assert row.endswith(f"<td>{DASH}</td></tr>")
@@ -295,6 +310,32 @@ def test_tokens_and_flops_stand_on_the_page_and_accuracy_against_them(tmp_path):
     both = write_report(root).read_text()
     assert 'download="accuracy-and-flops.csv"' in both and "FLOPs of training, TFLOP" in both
     assert both.count("<svg") == before.count("<svg") + 1
+
+
+def test_throughput_and_memory_have_curves_and_a_pause_is_no_slow_step(tmp_path):
+    root = compared_folder(tmp_path / "demo")
+    before = write_report(root).read_text()
+    assert "throughput.csv" not in before and "memory-mib.csv" not in before
+    log = root / "align_ti" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    # Half a second a step, and a day between the second step and the third; nobody knows the memory at the third.
+    for line, time, memory in zip(lines, (100.0, 100.5, 86500.0), (110.0, 120.0, None), strict=True):
+        line |= {"time": time, "memory_mib": memory}
+    extra = {**lines[-1], "step": 5, "time": 86501.0}
+    log.write_text("\n".join(map(json.dumps, [*lines, extra])))
+    page = write_report(root).read_text()
+    assert table_of(page, "throughput") == [
+        'model,step,"throughput, records / s"',
+        "Align-TI,2,64.0",
+        "Align-TI,5,64.0",
+    ]
+    assert table_of(page, "memory-mib")[1:] == ["Align-TI,1,110.0", "Align-TI,2,120.0"]
+
+
+def table_of(page: str, name: str) -> list[str]:
+    """The lines of a table to download."""
+    text = re.search(rf'download="{name}\.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', page)[1]
+    return base64.b64decode(text).decode().splitlines()
 
 
 def test_shares_in_the_gradient_stand_beside_the_terms(tmp_path):
@@ -372,7 +413,7 @@ def test_a_run_without_questions_has_a_page_of_its_training(tmp_path):
     )
     page = write_report(root).read_text()
     assert "have not been evaluated on any questions" in page and '<section id="training">' in page
-    assert '<section id="scores">' not in page and "12.0 s" in page
+    assert '<section id="scores">' not in page and "training time, s" in page and "<td>12.0</td>" in page
 
 
 def test_only_pixels_get_into_the_page(tmp_path):

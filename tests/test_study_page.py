@@ -17,7 +17,7 @@ import pytest
 
 from align_ti.errors import RunError
 from align_ti.report.drawing import looks
-from align_ti.report.numbers import OPERATIONS, TIMES, amount, bounds, number, signed
+from align_ti.report.numbers import OPERATIONS, TIMES, amount, amounts, bounds, decimals, number, signed
 from align_ti.report.study import options, study_figures, write_study_page
 from align_ti.report.study_plots import crowding
 from tests.study_content import study_content
@@ -98,6 +98,30 @@ def test_the_page_needs_nothing_from_outside_and_follows_the_readers_colours(who
     assert "prefers-color-scheme: dark" in page and "@media print" in page
     # A figure's black text would be lost on dark paper.
     assert not re.search(r"(fill|stroke): #000000", page)
+
+
+def test_wide_tables_can_be_scrolled_with_the_keyboard_and_have_names(whole, tmp_path):
+    page = page_of(whole, tmp_path)
+    wide = re.findall(r'<div class="wide"[^>]*>', page)
+    assert len(wide) > 5 and all('tabindex="0" role="region" aria-label="' in one for one in wide)
+    assert not re.search(r"<th(?![^>]*scope=)", page)
+
+
+def test_panels_without_a_pair_are_not_drawn(whole):
+    # The iterator of panels was used up before the empty ones were hidden, so that an odd number of pairs left an empty frame.
+    three = [{**whole["differences"][0], "of": of, "to": to} for of, to in (("align_ti", "kd"), ("kd", "sft"))]
+    three.append({**three[0], "of": "align_ti", "to": "sft"})
+    with patch("align_ti.report.study_plots.drawn", lambda figure, title: figure):
+        figure = study_figures({**whole, "differences": three, "variants": {}, "curves": {}})["kinds"]
+    shown = [ax for ax in figure.axes if ax.axison]
+    assert len(figure.axes) == 4 and len(shown) == 3
+    figure.draw_without_rendering()
+    # Each column has its numbers below its last panel.
+    assert [any(tick.label1.get_visible() for tick in ax.xaxis.get_major_ticks()) for ax in shown] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_each_picture_is_a_file_by_itself(whole):
@@ -296,7 +320,18 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
         write_study_page(tmp_path)
 
 
+def test_measures_of_fidelity_have_their_names(whole, tmp_path):
+    rows = [{**row, "metric": "response_kl" if row["metric"] == "kl" else row["metric"]} for row in whole["metrics"]]
+    words = told({**whole, "metrics": rows}, tmp_path)
+    assert "KL, response tokens" in words and "response_kl" not in words
+
+
 def test_numbers():
+    assert amounts(TIMES, [55.6, 130.0, 175.0]) == ["0.93 min", "2.17 min", "2.92 min"] and amounts(TIMES, []) == []
+    # A divergence of 0.15 stood as 0.1 beside one of 10.3.
+    assert (
+        decimals("nats", [10.3, 0.15], 1) == 2 and decimals("nats", [0.0034], 1) == 5 and decimals("", [10.3], 1) == 1
+    )
     assert number(-0.04, 1) == "0.0" and signed(0.004, 2) == "0.00" and signed(-1.5, 1) == "\N{MINUS SIGN}1.5"
     assert signed(0.25, 1) == "+0.2" and bounds(None, 1.0, 1) == "interval unknown"
     assert amount(TIMES, 119) == "119 s" and amount(TIMES, 121) == "2.02 min" and amount(TIMES, 0) == "0 s"

@@ -134,8 +134,9 @@ def along_responses(
     kl, agrees, record, position = [], [], [], []
     for indices in chunks(range(len(conversations)), settings.batch_size):
         part = [conversations[index] for index in indices]
-        ours = response_rows(student, processor, part)
-        theirs = response_rows(teacher, teacher_processor or processor, part)
+        inputs = collated(processor, part)
+        ours = response_rows(student, inputs)
+        theirs = response_rows(teacher, inputs if teacher_processor is None else collated(teacher_processor, part))
         if ours.words != theirs.words:
             raise DataError(
                 f"{part[0].place} or one of the {len(part) - 1} records behind it: student and teacher read different response tokens, "
@@ -163,12 +164,14 @@ class ResponseRows:
     """Each token's place in the last response of its sample, from 1; 0 in an earlier one."""
 
 
-def response_rows(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation]
-) -> ResponseRows:
-    """The rows of the records that predict response tokens."""
+def collated(processor: ProcessorMixin, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    """The records as one batch of tensors."""
     collate = Collator(processor.tokenizer.pad_token_id)
-    batch: dict[str, Any] = collate([encode(conversation, processor) for conversation in conversations])
+    return collate([encode(conversation, processor) for conversation in conversations])
+
+
+def response_rows(model: PreTrainedModel, batch: dict[str, Tensor]) -> ResponseRows:
+    """The rows of a batch that predict response tokens."""
     starts = torch.tensor([last_response(roles) for roles in batch["roles"]])
     batch = {name: value.to(model.device) for name, value in batch.items()}
     labels = batch["labels"][:, 1:]

@@ -316,7 +316,7 @@ def of_answers(path: Path, answers: Sequence[Any]) -> Scores:
             metrics[kind] = mean_of([float(asked[i]["right"]) for i in chosen], [clusters[i] for i in chosen])
     return Scores(
         benchmark=EXACT_MATCH,
-        title="exact match on one's own records",
+        title="exact match on own questions",
         headline="overall",
         metrics=metrics,
         notes=(),

@@ -8,10 +8,10 @@ from typing import Any
 from align_ti.evaluation.statistics import interval, told
 from align_ti.phases import phase_names
 from align_ti.report import plots, study_plots
-from align_ti.report.drawing import Drawing, picture_of
+from align_ti.report.drawing import WIDTH, Drawing, picture_of
 from align_ti.report.folders import Model, content, folders_of, names_in_colour
 from align_ti.report.headline import contest_of, title_of
-from align_ti.report.numbers import DASH, OPERATIONS, TIMES, amount, digits, scaled
+from align_ti.report.numbers import DASH, OPERATIONS, TIMES, aligned, digits, scaled
 from align_ti.report.tables import PARTS
 
 Row = dict[str, Any]
@@ -31,8 +31,14 @@ def cost_of(models: Sequence[Model]) -> dict[str, Any]:
     trained = [model for model in models if model.role == "trained"]
     phases = {model.key: found for model in trained if (found := content(model.run.phases))}
     labels = {model.key: model.label for model in models}
+    units = {
+        by: scaled(of, [cost for model in trained if (cost := getattr(model, by))]) for by, (of, *_) in AXES.items()
+    }
+    columns = {by: column([getattr(model, by) for model in trained], units[by][0]) for by in AXES}
     return {
-        "rows": [cost_row(model) for model in trained],
+        "rows": [{**cost_row(model), **{by: columns[by][place] for by in AXES}} for place, model in enumerate(trained)],
+        # Without a number there is no unit.
+        "units": {by: "" if set(columns[by]) <= {DASH} else f", {name}" for by, (_, name) in units.items()},
         "memory": next((of for model in trained if (of := model.folder.summary.get("memory"))), ""),
         "uncounted": {model.label: why for model in trained if (why := model.spent.get("flops_not_counted"))},
         "frontiers": [one for by in AXES if (one := frontier(trained, models, by)) is not None],
@@ -44,12 +50,18 @@ def cost_of(models: Sequence[Model]) -> dict[str, Any]:
     }
 
 
+def column(costs: Sequence[float | None], scale: float) -> list[str]:
+    """The costs of all lines of the table in one unit, with equal decimals; a dash for one that is not known."""
+    told = iter(aligned([cost / scale for cost in costs if cost is not None]))
+    return [DASH if cost is None else next(told) for cost in costs]
+
+
 def cost_row(model: Model) -> Row:
-    """A line of the table."""
+    """A line of the table, all but what stands in one unit with the other lines."""
     parameters = model.trained_on.get("parameters", {})
     learnt, every = (sum(of[place] for of in parameters.values()) for place in (0, 1))
     records = records_per_step(model)
-    second, tokens, flops = model.seconds_per_step, model.spent.get("tokens"), model.flops
+    second, tokens = model.seconds_per_step, model.spent.get("tokens")
     return {
         "label": model.label,
         "terms": ", ".join(f"{name} x {weight:g}" if weight != 1 else name for name, weight in model.terms.items())
@@ -59,10 +71,8 @@ def cost_row(model: Model) -> Row:
         "records": DASH if records is None else f"{records:,}",
         "tokens": DASH if tokens is None else f"{tokens:,}",
         "responses": DASH if tokens is None else f"{model.spent['response_tokens']:,}",
-        "flops": DASH if flops is None else amount(OPERATIONS, flops),
         "second": DASH if second is None else f"{second:.3f}",
         "throughput": DASH if records is None or not second else digits(records / second),
-        "seconds": DASH if model.seconds is None else amount(TIMES, model.seconds),
         "memory": DASH if model.peak_memory_mib is None else f"{model.peak_memory_mib:,.0f}",
     }
 
@@ -127,7 +137,10 @@ def phase_figure(phases: Mapping[str, Row], models: Sequence[Model]) -> Drawing:
         for name, one in found["phases"].items()
     ]
     return picture_of(
-        "phases", plots.phase_bars(renamed, labels), ("model", "phase", "mean ms", "median ms", "share"), rows
+        "phases",
+        plots.phase_bars(renamed, labels, width=WIDTH),
+        ("model", "phase", "mean ms", "median ms", "share"),
+        rows,
     )
 
 

@@ -1,19 +1,21 @@
-"""How training went: each term, weighted and not, its share in the gradient, learning rate, and scores on questions asked meanwhile."""
+"""How training went: each term, weighted and not, its share in the gradient, learning rate, throughput, memory, scores on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.ticker import LogLocator
 
 from align_ti.report import study_plots
+from align_ti.report.cost import records_per_step
 from align_ti.report.drawing import INK, WIDTH, Drawing, axes, drawn, look, looks, picture_of, short
 from align_ti.report.folders import Model, content, names_in_colour
-from align_ti.report.numbers import DASH, number
+from align_ti.report.numbers import DASH, capital, number
 from align_ti.report.plots import colours_of, terms_in
+from align_ti.report.run_progress import PAUSE, numbers, paces
 from align_ti.runs import GRADIENT_SHARE, read_lines
 
 Log = Sequence[Mapping[str, Any]]
@@ -21,15 +23,17 @@ Log = Sequence[Mapping[str, Any]]
 LINES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
+    "throughput": "throughput, records / s",
+    "memory_mib": "peak memory so far, MiB (including what was allocated before training)",
     "branch_share": "share of TPA's candidates computed in their own row",
     "on_policy_share": "share of on-policy batches (responses by the student)",
 }
-"""What is drawn with a line for each model, by its name in the log."""
+"""What is drawn with a line for each model, by its name in the log; throughput is not in it (`with_throughput`)."""
 
 
 def curves_of(models: Sequence[Model]) -> dict[str, Any] | None:
     """What the part of the page shows; None if no log is kept."""
-    logs = {model.key: log for model in models if (log := model.log)}
+    logs = {model.key: with_throughput(model, log) for model in models if (log := model.log)}
     if not logs:
         return None
     labels = {model.key: model.label for model in models}
@@ -47,6 +51,16 @@ def curves_of(models: Sequence[Model]) -> dict[str, Any] | None:
         ],
         "tasks": task_figures([model for model in models if model.key in logs], labels),
     }
+
+
+def with_throughput(model: Model, log: Log) -> Log:
+    """The log, with the records of a second since the line before; evaluation in between counts, standing still does not."""
+    found, records = paces(numbers(read_lines(model.run.metrics))), records_per_step(model)
+    if not found or records is None:
+        return log
+    longest = PAUSE * median(seconds for _, seconds in found)
+    speed = {step: records / seconds for step, seconds in found if seconds <= longest}
+    return [{**line, "throughput": speed.get(line["step"])} for line in log]
 
 
 def all_ones(log: Log) -> bool:
@@ -102,7 +116,7 @@ def terms(log: Log, key: str, title: str, *, weighted: bool) -> Drawing:
             ax.yaxis.set_minor_formatter("{x:g}")
             ax.legend(frameon=False, fontsize=9, ncols=2)
         ax.set_xlabel("step")
-        ax.set_ylabel("weighted value" if weighted else "value")
+        ax.set_ylabel("loss, weighted" if weighted else "loss, unweighted")
         text = drawn(figure, title)
     return picture_of(
         f"terms-{key}-{'weighted' if weighted else 'unweighted'}", text, ("term", "step", "value"), rows, title
@@ -198,14 +212,13 @@ def lines(
                     markevery=every,
                     label=short(labels[key], 24),
                 )
-        ax.margins(y=0.08)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * max((value for *_, value in rows), default=0) or 1)
         ax.set_xlabel("step")
-        ax.set_ylabel("share" if name.endswith("_share") else words)
+        ax.set_ylabel("share" if name.endswith("_share") else words.partition(" (")[0])
         if len(logs) > 1:
             ax.legend(frameon=False, fontsize=9)
         text = drawn(figure, words)
-    return picture_of(name.replace("_", "-"), text, ("model", "step", words), rows, words[:1].upper() + words[1:])
+    return picture_of(name.replace("_", "-"), text, ("model", "step", words), rows, capital(words))
 
 
 def task_figures(models: Sequence[Model], labels: Mapping[str, str]) -> list[Drawing]:
@@ -226,7 +239,7 @@ def task_figures(models: Sequence[Model], labels: Mapping[str, str]) -> list[Dra
     figures = []
     for name, curves in found.items():
         shown = {key: label for key, label in labels.items() if key in curves}
-        text = study_plots.learning(curves, shown, "step", 1.0, ("step", name))
+        text = study_plots.learning(curves, shown, "step", 1.0, ("step", f"score on {name}"))
         rows = [
             (labels[key], *(point[part] for part in ("step", "mean", "low", "high")))
             for key, points in curves.items()

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 # Okabe-Ito: told apart by colour-blind readers too.
 COLOURS = {
     "teacher": "#7f7f7f",
-    "start": "#c4c4c4",
-    "before": "#c4c4c4",
+    "start": "#949494",
+    "before": "#949494",
     "sft": "#e69f00",
     "kd": "#56b4e9",
     "align_ti": "#009e73",

@@ -26,7 +26,7 @@ from align_ti.report.drawing import (
     short,
 )
 from align_ti.report.folders import Model, names_in_colour
-from align_ti.report.numbers import MINUS, TIMES, amount, bounds, decimals, number, points, signed
+from align_ti.report.numbers import MINUS, TIMES, amount, amounts, bounds, decimals, number, points, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Rung:
     value: float
     low: float | None
     high: float | None
-    cost: str = ""
+    seconds: float | None = None
+    """Its training time; None where it is not known, or the model was not trained here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +132,9 @@ def in_words(found: Contest, closed: Difference | None) -> str:
         of = f"of the gap between {base.label} ({told(found, base)}) and the teacher ({told(found, found.teacher)})"
         share = f"{number(closed.value, 0)} % ({ends(closed, 0)})"
         if closed.value < 0:
-            return f"{best.label} closed none {of} on {title}: the gap grew by {share.replace(MINUS, '')}{cost}."
-        return f"{best.label} closed {share} {of} on {title}{cost}."
-    first = f"{best.label} reaches {told(found, best)} ({ends(interval(found.metric(best)), 1)}) on {title}"
+            return f"{best.label} closed none {of} in {title}: the gap grew by {share.replace(MINUS, '')}{cost}."
+        return f"{best.label} closed {share} {of} in {title}{cost}."
+    first = f"{best.label} reaches {told(found, best)} ({ends(interval(found.metric(best)), 1)}) in {title}"
     if base is None:
         return f"{first}{cost}."
     apart = paired(found.metric(best), found.metric(base))
@@ -196,8 +197,8 @@ def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
     for model in found.models:
         one = interval(found.metric(model))
         low, high = (None if isnan(end) else end for end in (one.low, one.high))
-        cost = "" if model.role != "trained" or model.seconds is None else amount(TIMES, model.seconds)
-        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, cost))
+        seconds = model.seconds if model.role == "trained" else None
+        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, seconds))
     of = found.models
     base, best, teacher = (None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
@@ -220,6 +221,8 @@ def ladder(
     base, best, goal = marks
     order = sorted(range(len(rungs)), key=lambda place: -rungs[place].value)
     places = decimals(unit, (one.value for one in rungs), 1)
+    known = {place: rung.seconds for place, rung in enumerate(rungs) if rung.seconds is not None}
+    costs = dict(zip(known, amounts(TIMES, list(known.values())), strict=True))
     with look():
         figure, ax = axes(WIDTH, 0.75 + 0.47 * len(rungs) + (0.3 if share else 0.0))
         styles = looks([rung.key for rung in rungs])
@@ -232,7 +235,7 @@ def ladder(
             marker = {"teacher": "D", "start": "s"}.get(rung.role, "o")
             ax.plot(rung.value, row, marker, color=colour, markersize=8, markeredgecolor=INK, zorder=3)
             score = f"{number(rung.value, places)} ({bounds(rung.low, rung.high, places)})"
-            words = " · ".join([score, *([rung.cost] if rung.cost else [])])
+            words = " · ".join([score, *([costs[place]] if place in costs else [])])
             for text, side, tone, across in ((short(rung.label, 24), "left", INK, 0), (words, "right", SOFT, 1)):
                 ax.annotate(
                     text,
@@ -262,16 +265,18 @@ def ladder(
                 ha="center",
                 va="top",
                 fontsize=9,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
             )
         seen = [end for rung in rungs for end in (rung.value, rung.low, rung.high) if end is not None]
         ax.set_xlim(*around(seen))
         ax.set_ylim(len(rungs) - 0.6 + (0.8 if share else 0.0), -0.75)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
-        ax.set_xlabel(f"{short(title, 44)}, {unit}; lines: 95 % intervals" + ("; dashed: the gap" if share else ""))
+        dashed = ", dashed: the gap" if share else ""
+        ax.set_xlabel(f"{short(title, 44)}, {unit}\nbars: 95 % intervals{dashed}")
         text = drawn(figure, f"{title} of each model, and the gap to the teacher")
-    header = ("model", f"{title}, {unit}", "low", "high", "training time")
-    rows = [(one.label, one.value, one.low, one.high, one.cost) for one in (rungs[place] for place in order)]
+    header = ("model", f"{title}, {unit}", "low", "high", "training time, s")
+    rows = [(one.label, one.value, one.low, one.high, one.seconds) for one in (rungs[place] for place in order)]
     return picture_of("headline", text, header, rows)
 
 
@@ -281,7 +286,7 @@ def headline_of_study(content: Mapping[str, Any]) -> Headline:
     if not variants:
         return Headline(study.answer(content), None)
     rungs = [
-        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], amount(TIMES, one["seconds"]))
+        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], one["seconds"])
         for name, one in variants.items()
         for told in [one["accuracy"]]
     ]

@@ -74,7 +74,9 @@ def in_words(weights: np.ndarray) -> str:
     ninths = np.zeros((3, 3))
     np.add.at(ninths, (rows[:, None], columns[None, :]), weights)
     row, column = np.unravel_index(int(ninths.argmax()), (3, 3))
-    place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
+    place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}".replace(
+        "middle center", "center"
+    )
     return f"{place} {100 * ninths[row, column] / max(ninths.sum(), 1e-12):.0f} %"
 
 
@@ -90,7 +92,7 @@ def numbers(pictures: Sequence[Told], labels: Mapping[str, str]) -> Drawing:
         for text, weights in zip(one["instructions"], one["models"][name]["weights"], strict=True)
         for place, weight in enumerate(weights)
     ]
-    return picture_of("where-models-look", "", header, rows)
+    return picture_of("attention-over-images", "", header, rows)
 
 
 def curve(folder: Folder, models: Told, labels: Mapping[str, str]) -> Drawing:
@@ -100,7 +102,7 @@ def curve(folder: Folder, models: Told, labels: Mapping[str, str]) -> Drawing:
     if "teacher" in scores and scored.get("scores"):
         scores["teacher"] = {int(layer): value for layer, value in scored["scores"].items()}
     with look():
-        figure, ax = axes(WIDTH, 3.0)
+        figure, ax = axes(WIDTH, 3.4)
         for name, style in looks(list(labels)).items():
             across, up, label = list(scores[name]), list(scores[name].values()), short(labels[name], 24)
             ax.plot(
@@ -119,7 +121,8 @@ def curve(folder: Folder, models: Told, labels: Mapping[str, str]) -> Drawing:
         ax.set_ylim(bottom=0)
         ax.set_xlabel("layer (circled: the layer of the maps)")
         ax.set_ylabel("IRS")
-        ax.legend(frameon=False, fontsize=9)
+        # Above the frame: with five models no corner of it is sure to be free.
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
         text = drawn(figure, "Instruction-relevance score of every layer of each model")
     rows = [(labels[name], layer, value) for name, of in scores.items() for layer, value in of.items()]
     caption = (

@@ -14,11 +14,15 @@ OPERATIONS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")
 
 
 def decimals(unit: str, values: Iterable[float], of_per_cent: int) -> int:
-    """Decimals that values of a unit are told with: as many for per cents as given, else three digits of the largest."""
+    """Decimals that values of a unit are told with: as many for per cents as given, else three digits of the largest.
+
+    Nats have two at least: a divergence is near 0 for one model and may be above 10 for another.
+    """
     if unit == "%":
         return of_per_cent
     largest = max((abs(value) for value in values), default=0.0)
-    return 1 if largest == 0 else min(6, max(0, 2 - floor(log10(largest))))
+    least = 2 if unit == "nats" else 0
+    return max(1, least) if largest == 0 else min(6, max(least, 2 - floor(log10(largest))))
 
 
 def number(value: float, places: int) -> str:
@@ -70,6 +74,23 @@ def amount(units: Sequence[tuple[float, str]], value: float) -> str:
     """The value in a unit that suits it."""
     scale, name = scaled(units, [value])
     return f"{digits(value / scale)} {name}"
+
+
+def amounts(units: Sequence[tuple[float, str]], values: Sequence[float]) -> list[str]:
+    """The values in the unit that suits the largest, with equal decimals, so that they can be compared at a glance."""
+    scale, name = scaled(units, values)
+    return [f"{told} {name}" for told in aligned([value / scale for value in values])]
+
+
+def aligned(values: Sequence[float]) -> list[str]:
+    """The numbers with equal decimals, so many that the largest has three digits."""
+    places = decimals("", values, 0)
+    return [number(value, places) for value in values]
+
+
+def capital(text: str) -> str:
+    """The text with a capital first letter, as a heading has it."""
+    return text[:1].upper() + text[1:]
 
 
 def plural(of: Sequence[Any] | Mapping[Any, Any], word: str) -> str:

@@ -32,7 +32,10 @@ def origins_of(models: Sequence[Model]) -> list[dict[str, Any]]:
             {
                 "title": folder.name,
                 "command": command(folder, trained),
-                "choices": folder.demo or {},
+                # Without the name of a class around its fields.
+                "choices": {
+                    name: re.sub(r"^\w+\((.*)\)$", r"\1", value) for name, value in (folder.demo or {}).items()
+                },
                 "seed": folder.summary["seed"],
                 "runs": [one for model in trained if (one := told_run(model)) is not None],
                 "machine": None if made is None else machine({"runs": len(trained), **made}),

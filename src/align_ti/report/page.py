@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def page_of(roots: Sequence[Path]) -> str:
         "page.html.j2",
         title=title_of(models, studies),
         policy=policy(script),
-        headline=headline_of(models, list(studies.values())),
+        headline=headline_of(models, studies),
         parts=parts,
         pictures=pictures.markup,
         script=Markup(script),
@@ -99,9 +99,15 @@ def parts_of_runs(models: Sequence[Model], pictures: Pictures) -> list[Part]:
     return parts
 
 
-def headline_of(models: Sequence[Model], studies: Sequence[study.Content]) -> Headline:
-    """The top of the page: of the runs if there are some, else of the first study."""
-    return headline_of_runs(models) if models else headline_of_study(studies[0])
+def headline_of(models: Sequence[Model], studies: dict[Path, study.Content]) -> Headline:
+    """The top of the page: of the runs if there are some, else of the first study, which is named where there are several."""
+    if models:
+        return headline_of_runs(models)
+    root, content = next(iter(studies.items()))
+    found = headline_of_study(content)
+    if len(studies) == 1:
+        return found
+    return replace(found, sentences=[f"Study {root.resolve().name}: {found.sentences[0]}", *found.sentences[1:]])
 
 
 def title_of(models: Sequence[Model], studies: dict[Path, study.Content]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_ti.phases import phase_names
-from align_ti.report.drawing import COLOURS, axes, drawn, look
+from align_ti.report.drawing import COLOURS, WIDTH, axes, drawn, look
 
 TERMS = {"sft": "#e69f00", "kd": "#56b4e9", "iva": "#cc79a7", "tpa": "#009e73"}
 OTHER_TERMS = ("#0072b2", "#d55e00", "#f0e442", "#7f7f7f", "#000000")
@@ -27,12 +27,20 @@ def colours_of(terms: Sequence[str]) -> dict[str, str]:
     return {term: TERMS.get(term) or cycle[term] for term in terms}
 
 
-def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str] | None = None) -> str:
-    """Mean milliseconds of each phase of a step, a bar for each run; phases from top to bottom in the order of a step."""
+def phase_bars(
+    phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str] | None = None, *, width: float = 10
+) -> str:
+    """Mean milliseconds of each phase of a step, a bar for each run; phases from top to bottom in the order of a step.
+
+    Args:
+        phases: what was counted, by run.
+        labels: of runs; by default their names.
+        width: of the picture in inches.
+    """
     with look():
         names = phase_names(phases.values())
         height = 0.8 / len(phases)
-        figure, ax = axes(10, 0.9 + len(names) * max(0.28, 0.16 * len(phases)))
+        figure, ax = axes(width, 0.9 + 0.4 * (len(phases) > 1) + len(names) * max(0.28, 0.18 * len(phases)))
         for position, (run, content) in enumerate(phases.items()):
             found = [(place, content["phases"][name]) for place, name in enumerate(names) if name in content["phases"]]
             bars = ax.barh(
@@ -47,10 +55,12 @@ def phase_bars(phases: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
-        ax.set_xlabel("mean time per step, ms (share of the step in brackets)")
-        ax.margins(x=0.12, y=0.02)
+        ax.set_xlabel("mean time per step, ms\nin brackets: share of the step")
+        ax.margins(x=1.2 / width, y=0.02)
         if len(phases) > 1:
-            ax.legend(frameon=False, loc="lower right", title="whole step")
+            # Above the bars: where they are short differs from run to run.
+            columns = 3 if width > WIDTH else 2
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, title="whole step", alignment="left")
         return drawn(figure, "Step time by phase")
 
 

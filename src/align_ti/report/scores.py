@@ -213,11 +213,11 @@ def title_of(group: Sequence[Model], benchmark: str, title: str) -> str:
     """The benchmark's name for people, with the number of its questions."""
     summary = group[0].folder.summary
     if benchmark == EXACT_MATCH:
-        return f"Exact match on own questions ({summary['questions']})"
+        return f"Exact match on own questions ({summary['questions']:,})"
     if benchmark == "fidelity":
         return title
     one = summary["benchmarks"][group[0].name][benchmark]
-    return f"{one['title']} ({one['questions']} questions)"
+    return f"{one['title']} ({one['questions']:,} questions)"
 
 
 def notes_of(models: Sequence[Model], benchmark: str) -> list[str]:

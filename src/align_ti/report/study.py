@@ -17,6 +17,7 @@ from align_ti.report.numbers import (
     TIMES,
     amount,
     bounds,
+    capital,
     decimals,
     digits,
     number,
@@ -27,6 +28,7 @@ from align_ti.report.numbers import (
     signed,
     with_interval,
 )
+from align_ti.report.tables import FIDELITY
 from align_ti.report.templates import environment
 from align_ti.runs import read_json, write_text
 
@@ -123,7 +125,9 @@ def study_figures(content: Content) -> dict[str, str]:
         curves = {name: found[benchmark] for name, found in content["curves"].items() if benchmark in found}
         scale, name = scaled(TIMES, [point["seconds"] for rows in curves.values() for point in rows])
         for by, divisor, words in (("step", 1.0, "step"), ("seconds", scale, f"training time, {name}")):
-            figures[f"learning-{by}-{benchmark}"] = plots.learning(curves, labels, by, divisor, (words, benchmark))
+            figures[f"learning-{by}-{benchmark}"] = plots.learning(
+                curves, labels, by, divisor, (words, f"score on {benchmark}")
+            )
     return figures
 
 
@@ -134,7 +138,7 @@ def view(content: Content) -> dict[str, Any]:
     """All that the template shows, in words and formatted numbers."""
     shown = {name: content["labels"].get(name, name) for name in content["labels"]}
     return {
-        "title": f"{content['title']}: {len(shown)} {plural(shown, 'variant')}, {len(content['seeds'])} "
+        "title": f"{capital(content['title'])}: {len(shown)} {plural(shown, 'variant')}, {len(content['seeds'])} "
         f"{plural(content['seeds'], 'seed')}",
         "answer": answer(content),
         "gaps": not_there(content),
@@ -368,7 +372,7 @@ def table_of(content: Content, benchmark: str) -> dict[str, Any]:
     }
     unit = next(iter(widest)) if len(widest) == 1 else None
     return {
-        "title": rows[0]["title"],
+        "title": capital(rows[0]["title"]),
         "fidelity": benchmark == "fidelity",
         "unit": unit,
         "unit_of_differences": None if unit is None else points(unit),
@@ -384,7 +388,7 @@ def metric_row(row: Content, names: Sequence[str], pairs: Sequence[tuple[str, st
     fine = decimals(row["unit"], (one["mean"] for one in row["differences"]), 2)
     found = {(one["of"], one["to"]): one for one in row["differences"]}
     return {
-        "metric": row["metric"],
+        "metric": FIDELITY.get(row["metric"], row["metric"]) if row["benchmark"] == "fidelity" else row["metric"],
         "unit": row["unit"],
         "unit_of_differences": points(row["unit"]),
         "means": [cell(row["variants"].get(name), places) for name in names],

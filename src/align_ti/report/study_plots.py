@@ -126,7 +126,7 @@ def kinds(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], labels: Mapping
         columns = min(2, len(pairs))
         lines = -(-len(pairs) // columns)
         figure = Figure(figsize=(WIDTH, lines * (0.55 + 0.2 * len(rows)) + 0.4), layout="constrained")
-        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+        panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
         for ax, (of, to) in zip(panels, pairs, strict=False):
             for place, row in enumerate(rows):
                 for one in row["differences"]:
@@ -139,8 +139,10 @@ def kinds(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], labels: Mapping
             ax.tick_params("x", labelsize=9)
             # Two panels stand side by side: their outer numbers must not meet.
             ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
-        for ax in list(panels)[len(pairs) :]:
-            ax.set_axis_off()
+        for place in range(len(pairs), len(panels)):
+            panels[place].set_axis_off()
+            # The numbers of the axis stand below the last panel of the column.
+            panels[place - columns].tick_params("x", labelbottom=True)
         figure.supxlabel(f"difference, {unit}; lines: 95 % intervals, not corrected", fontsize=9)
         return drawn(figure, "Differences by kind of question, with intervals")
 

@@ -26,7 +26,16 @@ def transitions_of(models: Sequence[Model], folder: Folder, pictures: Pictures) 
     kinds = {name: ROLES.get(name, "after").replace("start", "before") for name in shown}
     return {
         "title": folder.name,
-        "models": [{"name": name, "label": labels[name], "kind": kinds[name]} for name in shown],
+        "models": [
+            {
+                "name": name,
+                "label": labels[name],
+                # Beside a bar there is room for a few words.
+                "short": "before training" if kinds[name] == "before" else labels[name],
+                "kind": kinds[name],
+            }
+            for name in shown
+        ],
         "answers": [answer(folder, one, shown, pictures) for one in told["answers"]],
         "numbers": numbers(told["answers"], {name: labels[name] for name in names}),
         "notes": told.get("notes", []),
@@ -66,4 +75,4 @@ def numbers(answers: Sequence[Told], labels: Mapping[str, str]) -> Drawing:
         for one in step["candidates"]
         for next_one in one["next"]
     ]
-    return picture_of("what-comes-next", "", ("answer", "step", "candidate", "next", *labels.values()), rows)
+    return picture_of("next-token-distributions", "", ("answer", "step", "candidate", "next", *labels.values()), rows)
