@@ -1,7 +1,7 @@
-"""Draws the pictures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
+"""Draws the figures of the documentation: `python -m benchmarks.figures --out docs/pictures`.
 
 `rows` and `ribbon` are schemes of the definitions in docs/method.md. `digits`, `iva` and `tpa` are measured on the benchmark's own test
-pictures, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT. `report` is the chart at the
+images, seed 0: `iva` with the shipped teacher, `tpa` with it and a student after `BEGUN` steps of SFT. `report` is the chart at the
 top of a demo's report, from the numbers in results/demo.json.
 """
 

@@ -48,7 +48,7 @@ def run_folder(root: Path, **changes: object) -> Path:
     }
     (root / "summary.json").write_text(json.dumps(summary))
     Image.new("RGB", (8, 8)).save(root / "a.png")
-    (root / "secret.png").write_text("a private file that an answer names as its picture")
+    (root / "secret.png").write_text("a private file that an answer names as its image")
     answers = [
         {
             "kind": kind,
@@ -73,7 +73,7 @@ ANSWERS = {"teacher": (1, 1, 1, 1), "start": (0, 0, 1, 0), "sft": (1, 0, 1, 0), 
 
 
 def compared_folder(root: Path, right: dict[str, tuple[int, ...]] | None = None, pictures: int = 10) -> Path:
-    """A demo of four models, of which each question is about a picture of its own; the pattern of answers comes again and again."""
+    """A demo of four models, of which each question is about an image of its own; the pattern of answers comes again and again."""
     root.mkdir(parents=True, exist_ok=True)
     names = {"teacher": "teacher", "start": "start", "sft": "SFT", "align_ti": "Align-TI"}
     share = {name: 25.0 * sum(of) for name, of in (right or ANSWERS).items()}
@@ -179,7 +179,7 @@ def first_sentence(page: str) -> str:
 def test_the_top_says_how_much_of_the_gap_was_closed_and_at_what_cost(tmp_path):
     page = write_report(compared_folder(tmp_path / "demo")).read_text()
     told = first_sentence(page)
-    # SFT has half of the questions right, the teacher all, Align-TI three quarters; the patterns are the same for all pictures.
+    # SFT has half of the questions right, the teacher all, Align-TI three quarters; the patterns are the same for all images.
     assert told.startswith("Align-TI closed 50 % (")
     assert "of the gap between SFT (50.0 %) and the teacher (100.0 %)" in told
     assert "at 15.0 s of training, 2.50 times that of SFT" in told
@@ -367,7 +367,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     outside = [url for url in re.findall(r'(?:src|href)="([^"]*)"', page) if not url.startswith(("data:", "#"))]
     assert not outside
     assert "@import" not in page and not re.findall(r"url\((?!#)", page)
-    # Each picture is in the page once, though several questions are about it.
+    # Each image is in the page once, though several questions are about it.
     assert page.count('<image id="p') == 11
     assert "prefers-color-scheme: dark" in page and "@media print" in page
 

@@ -63,7 +63,7 @@ def write_benchmark(
 
 
 def some_kinds(count: int, random: np.random.Generator) -> tuple[str, ...]:
-    """So many types of questions, drawn without replacement, in their usual order; all of them (nothing is drawn) if there are no more."""
+    """`count` types of questions, drawn without replacement, in their usual order; all types, without a draw, if that is all."""
     if count >= len(KINDS):
         return tuple(KINDS)
     drawn = set(random.choice(len(KINDS), count, replace=False).tolist())

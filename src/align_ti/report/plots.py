@@ -35,7 +35,7 @@ def phase_bars(
     Args:
         phases: what was counted, by run.
         labels: of runs; by default their names.
-        width: of the picture in inches.
+        width: of the figure in inches.
     """
     with look():
         names = phase_names(phases.values())

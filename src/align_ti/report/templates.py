@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 
 def environment() -> Environment:
-    """Templates of this folder; only pictures that are drawn here are markup."""
+    """Templates of this folder; only figures that are drawn here are markup."""
     made = Environment(
         loader=PackageLoader("align_ti.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
