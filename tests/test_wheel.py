@@ -20,6 +20,18 @@ from align_ti import __version__
 ROOT = Path(__file__).parent.parent
 
 
+SMALL_DEMO = """
+from pathlib import Path
+
+from align_ti.demo import TRAINING, run_demo
+from align_ti.digits.files import Sizes
+
+training = TRAINING.model_copy(update={"max_steps": 2, "per_device_train_batch_size": 4})
+run_demo(Path("demo"), sizes=Sizes(train=4, validation=1, test=1), training=training)
+"""
+"""`align-ti demo` with few images and steps."""
+
+
 def done(*command: str | Path, **options: object) -> str:
     """What a command prints; it has to succeed."""
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
@@ -113,8 +125,9 @@ def test_the_installed_wheel_runs(archives, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120"}
     command = (sys.executable, site / "bin" / "align-ti")
     assert done(*command, "--version", env=environment, cwd=tmp_path) == f"align-ti {__version__}\n"
-    told = done(*command, "demo", "--help", env=environment, cwd=tmp_path)
-    assert "with three methods" in " ".join(told.split())
+    (tmp_path / "small.py").write_text(SMALL_DEMO, encoding="utf-8")
+    done(sys.executable, "small.py", env=environment, cwd=tmp_path)
+    assert (tmp_path / "demo" / "report.html").exists() and (tmp_path / "demo" / "summary.json").exists()
     where = "import align_ti, importlib.metadata as m; print(align_ti.__file__, m.version('align-ti'))"
     file, version = done(sys.executable, "-c", where, env=environment, cwd=tmp_path).split()
     assert Path(file).is_relative_to(site) and version == __version__

@@ -15,7 +15,8 @@ from pathlib import Path
 from align_ti.digits.files import Sizes, write_benchmark
 
 SIZES = Sizes(train=2500, validation=100, test=150)
-"""Images of the splits, and questions about each image of training. Only seed 0's validation and test questions are asked, so that all runs answer the same."""
+"""Images of the splits, and types of questions about each image of training. Only seed 0's validation and test questions are asked, so
+that all runs answer the same."""
 
 
 def main() -> None:
