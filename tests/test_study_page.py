@@ -111,8 +111,14 @@ def test_panels_without_a_pair_are_not_drawn(whole):
     # The iterator of panels was used up before the empty ones were hidden, so that an odd number of pairs left an empty frame.
     three = [{**whole["differences"][0], "of": of, "to": to} for of, to in (("align_ti", "kd"), ("kd", "sft"))]
     three.append({**three[0], "of": "align_ti", "to": "sft"})
-    with patch("align_ti.report.study_plots.drawn", lambda figure, title: figure):
-        figure = study_figures({**whole, "differences": three, "variants": {}, "curves": {}})["kinds"]
+    made = {}
+
+    def drawn(figure, title):
+        made[title] = figure
+        return title
+
+    with patch("align_ti.report.study_plots.drawn", drawn):
+        figure = made[study_figures({**whole, "differences": three, "variants": {}, "curves": {}})["kinds"]]
     shown = [ax for ax in figure.axes if ax.axison]
     assert len(figure.axes) == 4 and len(shown) == 3
     figure.draw_without_rendering()
