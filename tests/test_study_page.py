@@ -339,6 +339,7 @@ def test_numbers():
         decimals("nats", [10.3, 0.15], 1) == 2 and decimals("nats", [0.0034], 1) == 5 and decimals("", [10.3], 1) == 1
     )
     assert number(-0.04, 1) == "0.0" and signed(0.004, 2) == "0.00" and signed(-1.5, 1) == "\N{MINUS SIGN}1.5"
+    assert number(50.75, 1) == number(50.749999999999996, 1) == "50.8"
     assert signed(0.25, 1) == "+0.2" and bounds(None, 1.0, 1) == "interval unknown"
     assert amount(TIMES, 119) == "119 s" and amount(TIMES, 121) == "2.02 min" and amount(TIMES, 0) == "0 s"
     assert amount(OPERATIONS, 2.5e12) == "2.50 TFLOP" and amount(OPERATIONS, 1.5e12) == "1,500 GFLOP"

@@ -27,7 +27,8 @@ def decimals(unit: str, values: Iterable[float], of_per_cent: int) -> int:
 
 def number(value: float, places: int) -> str:
     """The number with so many decimals, and a minus sign that lines up with digits."""
-    told = f"{value:,.{places}f}"
+    # A mean of 50.75 may have been computed as 50.749999999999996; both are told alike.
+    told = f"{round(value, places + 6):,.{places}f}"
     if float(told.replace(",", "")) == 0:
         told = told.removeprefix("-")
     return told.replace("-", MINUS)
