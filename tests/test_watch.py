@@ -324,8 +324,13 @@ def test_it_imports_no_torch_and_ends_cleanly_on_ctrl_c(tmp_path):
         "finally:\n"
         "    assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
+    # A shell starts commands in the background with Ctrl-C ignored, and tests may run there.
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("waiting: no run has started")
