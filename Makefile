@@ -1,5 +1,5 @@
 # setup   the environment in .venv, from pinned versions
-# demo    the main job on real data: report in runs/demo/report.html
+# demo    the main job on real data: report in runs/demo/report.html; DEMO="--steps 400" adds options
 # test    the tests: CPU, offline
 # check   lint, format, types, architecture
 # docs    the documentation site in build/site; a broken link is an error
@@ -30,7 +30,7 @@ $(READY): requirements/constraints.txt pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/align-ti demo --out runs/demo
+	$(BIN)/align-ti demo --out runs/demo $(DEMO)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 40
