@@ -24,14 +24,14 @@ from align_ti.data.cache import SampleCache
 from align_ti.data.checking import check_records
 from align_ti.data.collator import Collator, EncodedConversations
 from align_ti.data.sources import read_conversations
-from align_ti.demo import TRAINING
 from align_ti.digits.files import write_benchmark
 from align_ti.models.loading import load_processor
 from align_ti.runs import provenance, write_json
+from benchmarks.demo_settings import SHORT, SIZES
 
 WORKERS = (0, 1, 2)
 CACHES = ("none", "memory", "disk")
-BATCH = TRAINING.per_device_train_batch_size
+BATCH = SHORT["per_device_train_batch_size"]
 
 
 def prepared(cache: str, folder: Path) -> tuple[EncodedConversations, float]:
@@ -71,7 +71,7 @@ def main() -> None:
     quiet()
     load = os.getloadavg()
     if not (chosen.folder / "data").is_dir():
-        write_benchmark(chosen.folder / "data")
+        write_benchmark(chosen.folder / "data", sizes=SIZES)
     table: dict[str, dict[str, float]] = {}
     filling: dict[str, float] = {}
     processor: dict[str, float] = {}

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from align_ti.report.tables import PARTS
 from benchmarks.quality import tables as study_tables
 
 ROOT = Path(__file__).parent.parent
@@ -293,7 +294,10 @@ def share_table() -> str:
 def demo_table() -> str:
     """What the demo spends, and on what."""
     spent = read("demo.json")["spent_seconds"]
-    return table(("part of `make demo`", "seconds"), ((name, number(seconds, 1)) for name, seconds in spent.items()))
+    return table(
+        ("part of `make demo`", "seconds"),
+        ((PARTS.get(name, name), number(seconds, 1)) for name, seconds in spent.items()),
+    )
 
 
 def percent(share: float) -> str:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.variance --folder runs/variance --out results/variance.json
 
-One Align-TI training as the demo's, with checkpoints. At each, for the response positions of some records, the divergence behind
-*every* token of the vocabulary is computed, so the estimators can be tried many times without a model. What counts of a position
+One Align-TI training on the demo's benchmark, with checkpoints. At each, for the response positions of some records, the
+divergence behind *every* token of the vocabulary is computed, so the estimators can be tried many times without a model. What counts of a position
 is m (estimate - L): m is 1 where it keeps a candidate, L the term's value. Its variance over draws, averaged over positions, is
 what the variance of the term is proportional to (to first order in the number of positions). A row is a distinct candidate that is
 neither left out nor gold.
@@ -43,6 +43,7 @@ from align_ti.models.standins import Projection
 from align_ti.pipeline.training import distil
 from align_ti.runs import provenance, write_json
 from align_ti.terms.readings import view
+from benchmarks.demo_settings import SHORT, SIZES
 
 STEPS = (0, 50, 150, 300, 600)
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -185,10 +186,10 @@ def relative(points: dict[str, dict[str, float]], to: dict[str, float]) -> float
 
 
 def trained(folder: Path) -> None:
-    """The demo's Align-TI training with its checkpoints kept; goes on where it stopped."""
+    """An Align-TI training with its checkpoints kept, 600 steps of 32 records on 250 images; goes on where it stopped."""
     data = folder / "data"
     if not data.is_dir():
-        write_benchmark(data)
+        write_benchmark(data, sizes=SIZES)
     recipe = Recipe(
         out=str(folder / "align_ti"),
         seed=0,
@@ -196,7 +197,7 @@ def trained(folder: Path) -> None:
         teacher=Teacher(path=str(data / "teacher"), dtype="float32"),
         data=Data(train=str(data / "train.json"), cache="memory"),
         objective=Objective(),
-        training=TRAINING.model_copy(update={"save_steps": 50, "save_total_limit": 12}),
+        training=TRAINING.model_copy(update={**SHORT, "save_steps": 50, "save_total_limit": 12}),
     )
     distil(recipe, check=False)
 

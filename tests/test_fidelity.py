@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import encode, model_inputs
 from align_ti.evaluation.comparison import compare, read_models
-from align_ti.evaluation.fidelity import Along, own_answers
+from align_ti.evaluation.fidelity import Along, along_responses, own_answers
 from align_ti.evaluation.statistics import interval
 from align_ti.models.loading import load_model, load_processor
 from align_ti.models.pairing import pair_up
@@ -105,6 +106,16 @@ def test_responses_are_measured_token_by_token(pair, found):
         assert one["kl"]["value"] == pytest.approx(np.mean([row[0] for row in inside]), rel=1e-5)
         assert one["agreement"]["value"] == pytest.approx(100 * np.mean([row[1] for row in inside]))
         assert one["kl"]["low"] is None or one["kl"]["low"] <= one["kl"]["value"] <= one["kl"]["high"]
+
+
+def test_a_record_is_encoded_once_for_models_of_one_processor(pair):
+    student, teacher, processor, records = pair
+    with patch("align_ti.evaluation.fidelity.encode", wraps=encode) as encoded:
+        one = along_responses(student, teacher, processor, records, SETTINGS)
+        assert encoded.call_count == len(records)
+        other = along_responses(student, teacher, processor, records, SETTINGS, teacher_processor=processor)
+        assert encoded.call_count == 3 * len(records)
+    np.testing.assert_array_equal(one.kl, other.kl)
 
 
 def test_own_answers_are_read_up_to_where_the_student_said_them(pair, found, answers):

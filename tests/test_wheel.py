@@ -125,6 +125,8 @@ def test_the_installed_wheel_runs(archives, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120"}
     command = (sys.executable, site / "bin" / "align-ti")
     assert done(*command, "--version", env=environment, cwd=tmp_path) == f"align-ti {__version__}\n"
+    told = done(*command, "demo", "--help", env=environment, cwd=tmp_path)
+    assert "with three methods" in " ".join(told.split())
     (tmp_path / "small.py").write_text(SMALL_DEMO, encoding="utf-8")
     done(sys.executable, "small.py", env=environment, cwd=tmp_path)
     assert (tmp_path / "demo" / "report.html").exists() and (tmp_path / "demo" / "summary.json").exists()

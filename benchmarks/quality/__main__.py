@@ -23,7 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--train", type=int, default=SIZES.train, help="training images")
-    parser.add_argument("--questions", type=int, default=SIZES.questions, help="types of questions about each of them")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        choices=range(1, 9),
+        default=SIZES.questions,
+        help="question types per training image, drawn at random if fewer than 8",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
     for seed in arguments.seeds:

@@ -1,4 +1,4 @@
-"""The pictures of docs/quality.md: those of each study's page, as SVG files beside its `study.json`.
+"""The figures of docs/quality.md: those of each study's page, as SVG files beside its `study.json`.
 
 python -m benchmarks.quality.figures
 """
@@ -13,7 +13,7 @@ from align_ti.report.study import study_figures
 from benchmarks.quality.tables import RESULTS
 
 SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_validation")
-"""The pictures that are kept; the page that `align-ti study` writes has all."""
+"""The figures that are kept; the page that `align-ti study` writes has all."""
 
 
 def alone_figure(content: dict[str, Any]) -> str:

@@ -118,7 +118,6 @@ def show_plan(checked: Study, plan: Planned) -> None:
         "kept in costs.json, not repeated"
     )
     console.print(f"remaining: {plan.left} runs, {duration(plan.seconds)} of training{plan.measuring}")
-    console.print(f"with the cost measurement: {duration(plan.seconds + plan.cost_seconds)} of training")
     console.print(f"disk: {plan.working / 2**20:,.0f} MiB per active run, {plan.kept / 2**20:,.0f} MiB at the end")
 
 

@@ -20,10 +20,10 @@ from align_ti.runs import new_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Images of each split.
+    """Number of images of each split.
 
-    Those of validation and test have one question of every type that they can answer (eight at most), those of training of
-    `questions` types, drawn at random for each image if there are fewer than eight.
+    Every validation and test image has one question of each type that it can answer (eight at most). Every training image has
+    `questions` types, drawn at random for each image; by default all eight.
     """
 
     train: int = 3200
@@ -63,7 +63,7 @@ def write_benchmark(
 
 
 def some_kinds(count: int, random: np.random.Generator) -> tuple[str, ...]:
-    """`count` types of questions, drawn without replacement, in their usual order; all types, without a draw, if that is all."""
+    """`count` types of questions, drawn without replacement, in their usual order; all types, without drawing, from eight on."""
     if count >= len(KINDS):
         return tuple(KINDS)
     drawn = set(random.choice(len(KINDS), count, replace=False).tolist())

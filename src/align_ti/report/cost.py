@@ -57,7 +57,7 @@ def column(costs: Sequence[float | None], scale: float) -> list[str]:
 
 
 def cost_row(model: Model) -> Row:
-    """A line of the table, all but what stands in one unit with the other lines."""
+    """A line of the table, without time and FLOPs, which share a unit with the other lines (`column`)."""
     parameters = model.trained_on.get("parameters", {})
     learnt, every = (sum(of[place] for of in parameters.values()) for place in (0, 1))
     records = records_per_step(model)

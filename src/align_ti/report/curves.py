@@ -23,7 +23,7 @@ Log = Sequence[Mapping[str, Any]]
 LINES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "throughput": "throughput, records / s",
+    "throughput": "throughput, records / s (including evaluation during training)",
     "memory_mib": "peak memory so far, MiB (including what was allocated before training)",
     "branch_share": "share of TPA's candidates computed in their own row",
     "on_policy_share": "share of on-policy batches (responses by the student)",
@@ -54,7 +54,7 @@ def curves_of(models: Sequence[Model]) -> dict[str, Any] | None:
 
 
 def with_throughput(model: Model, log: Log) -> Log:
-    """The log, with the records of a second since the line before; evaluation in between counts, standing still does not."""
+    """The log, with each line's records per second since the line before: evaluation in between is included, pauses are not."""
     found, records = paces(numbers(read_lines(model.run.metrics))), records_per_step(model)
     if not found or records is None:
         return log
@@ -212,7 +212,7 @@ def lines(
                     markevery=every,
                     label=short(labels[key], 24),
                 )
-        ax.set_ylim(0, 1.08 * max((value for *_, value in rows), default=0) or 1)
+        ax.set_ylim(0, 1.08 * max((value for *_, value in rows if isfinite(value)), default=0) or 1)
         ax.set_xlabel("step")
         ax.set_ylabel("share" if name.endswith("_share") else words.partition(" (")[0])
         if len(logs) > 1:

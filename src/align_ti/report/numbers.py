@@ -86,7 +86,12 @@ def amounts(units: Sequence[tuple[float, str]], values: Sequence[float]) -> list
 def aligned(values: Sequence[float]) -> list[str]:
     """The numbers with equal decimals, so many that the largest has three digits."""
     places = decimals("", values, 0)
-    return [number(value, places) for value in values]
+    told = [number(value, places) for value in values]
+    # A value that would be told as 0 beside a much larger one keeps digits of its own.
+    return [
+        digits(value) if value and float(one.replace(",", "").replace(MINUS, "-")) == 0 else one
+        for value, one in zip(values, told, strict=True)
+    ]
 
 
 def capital(text: str) -> str:

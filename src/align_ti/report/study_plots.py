@@ -144,7 +144,7 @@ def kinds(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], labels: Mapping
             # The numbers of the axis stand below the last panel of the column.
             panels[place - columns].tick_params("x", labelbottom=True)
         figure.supxlabel(f"difference, {unit}; lines: 95 % intervals, not corrected", fontsize=9)
-        return drawn(figure, "Differences by kind of question, with intervals")
+        return drawn(figure, "Differences by question type, with intervals")
 
 
 def dot(ax: Axes, place: float, one: Row) -> None:
