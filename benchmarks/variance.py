@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.variance --folder runs/variance --out results/variance.json
 
-One Align-TI training on the demo's benchmark, with checkpoints. At each, for the response positions of some records, the
-divergence behind *every* token of the vocabulary is computed, so the estimators can be tried many times without a model. What counts of a position
-is m (estimate - L): m is 1 where it keeps a candidate, L the term's value. Its variance over draws, averaged over positions, is
-what the variance of the term is proportional to (to first order in the number of positions). A row is a distinct candidate that is
-neither left out nor gold.
+One Align-TI training on the demo's benchmark, with checkpoints. At each, for the response positions of some records,
+the divergence behind *every* token of the vocabulary is computed, so the estimators can be tried many times without a
+model. What counts of a position is m (estimate - L): m is 1 where it keeps a candidate, L the term's value. Its
+variance over draws, averaged over positions, is what the variance of the term is proportional to (to first order in the
+number of positions). A row is a distinct candidate that is neither left out nor gold.
 """
 
 from __future__ import annotations
