@@ -6,6 +6,7 @@
 # engines the tests of several processes, with DeepSpeed, which it installs
 # kills   20 runs killed at random moments end with the same weights; minutes
 # wheel   wheel and source archive in dist
+# fresh   the wheel, from the source archive, alone in an environment of its own in build/fresh: the demo runs there
 # notebook  the example notebook run, and its outputs written into it
 # lmms-eval  an environment with lmms-eval in build/lmms, and the plug-in's test in it
 
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 LMMS := build/lmms
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check docs engines kills lmms-eval wheel notebook clean
+.PHONY: setup demo test check docs engines kills lmms-eval wheel fresh notebook clean
 
 setup: $(READY)
 
@@ -66,6 +67,15 @@ lmms-eval: $(LMMS)/.ready
 # The wheel is built from the source archive, so that both are whole.
 wheel: $(READY)
 	$(BIN)/python -m build --no-isolation
+
+# As `pip install align-ti` for a user: no extras, nothing of the repository in reach.
+fresh: $(READY)
+	rm -rf build/fresh
+	$(BIN)/python -m build --no-isolation --outdir build/fresh/dist
+	$(PYTHON) -m venv build/fresh/venv
+	build/fresh/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $$(grep '^torch==' requirements/constraints.txt)
+	build/fresh/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c requirements/constraints.txt build/fresh/dist/*.whl
+	cd build/fresh && env -u PYTHONPATH venv/bin/align-ti demo --out demo --steps 4
 
 notebook: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.notebook examples/digits.ipynb

@@ -81,6 +81,7 @@ def wait_for_step(run: RunFolder, step: int) -> None:
         # Exit codes, or pairs of an exit code and the seconds until it comes.
         ([0, 0], None),
         ([(75, 0.5), 75], 0),  # One reason, told by the first process, whichever ends earlier.
+        ([(75, 6), 75], 0),  # It has more to write; a stop is no failure, which ends the others after five seconds.
         ([1, (2, 0.5)], 1),  # A lost connection, and then the reason for it.
         ([(-9, 0.5), 1], 0),  # A lost connection to a process that was killed.
     ],

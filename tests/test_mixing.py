@@ -482,6 +482,6 @@ def test_the_numbers_of_the_documentation_are_those_of_the_kept_run():
         assert f"| {cache} | {speed} | {kept['processor_milliseconds_per_image'][cache]:.2f} |" in text
     taken = kept["records_per_second_taken_by_training"]
     assert (
-        f"take {taken['sft']:.0f} records a second with SFT, {taken['kd']:.0f} with SFT + KD and {taken['align_ti']:.0f}"
+        f"took {taken['sft']:.0f} records a second with SFT, {taken['kd']:.0f} with SFT + KD and {taken['align_ti']:.0f}"
         in text
     )

@@ -279,15 +279,15 @@ def test_the_page_shows_phases_escaped_as_table_and_chart(tmp_path):
     assert page.count("<svg") == before.count("<svg") + 1
     assert "Step time by phase" in page
     assert "&lt;b&gt;vision&lt;/b&gt;" in page and "<b>" not in page
-    assert "<td>21.50</td><td>22.50</td><td>33.3 %</td>" in page
-    assert "<td>100.00</td><td>67.50</td><td>100 %</td>" in page
+    assert "<td>21.50</td><td>22.50</td><td>33.3&nbsp;%</td>" in page
+    assert "<td>100.00</td><td>67.50</td><td>100&nbsp;%</td>" in page
     assert "Align-TI &lt;b&gt; 17, excluding the first 5" in page
 
 
 def test_the_page_shows_what_a_demo_spent(tmp_path):
     spent = {"draw the <i>": 3.0, "write the report": 5.0, "other": 1.0}
     page = write_report(run_folder(tmp_path, spent_seconds=spent)).read_text()
-    assert "<td>draw the &lt;i&gt;</td><td>3.0</td><td>75.0 %</td>" in page
+    assert "<td>draw the &lt;i&gt;</td><td>3.0</td><td>75.0&nbsp;%</td>" in page
     assert "write the report" not in page
     assert "Wall time of the demo" not in write_report(run_folder(tmp_path)).read_text()
 

@@ -20,7 +20,13 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal
 GRACE = 5.0
 """Seconds that the other processes have to end by themselves, once one has failed; they may wait for it in a collective for ever."""
 
-OWN_CODES = (2, 75, 130)
+STOPPING = 60.0
+"""Seconds that the others have once one has stopped on request: they stop too, after what they still have to write."""
+
+STOPPED = (75, 130)
+"""Exit codes of a process that stopped on request."""
+
+OWN_CODES = (2, *STOPPED)
 """Exit codes of the command line (an error, requeue, Ctrl-C): these tell more than that of a process that lost its connection."""
 
 
@@ -98,14 +104,16 @@ def meeting_place(count: int) -> dict[str, str]:
 
 def ended(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits until all processes have ended, or one has failed and the others had their time; gives the one that is to blame."""
-    until, order = None, []
+    until, order, failed = None, list[int](), False
     while True:
         for rank, process in enumerate(processes):
             if process.poll() not in {None, 0} and rank not in order:
                 order.append(rank)
         running = any(process.poll() is None for process in processes)
         if order and until is None:
-            until = time.monotonic() + GRACE
+            until = time.monotonic() + STOPPING
+        if not failed and any(processes[rank].returncode not in STOPPED for rank in order):
+            failed, until = True, time.monotonic() + GRACE
         if not running or (until is not None and time.monotonic() > until):
             own = [rank for rank in order if processes[rank].returncode in OWN_CODES]
             # Of several with one reason the lowest: the first process has told its reason already.
