@@ -24,6 +24,7 @@ from align_ti.data.sources import read_conversations
 from align_ti.errors import ConfigError
 from align_ti.models.adapters import wrap_with_lora
 from align_ti.models.loading import freeze, load_model, load_processor
+from align_ti.training.optimizers import MuonAdamW
 from align_ti.training.trainer import AlignTITrainer
 from tests import small
 from tests.launching import on_processes
@@ -284,7 +285,11 @@ def test_forms_of_sharding_that_the_loss_cannot_take_are_refused_by_name(folder,
     run.is_deepspeed_enabled, run.args.bf16 = True, True
     with pytest.raises(ConfigError, match="under DeepSpeed the weights themselves would be made half precision"):
         run.check_sharding()
-    run.is_deepspeed_enabled, run.args.bf16 = False, False
+    run.args.bf16, run.optimizer_cls_and_kwargs = False, (MuonAdamW, {})
+    with pytest.raises(ConfigError, match=r"Muon .* accepted: training\.optimizer: adamw under DeepSpeed, or FSDP 2"):
+        run.check_sharding()
+    run.is_deepspeed_enabled = False
+    run.check_sharding()
     run.is_fsdp_enabled = True
     for options, sentence in (
         ({"fsdp_version": 1}, "sharded by FSDP 1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from align_ti.planning.step import Batch, planned_objective, pretend_batch, reco
 from align_ti.planning.steptime import Machine, slowest, step_time
 from align_ti.planning.traffic import traffic_of
 from align_ti.training.objective import distillation_loss
+from align_ti.training.optimizers import MuonAdamW, hidden_matrices, saved_bytes
 from tests.family_models import FAMILIES, IDS
 
 FACTOR = 1.05
@@ -179,6 +180,11 @@ def test_weights_gradients_and_optimizer_are_exact(folder, case):
     assert sizes.weights == sum(map(size_of, student.parameters()))
     assert sizes.trained == sum(size_of(parameter.grad) for parameter in trained)
     assert sizes.optimizer == sum(map(size_of, states))
+    if hasattr(torch.optim, "Muon"):
+        both = MuonAdamW(trained, matrices=hidden_matrices(student))
+        both.step()
+        fewer = sum(size_of(value) for state in both.state.values() for value in state.values())
+        assert 0 < saved_bytes(student) == sizes.optimizer - fewer
     layers = [sum(map(size_of, layer.parameters())) for layer in unwrapped(student).model.language_model.layers]
     assert sizes.largest == max(layers)
     tower = unwrapped(student).model.vision_tower
@@ -231,6 +237,7 @@ def test_engines_keep_what_they_say(model):
     one = memory_of(model, Layout()).parts
     assert one["student's weights"] == student.weights and one["teacher's weights"] == teacher
     assert one["optimizer"] == student.optimizer
+    assert memory_of(replace(model, saved=1000), Layout()).parts == {**one, "optimizer": student.optimizer - 1000}
     ddp = memory_of(model, Layout(engine="ddp", devices=4)).parts
     assert ddp["exchange"] == student.trained
     assert {name: size for name, size in ddp.items() if name != "exchange"} == one

@@ -20,7 +20,7 @@ from align_ti.evaluation.metrics import Metric, ratio
 from align_ti.evaluation.results import FORMAT, name_of
 from align_ti.evaluation.statistics import gap_closed, hierarchical, over_seeds
 from align_ti.runs import locked, read_json, write_json
-from align_ti.studies import costs, running
+from align_ti.studies import costs, planned, running
 from align_ti.studies.costs import Cost, equal_steps
 from align_ti.studies.design import Study, StudyFile, read_study
 from align_ti.studies.folder import StudyFolder, told
@@ -466,7 +466,7 @@ def test_a_run_that_another_process_is_at_is_passed_over(folder, tmp_path, cheap
     assert (study.out / "students" / "align_ti" / "0" / "model.safetensors").exists()
 
 
-def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, cheap):
+def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, cheap, monkeypatch):
     made = read_study(write_study(folder, tmp_path / "made.yaml", seeds=[0]))
     StudyFolder(made.out).claim(made)
     accuracy = shares(np.array([8, 0]))
@@ -480,6 +480,9 @@ def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, ch
     StudyFolder(study.out).claim(study)
     teacher = record("teacher", 0, shares(np.array([8, 8])))["scores"]
     write_json(StudyFolder(study.out).teacher, {"path": "teacher", "scores": teacher})
+    monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
+    plan = planned.planned(study, Watch())
+    assert (plan.left, plan.seconds, plan.rows["kd"].done) == (0, 0, 1)
     watch, said = Watch(), []
     content = run_study(study, advance=watch, said=said.append)
     assert not watch.steps and len(said) == 2 and all("taken from" in line for line in said)
@@ -575,8 +578,6 @@ def test_counted_operations_are_those_of_the_products():
 
 
 def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
-    from align_ti.studies import planned
-
     monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
     path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
@@ -589,8 +590,6 @@ def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
 
 def test_a_dry_run_says_what_is_trained_before_costs_are_measured(folder, tmp_path, cheap, monkeypatch):
     # `cost_after` trains each variant, in a dry run too, and the plan neither said so nor counted the time.
-    from align_ti.studies import planned
-
     monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
     path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0], cost_after=300))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])

@@ -16,12 +16,15 @@ SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_va
 """The figures that are kept; the page that `align-ti study` writes has all."""
 
 
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
+
+
 def alone_figure(content: dict[str, Any]) -> str:
     """Accuracy along the training on one kind of question alone, a line for each run of `alone.json`."""
     with look():
         figure, plot = axes(6.4, 2.8)
         names = {
-            f"{one['kind']}, rate {one['learning_rate']:g}, {one['steps']} steps, seed {one['seed']}": one["curve"]
+            f"{one['kind']}, {NAMES[one['optimizer']]}, rate {one['learning_rate']:g}": one["curve"]
             for one in content["runs"]
         }
         for (name, curve), line in zip(names.items(), looks(list(names)).values(), strict=True):

@@ -400,8 +400,11 @@ class Training(Knobs):
     """Number of optimizer steps; -1: as many as num_train_epochs needs."""
     num_train_epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Passes over the data, if max_steps is -1."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of hidden layers, AdamW for the rest (embeddings, head, norms, biases), with the same
+    learning rate and weight decay. Muon needs PyTorch 2.9; not under DeepSpeed."""
     learning_rate: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate schedule."""
     warmup_steps: float = Field(default=0.03, ge=0, allow_inf_nan=False)

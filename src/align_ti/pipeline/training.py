@@ -30,6 +30,7 @@ from align_ti.pipeline.watching import TaskWatch
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
+from align_ti.training.optimizers import optimizer_of
 from align_ti.training.trainer import AlignTITrainer
 from align_ti.training.watch import REQUEUE, WARM_UP, RunRecorder, StepPhases
 from align_ti.training.work import TrainingWork
@@ -58,7 +59,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         del options["gradient_checkpointing"]
     # Ours compiles parts of the models in place; theirs would wrap the student.
     del options["torch_compile"]
-    for ours in ("phases", "flops", "gradient_shares_every"):
+    for ours in ("phases", "flops", "gradient_shares_every", "optimizer"):
         del options[ours]
     if options.pop("group_by_length"):
         # transformers 5.0 knows the option under its older name.
@@ -158,6 +159,7 @@ def distil_into(
         phases=phases,
         work=work,
         gradient_shares_every=recipe.training.gradient_shares_every,
+        optimizer_cls_and_kwargs=optimizer_of(recipe.training, parts.student),
         shard_teacher=recipe.teacher is not None and recipe.teacher.sharded,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.

@@ -13,6 +13,7 @@ from align_ti.models.adapters import unwrapped
 from align_ti.planning.live import GRADIENTS
 from align_ti.planning.sizes import Pair, Sizes, pretend_pair, quantised_bytes, sizes_of
 from align_ti.planning.step import Batch, Counted, step
+from align_ti.training.optimizers import saved_bytes
 
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
 """one: a device by itself. ddp: every device holds all. fsdp2, zero3: weights, gradients and optimizer are sharded. zero2: gradients
@@ -73,6 +74,8 @@ class Model:
     counted: Counted
     cached: bool = False
     """Whether the teacher is its head alone, beside a teacher cache; it is neither sharded nor quantised."""
+    saved: int = 0
+    """Bytes of the optimizer's states that Muon does without."""
 
 
 def model_of(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pair | None = None) -> Model:
@@ -93,6 +96,7 @@ def model_of(recipe: Recipe, batch: Batch, *, accelerator: bool = True, pair: Pa
         own_device=settings is not None and settings.device is not None and not cached,
         counted=step(recipe, batch, accelerator=accelerator, pair=pair),
         cached=cached,
+        saved=saved_bytes(pair.student) if recipe.training.optimizer == "muon" else 0,
     )
 
 
@@ -126,7 +130,7 @@ def memory_of(model: Model, layout: Layout) -> Memory:
     student, share = model.student, 1 / layout.devices
     element = 2 if model.half else 4
     parts = {"student's weights": student.weights, "teacher's weights": 0 if model.own_device else model.teacher_bytes}
-    parts |= {"gradients": student.trained, "optimizer": student.optimizer}
+    parts |= {"gradients": student.trained, "optimizer": student.optimizer - model.saved}
     sharded = layout.engine in {"fsdp2", "zero2", "zero3"}
     if layout.engine == "ddp":
         parts["exchange"] = student.trained  # the buckets that gradients are sent from

@@ -23,6 +23,7 @@ from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict
 from align_ti.training.memory import Peak, peak_memory
 from align_ti.training.objective import distillation_loss
+from align_ti.training.optimizers import saved_bytes
 
 BUDGET = 30.0
 """Seconds that the measured pass may take; a batch that would take longer is measured smaller and scaled up."""
@@ -78,7 +79,7 @@ def cost_verdicts(
         return [does_not_run(first_line(error))]
     mean = sum(sample.length for sample in samples) / len(samples)
     return [
-        memory(models, measured, wanted, processes),
+        memory(models, measured, training, processes),
         duration(measured, mean / longest[0].length, training, num_records, processes),
     ]
 
@@ -141,14 +142,17 @@ def does_not_run(error: str) -> Verdict:
     )
 
 
-def memory(models: Models, measured: Measured, wanted: int, processes: int) -> Verdict:
-    """Weights + AdamW's two states + the measured peak of a pass, in which gradients are included."""
-    student = models["student"]
+def memory(models: Models, measured: Measured, training: Training, processes: int) -> Verdict:
+    """Weights + the optimizer's states + the measured peak of a pass, in which gradients are included."""
+    student, wanted = models["student"], training.per_device_train_batch_size
     weights = sum(parameter_mib(model) for model in models.values())
     trained = parameter_mib(student, trained=True)
-    state, exchange = 2 * trained, trained if processes > 1 else 0.0
+    muon = training.optimizer == "muon"
+    state = 2 * trained - (saved_bytes(student) / 2**20 if muon else 0.0)
+    exchange = trained if processes > 1 else 0.0
     values: dict[str, Any] = {"weights_mib": weights, "optimizer_mib": state, "exchange_mib": exchange}
-    known = f"weights {weights:.4g} + AdamW's two states {state:.4g} + " + (
+    kind = "states of Muon and AdamW" if muon else "AdamW's two states"
+    known = f"weights {weights:.4g} + {kind} {state:.4g} + " + (
         f"exchange of gradients {exchange:.4g} + " if exchange else ""
     )
     if measured.mib is None:

@@ -24,7 +24,7 @@ class PlannedVariant:
 
     runs: int
     done: int
-    """Runs that have a record, failed ones among them."""
+    """Runs that have a record, failed ones among them, and those that a folder of `records_from` has made."""
     cost: Cost
 
 
@@ -64,7 +64,14 @@ def planned(study: Study, advance: Advance) -> Planned:
     folder = StudyFolder(study.out)
     costs = measured_costs(study, folder, advance)
     records = folder.records(study)
-    rows = {name: PlannedVariant(len(study.file.seeds), len(records[name]), costs[name]) for name in study.variants}
+    made = {
+        name: sum(
+            seed in records[name] or folder.made_elsewhere(study, name, seed, costs[name].steps) is not None
+            for seed in study.file.seeds
+        )
+        for name in study.variants
+    }
+    rows = {name: PlannedVariant(len(study.file.seeds), made[name], costs[name]) for name in study.variants}
     left = {name: row.runs - row.done for name, row in rows.items()}
     done = [read_json(folder.record(name, seed)) for name in records for seed in records[name]]
     around = [one["wall_seconds"] - one["seconds"] for one in done if not one["error"]]

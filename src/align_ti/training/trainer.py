@@ -42,6 +42,7 @@ from align_ti.phases import OTHER, outside_of_steps, phase
 from align_ti.runs import read_json, write_json
 from align_ti.training.gradients import FLOAT16_SCALE, LogsGradients, added_gradients, norm_of, only, shares_of
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
+from align_ti.training.optimizers import MuonAdamW
 from align_ti.training.passes import candidate_options, candidates_for
 from align_ti.training.rollout import respond
 from align_ti.training.watch import StepPhases
@@ -233,9 +234,9 @@ class AlignTITrainer(Trainer):
         """Refuses kinds of sharding under which the loss would be another number.
 
         Raises:
-            ConfigError: FSDP 1; sequences or layers split over devices; mixed precision under DeepSpeed; on-policy batches where
-                weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is sharded
-                on each process, or where backward runs layers again in the way of reentrant checkpointing.
+            ConfigError: FSDP 1; sequences or layers split over devices; mixed precision or Muon under DeepSpeed; on-policy batches
+                where weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is
+                sharded on each process, or where backward runs layers again in the way of reentrant checkpointing.
         """
         self.check_gradient_shares()
         split = getattr(self.accelerator, "parallelism_config", None)
@@ -258,6 +259,11 @@ class AlignTITrainer(Trainer):
                 "training.bf16 or training.fp16 is on, and under DeepSpeed the weights themselves would be made half precision, and "
                 "the student saved so; accepted: neither of the two under DeepSpeed, or FSDP 2, which keeps float32 weights "
                 "(`align-ti recipes copy fsdp2 fsdp2.yaml`)."
+            )
+        if self.is_deepspeed_enabled and (self.optimizer_cls_and_kwargs or (None,))[0] is MuonAdamW:
+            raise ConfigError(
+                "the optimizer is Muon (training.optimizer), which reads whole matrices, but DeepSpeed flattens them into one vector; "
+                "accepted: training.optimizer: adamw under DeepSpeed, or FSDP 2, DDP or one GPU for muon."
             )
         if not self.is_fsdp_enabled:
             return

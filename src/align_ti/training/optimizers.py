@@ -1,0 +1,124 @@
+"""Muon for the matrices of hidden layers and AdamW for everything else, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from align_ti.config import Training
+from align_ti.errors import ConfigError
+
+MATCH = "match_rms_adamw"
+"""PyTorch's name of the scale under which Muon's updates are as large as AdamW's: 0.2 sqrt(max(rows, columns)) times the orthogonal
+matrix (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2). So one learning rate and one weight decay
+serve both."""
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights that Muon is meant for: matrices that map states to states.
+
+    Not embeddings nor the output head, whose rows belong to tokens, nor weights of more or fewer than two axes (convolutions, experts
+    stacked in one tensor, norms, biases).
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        tables.add(id(output.weight))
+    return [one for one in model.parameters() if one.requires_grad and one.ndim == 2 and id(one) not in tables]
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes that Muon's states take less than AdamW's: one average for a matrix in place of two, and no count of its steps."""
+    return sum(one.numel() * one.element_size() + 4 for one in hidden_matrices(model))
+
+
+class MuonAdamW(Optimizer):
+    """`torch.optim.Muon` for some parameters and `torch.optim.AdamW` for the others, with common groups, state and checkpoints.
+
+    Args:
+        params: parameters or groups of them, with options such as `weight_decay`; a group is divided in two where it has both kinds.
+        matrices: the parameters of `params` that Muon trains; each has two axes.
+        lr: the learning rate of both.
+        betas: AdamW's decay rates.
+        eps: AdamW's term against division by 0.
+        weight_decay: the decoupled weight decay of both.
+        momentum: the decay rate of Muon's gradient average (Nesterov).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        matrices: Sequence[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        chosen = {id(one) for one in matrices}
+        given: list[Any] = list(params)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+
+        def these(of_muon: bool) -> list[dict[str, Any]]:
+            divided = [
+                {**group, "params": [one for one in group["params"] if (id(one) in chosen) == of_muon]}
+                for group in groups
+            ]
+            return [group for group in divided if group["params"]]
+
+        self.parts: list[Optimizer] = []
+        if mine := these(of_muon=True):
+            self.parts.append(
+                torch.optim.Muon(mine, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=MATCH)
+            )
+        if rest := these(of_muon=False):
+            self.parts.append(AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """Lets both parts read and write the groups and the state of the whole."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:end], self.state
+            start = end
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when a checkpoint is loaded, with groups and state made anew."""
+        super().__setstate__(state)
+        self.share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def optimizer_of(training: Training, model: nn.Module) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """The recipe's optimizer as transformers' Trainer takes it (`optimizer_cls_and_kwargs`); None: its own AdamW.
+
+    Raises:
+        ConfigError: this PyTorch has no Muon.
+    """
+    if training.optimizer == "adamw":
+        return None
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"training.optimizer is muon, which came with PyTorch 2.9, and this is {torch.__version__}; upgrade torch, or set "
+            "training.optimizer: adamw."
+        )
+    return MuonAdamW, {
+        "matrices": hidden_matrices(model),
+        "lr": training.learning_rate,
+        "betas": (0.9, training.adam_beta2),
+    }
