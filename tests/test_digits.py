@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -20,7 +21,7 @@ from align_ti.digits.pretraining import dialogue_batch, pixels, save
 from align_ti.digits.questions import KINDS, NUMBERS, all_phrases, ask
 from align_ti.digits.scans import load_scans
 from align_ti.digits.scenes import COLOURS, WORDS, draw_scene
-from align_ti.errors import RunError
+from align_ti.errors import ConfigError, RunError
 
 SPLITS = ("train", "validation", "test")
 
@@ -142,6 +143,25 @@ def test_training_images_have_as_many_types_of_questions_as_asked_for(tmp_path):
     assert len(asked) == 40 and set(asked.values()) <= {1, 2} and len(records) >= 78
     assert set(kinds) == set(KINDS) and max(kinds.values()) <= 20
     assert len(read_conversations(tmp_path / "data" / "test.json")) >= len(KINDS) - 1
+
+
+def test_types_of_training_questions_come_in_the_proportions_of_a_mix(tmp_path):
+    sizes = Sizes(train=60, validation=1, test=1, questions=6, mix={"count": 4, "reading": 0})
+    write_benchmark(tmp_path / "data", sizes=sizes)
+    content = json.loads((tmp_path / "data" / "train.json").read_text())
+    kinds = Counter(one["kind"] for one in content)
+    # Of 360 draws 144 are of count, of which an image asks each colour once, and 36 of each other type.
+    assert 80 < kinds["count"] <= 160 and kinds["reading"] == 0
+    assert all(15 < kinds[kind] < 60 for kind in set(KINDS) - {"count", "reading"})
+    asked = [(one["image"], one["conversations"][0]["value"]) for one in content]
+    assert len(set(asked)) == len(asked) and max(Counter(one["image"] for one in content).values()) <= 6
+    assert len({one["id"] for one in content}) == len(content)
+    # What is asked about test images does not depend on it.
+    write_benchmark(tmp_path / "plain", sizes=replace(sizes, mix={}))
+    assert (tmp_path / "plain" / "test.json").read_bytes() == (tmp_path / "data" / "test.json").read_bytes()
+    for wrong in ({"mix": {"counting": 2}}, {"mix": {"count": -1}}, {"questions": 0}):
+        with pytest.raises(ConfigError, match=r"sizes of the digits benchmark: .* accepted: .*digit, colour, count"):
+            Sizes(**wrong)
 
 
 def test_shipped_models_are_small_safe_and_share_one_tower():

@@ -14,6 +14,9 @@ from torch import nn
 
 from align_ti.config import Recipe, Training
 from align_ti.errors import ConfigError
+from align_ti.models.adapters import wrap_with_lora
+from align_ti.models.loading import freeze, load_model
+from align_ti.pipeline.parts import load_parts
 from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder
 from align_ti.training.optimizers import MuonAdamW, hidden_matrices, optimizer_of
@@ -92,6 +95,7 @@ def test_each_parameter_moves_as_under_its_own_optimizer():
                     [{"params": tables, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
                     lr=0.02,
                     betas=(0.8, 0.95),
+                    fused=True,
                 ),
             ]
 
@@ -158,7 +162,35 @@ def test_only_matrices_or_none_is_fine():
         assert not torch.equal(before, one.first.weight)
 
 
-def test_adamw_is_transformers_own_and_an_old_pytorch_is_told(monkeypatch):
+def test_a_copy_goes_on_like_the_original_and_nothing_is_left_out(tmp_path):
+    one = model()
+    optimizer = muon(one)
+    learn(one, optimizer, 2)
+    other, theirs = copy.deepcopy((one, optimizer))
+    for each, its in ((one, optimizer), (other, theirs)):
+        learn(each, its, 2, start=2)
+    for value, expected in zip(other.parameters(), one.parameters(), strict=True):
+        assert value is not expected and torch.equal(value, expected)
+    with pytest.raises(ConfigError, match="made already"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ConfigError, match="1 of 2 matrices for Muon are not among the parameters"):
+        MuonAdamW([one.first.weight], matrices=hidden_matrices(one))
+
+
+def test_adapters_are_trained_by_muon_and_places_and_heads_are_not(folder):
+    student = load_model(str(folder / "student"), "float32")
+    names = {id(value): name for name, value in student.named_parameters()}
+    linear = {names[id(value)].rsplit(".", 2)[1] for value in hidden_matrices(student)}
+    assert {"q_proj", "down_proj", "linear_1"} <= linear
+    assert not linear & {"embed_tokens", "lm_head", "position_embedding", "patch_embedding"}
+    freeze(student, ("vision_tower", "multi_modal_projector.*"))
+    wrapped = wrap_with_lora(student, rank=2, alpha=4)
+    trained = {name for name, value in wrapped.named_parameters() if value.requires_grad and "lora_" in name}
+    found = {id(value) for value in hidden_matrices(wrapped)}
+    assert {name for name, value in wrapped.named_parameters() if id(value) in found} == trained != set()
+
+
+def test_adamw_is_transformers_own_and_an_old_pytorch_is_told(folder, monkeypatch):
     assert optimizer_of(Training(), model()) is None
     kind, options = optimizer_of(Training(optimizer="muon", adam_beta2=0.98), model())
     assert kind is MuonAdamW
@@ -166,6 +198,8 @@ def test_adamw_is_transformers_own_and_an_old_pytorch_is_told(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ConfigError, match=r"came with PyTorch 2\.9, and this is .*training\.optimizer: adamw"):
         optimizer_of(Training(optimizer="muon"), model())
+    with pytest.raises(ConfigError, match=r"came with PyTorch 2\.9"):
+        load_parts(Recipe.model_validate(of_muon(folder, folder / "never")))
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +227,9 @@ def test_a_run_with_muon_differs_from_adamws_and_resumes_exactly(folder, tmp_pat
     recipe = tmp_path / "half" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "whole"), str(tmp_path / "half")))
     assert RunFolder(tmp_path / "half").last_checkpoint() == tmp_path / "half" / "checkpoint-2"
+    before = (tmp_path / "half" / "metrics.jsonl").stat().st_size
     resumed = distil(Recipe.model_validate(of_muon(folder, tmp_path / "half")))
-    logged = [json.loads(line) for line in resumed.metrics.read_text().splitlines()]
-    assert [line["step"] for line in logged if "loss" in line][-2:] == [3, 4]
+    logged = [json.loads(line) for line in resumed.metrics.read_text()[before:].splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [3, 4]
     for name, value in load_file(resumed.student / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name

@@ -66,8 +66,8 @@ def test_the_references_hold_every_option_verb_and_public_name(site):
     words = "".join(read(site / "reference" / "recipes.html").words)
     assert (
         "Tokens tried at each response position" in words
-        and "Peak learning rate of AdamW." in words
-        and "max_steps: 1600" in words
+        and "Peak learning rate." in words
+        and "max_steps: 1200" in words
     )
     verbs = (site / "reference" / "cli.html").read_text()
     assert all(f'id="align-ti-{verb}"' in verbs for verb in [*VERBS, *(f"recipes-{verb}" for verb in RECIPE_VERBS)])

@@ -24,7 +24,9 @@ def alone_figure(content: dict[str, Any]) -> str:
     with look():
         figure, plot = axes(6.4, 2.8)
         names = {
-            f"{one['kind']}, {NAMES[one['optimizer']]}, rate {one['learning_rate']:g}": one["curve"]
+            f"{one['kind']}, {NAMES[one['optimizer']]}, rate {one['learning_rate']:g}, {one['steps']} steps, seed {one['seed']}": one[
+                "curve"
+            ]
             for one in content["runs"]
         }
         for (name, curve), line in zip(names.items(), looks(list(names)).values(), strict=True):

@@ -401,7 +401,7 @@ class Training(Knobs):
     num_train_epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Passes over the data, if max_steps is -1."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon for the matrices of hidden layers, AdamW for the rest (embeddings, head, norms, biases), with the same
+    """adamw, or muon: Muon for the weights of linear layers, AdamW for the rest (embeddings, head, norms, biases), with the same
     learning rate and weight decay. Muon needs PyTorch 2.9; not under DeepSpeed."""
     learning_rate: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""

@@ -161,7 +161,7 @@ def size(count: float) -> str:
 def digits(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training images, each with up to eight instructions.")] = 3200,
+    train: Annotated[int, typer.Option(min=1, help="Training images, each with up to eight instructions.")] = 2500,
     validation: Annotated[int, typer.Option(min=1, help="Validation images.")] = 100,
     test: Annotated[int, typer.Option(min=1, help="Test images.")] = 150,
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from align_ti.digits.questions import KINDS, Question, ask
 from align_ti.digits.scans import Split, load_scans
 from align_ti.digits.scenes import Scene, draw_scene
-from align_ti.errors import RunError
+from align_ti.errors import ConfigError, RunError
 from align_ti.runs import new_folder
 
 
@@ -23,13 +24,24 @@ class Sizes:
     """Number of images of each split.
 
     Every validation and test image has one question of each type that it can answer (eight at most). Every training image has
-    `questions` types, drawn at random for each image; by default all eight.
+    `questions` types, drawn at random for each image; by default all eight. With `mix` it has `questions` questions whose types are
+    drawn independently of each other, with these relative frequencies (1 for a type that it does not name); a question that was drawn
+    twice for an image is asked once.
     """
 
-    train: int = 3200
+    train: int = 2500
     validation: int = 100
     test: int = 150
     questions: int = 8
+    mix: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.mix if kind not in KINDS]
+        if unknown or any(weight < 0 for weight in self.mix.values()) or self.questions < 1:
+            raise ConfigError(
+                f"sizes of the digits benchmark: questions is {self.questions}, mix is {dict(self.mix)}; accepted: 1 question or more, "
+                f"and frequencies of 0 or more for {', '.join(KINDS)}; change them."
+            )
 
 
 def write_benchmark(
@@ -48,40 +60,54 @@ def write_benchmark(
         splits: tuple[Split, ...] = ("train", "validation", "test")
         for number, split in enumerate(splits):
             random = np.random.default_rng([seed, number])
-            asked = sizes.questions if split == "train" else len(KINDS)
+            asked = partial(training_kinds, sizes, random) if split == "train" else partial(tuple, KINDS)
             records = []
             for index in range(getattr(sizes, split)):
                 scene = draw_scene(load_scans(split), random)
                 name = f"images/{split}-{index:05d}.png"
                 scene.picture.save(draft / name)
-                questions = ask(scene, random, some_kinds(asked, random))
-                records += [record(split, index, name, scene, question) for question in questions]
+                questions = dict.fromkeys(ask(scene, random, asked()))
+                records += records_of(split, index, name, scene, list(questions))
                 advance(1)
             (draft / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         for part in ("teacher", "student"):
             copy_model(part, draft / part)
 
 
-def some_kinds(count: int, random: np.random.Generator) -> tuple[str, ...]:
-    """`count` types of questions, drawn without replacement, in their usual order; all types, without drawing, from eight on."""
-    if count >= len(KINDS):
-        return tuple(KINDS)
-    drawn = set(random.choice(len(KINDS), count, replace=False).tolist())
-    return tuple(kind for index, kind in enumerate(KINDS) if index in drawn)
+def training_kinds(sizes: Sizes, random: np.random.Generator) -> tuple[str, ...]:
+    """The types of questions about one training image, in their usual order; all types, without drawing, from eight on."""
+    kinds = list(KINDS)
+    if sizes.mix:
+        weights = np.array([sizes.mix.get(kind, 1.0) for kind in kinds])
+        drawn = random.choice(len(kinds), sizes.questions, p=weights / weights.sum())
+    elif sizes.questions < len(kinds):
+        drawn = random.choice(len(kinds), sizes.questions, replace=False)
+    else:
+        return tuple(kinds)
+    return tuple(kinds[index] for index in sorted(drawn.tolist()))
 
 
-def record(split: Split, index: int, picture: str, scene: Scene, question: Question) -> dict[str, object]:
-    """One LLaVA record; `kind` and `scans` are extras that other readers pass over."""
-    return {
-        "id": f"{split}-{index:05d}-{question.kind}",
-        "image": picture,
-        "kind": question.kind,
-        "scans": [int(load_scans(split).index[figure.scan]) for figure in scene.figures],
-        "conversations": [
+def records_of(
+    split: Split, index: int, picture: str, scene: Scene, questions: Sequence[Question]
+) -> list[dict[str, object]]:
+    """LLaVA records about one image; `kind` and `scans` are extras that other readers pass over."""
+    made, scans = [], [int(load_scans(split).index[figure.scan]) for figure in scene.figures]
+    for number, question in enumerate(questions):
+        before = sum(other.kind == question.kind for other in questions[:number])
+        turns = [
             {"from": "human", "value": f"<image>\n{question.text}"},
             {"from": "gpt", "value": question.answer},
-        ],
-    }
+        ]
+        made.append(
+            {
+                "id": f"{split}-{index:05d}-{question.kind}" + (f"-{before + 1}" if before else ""),
+                "image": picture,
+                "kind": question.kind,
+                "scans": scans,
+                "conversations": turns,
+            }
+        )
+    return made
 
 
 def copy_model(part: str, out: Path) -> None:

@@ -16,6 +16,7 @@ from align_ti.models.headonly import load_head
 from align_ti.models.loading import check_precision, freeze, load_model, load_processor, trained_by_part
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.models.placement import stay
+from align_ti.training.optimizers import check_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,10 @@ def load_parts(recipe: Recipe, compare: bool = True) -> Parts:
     cache the teacher is its head alone.
 
     Raises:
+        ConfigError: this PyTorch does not have the recipe's optimizer.
         ModelError: one cannot be loaded, or they do not fit each other.
     """
+    check_optimizer(recipe.training)
     processor = load_processor(recipe.student.path)
     student = load_base(recipe)
     teacher, teacher_processor = None, None

@@ -37,6 +37,10 @@ PARTS = {
 """The part that a phase of a step is told under; all others are `other`."""
 
 
+DEEPSPEED = ("zero2", "zero3")
+"""The engines that are DeepSpeed's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """How a run is spread: the engine, the number of devices, and whether the teacher is sharded, whatever trains the student."""

@@ -11,7 +11,7 @@ from align_ti.errors import ConfigError
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
 from align_ti.notebooks import paragraph, table
-from align_ti.planning.memory import Layout, Memory, Model, changed, memory_of, model_of
+from align_ti.planning.memory import DEEPSPEED, Layout, Memory, Model, changed, memory_of, model_of
 from align_ti.planning.sizes import Pair, pretend_pair
 from align_ti.planning.step import Batch
 from align_ti.planning.traffic import Traffic, traffic_of
@@ -149,8 +149,13 @@ def make_plan(
         sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
 
     Raises:
-        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own.
+        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own; or Muon is to train under DeepSpeed.
     """
+    if recipe.training.optimizer == "muon" and layout.engine in DEEPSPEED:
+        raise ConfigError(
+            f"training.optimizer is muon with --engine {layout.engine}, and DeepSpeed flattens the matrices that Muon reads; accepted: "
+            "training.optimizer: adamw, or another engine (ddp, fsdp2)."
+        )
     if layout.shard_teacher and not can_shard(recipe):
         raise ConfigError(
             "the teacher is to be sharded (teacher.sharded, --shard-teacher), but teacher.quantization or teacher.device is given; "
@@ -296,6 +301,8 @@ def launched_by(engine: str) -> Change:
             return None
         if engine == "fsdp2" and case.recipe.data.on_policy is not None:
             return None  # the trainer refuses the two together
+        if engine in DEEPSPEED and case.recipe.training.optimizer == "muon":
+            return None  # likewise
         told = (
             f"--engine {engine} (to train: `accelerate launch --config_file {engine}.yaml`, which `align-ti recipes copy {engine} "
             f"{engine}.yaml` writes)"

@@ -23,7 +23,7 @@ from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict
 from align_ti.training.memory import Peak, peak_memory
 from align_ti.training.objective import distillation_loss
-from align_ti.training.optimizers import saved_bytes
+from align_ti.training.optimizers import hidden_matrices
 
 BUDGET = 30.0
 """Seconds that the measured pass may take; a batch that would take longer is measured smaller and scaled up."""
@@ -148,7 +148,8 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
     weights = sum(parameter_mib(model) for model in models.values())
     trained = parameter_mib(student, trained=True)
     muon = training.optimizer == "muon"
-    state = 2 * trained - (saved_bytes(student) / 2**20 if muon else 0.0)
+    single = hidden_matrices(student) if muon else []
+    state = 2 * trained - sum(matrix.numel() * matrix.element_size() for matrix in single) / 2**20
     exchange = trained if processes > 1 else 0.0
     values: dict[str, Any] = {"weights_mib": weights, "optimizer_mib": state, "exchange_mib": exchange}
     kind = "states of Muon and AdamW" if muon else "AdamW's two states"

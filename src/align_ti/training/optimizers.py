@@ -1,4 +1,4 @@
-"""Muon for the matrices of hidden layers and AdamW for everything else, as one optimizer."""
+"""Muon for the weights of linear layers and AdamW for everything else, as one optimizer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ serve both."""
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained weights that Muon is meant for: matrices that map states to states.
+    """The trained weights that Muon is meant for: those of linear layers, adapters' among them, which map states to states.
 
-    Not embeddings nor the output head, whose rows belong to tokens, nor weights of more or fewer than two axes (convolutions, experts
-    stacked in one tensor, norms, biases).
+    Not embeddings (of tokens or places) nor the output head, whose rows belong to tokens, convolutions, experts stacked in one tensor,
+    norms and biases.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         tables.add(id(output.weight))
-    return [one for one in model.parameters() if one.requires_grad and one.ndim == 2 and id(one) not in tables]
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    found = {id(one): one for one in linear if one.requires_grad and one.ndim == 2 and id(one) not in tables}
+    return list(found.values())
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -41,12 +43,15 @@ class MuonAdamW(Optimizer):
 
     Args:
         params: parameters or groups of them, with options such as `weight_decay`; a group is divided in two where it has both kinds.
-        matrices: the parameters of `params` that Muon trains; each has two axes.
+        matrices: the parameters of `params` that Muon trains; each has two axes. They are not kept.
         lr: the learning rate of both.
         betas: AdamW's decay rates.
         eps: AdamW's term against division by 0.
         weight_decay: the decoupled weight decay of both.
         momentum: the decay rate of Muon's gradient average (Nesterov).
+
+    Raises:
+        ConfigError: one of the matrices is not among the parameters.
     """
 
     def __init__(
@@ -62,6 +67,11 @@ class MuonAdamW(Optimizer):
         chosen = {id(one) for one in matrices}
         given: list[Any] = list(params)
         groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        if absent := chosen - {id(one) for group in groups for one in group["params"]}:
+            raise ConfigError(
+                f"{len(absent)} of {len(chosen)} matrices for Muon are not among the parameters that are trained; accepted: those of "
+                "the model as it is trained; find them (hidden_matrices) after adapters are added and weights are frozen."
+            )
 
         def these(of_muon: bool) -> list[dict[str, Any]]:
             divided = [
@@ -71,14 +81,17 @@ class MuonAdamW(Optimizer):
             return [group for group in divided if group["params"]]
 
         self.parts: list[Optimizer] = []
+        self.whole = False
         if mine := these(of_muon=True):
             self.parts.append(
                 torch.optim.Muon(mine, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=MATCH)
             )
         if rest := these(of_muon=False):
-            self.parts.append(AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+            # Fused, as transformers' own default is: no temporaries of the embeddings' size.
+            self.parts.append(AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self.share()
+        self.whole = True
 
     def share(self) -> None:
         """Lets both parts read and write the groups and the state of the whole."""
@@ -87,6 +100,22 @@ class MuonAdamW(Optimizer):
             end = start + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[start:end], self.state
             start = end
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Called while it is made; groups that come later have no part that would train them.
+
+        Raises:
+            ConfigError: it is made already.
+        """
+        if self.whole:
+            raise ConfigError(
+                "parameters are added to a MuonAdamW that is made already; give all of them when it is made."
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made from."""
+        return {**super().__getstate__(), "parts": self.parts, "whole": self.whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when a checkpoint is loaded, with groups and state made anew."""
@@ -104,19 +133,32 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def optimizer_of(training: Training, model: nn.Module) -> tuple[type[Optimizer], dict[str, Any]] | None:
-    """The recipe's optimizer as transformers' Trainer takes it (`optimizer_cls_and_kwargs`); None: its own AdamW.
+def check_optimizer(training: Training) -> None:
+    """Refuses an optimizer that this PyTorch does not have.
 
     Raises:
-        ConfigError: this PyTorch has no Muon.
+        ConfigError: Muon, before PyTorch 2.9.
     """
-    if training.optimizer == "adamw":
-        return None
-    if not hasattr(torch.optim, "Muon"):
+    if training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"training.optimizer is muon, which came with PyTorch 2.9, and this is {torch.__version__}; upgrade torch, or set "
             "training.optimizer: adamw."
         )
+
+
+def optimizer_of(training: Training, model: nn.Module) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """The recipe's optimizer as transformers' Trainer takes it (`optimizer_cls_and_kwargs`); None: its own AdamW.
+
+    Args:
+        training: learning rate and the rest; weight decay is the trainer's.
+        model: the student as it is trained, adapters added and weights frozen.
+
+    Raises:
+        ConfigError: this PyTorch has no Muon.
+    """
+    check_optimizer(training)
+    if training.optimizer == "adamw":
+        return None
     return MuonAdamW, {
         "matrices": hidden_matrices(model),
         "lr": training.learning_rate,

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
@@ -278,6 +279,12 @@ class AlignTITrainer(Trainer):
                 "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
                 "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
             )
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> Optimizer:
+        """As transformers', which would keep what it was given: under FSDP 2 all weights in one piece, beside the sharded ones."""
+        made: Optimizer = super().create_optimizer(*arguments, **options)
+        self.optimizer_cls_and_kwargs = None
+        return made
 
     def check_gradient_shares(self) -> None:
         """Refuses to measure shares in the gradient where a term's own gradient cannot be computed without changing the step's.
