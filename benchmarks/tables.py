@@ -28,6 +28,9 @@ PAGES = (PAGE, README, SCALING, CACHE, QUALITY)
 
 RESULTS = ROOT / "results"
 
+METHODS = ("sft", "kd", "kd_iva", "kd_tpa", "align_ti")
+"""The variants that are the paper's methods, where a study has others too."""
+
 WORDS = {
     "vanilla_kd": "vanilla KD, common implementation",
     "ours_kd": "our vanilla KD (SFT + KD)",
@@ -408,6 +411,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-kinds": partial(study_tables.metrics, "ablation", "exact match"),
     "ablation-fidelity": partial(study_tables.metrics, "ablation", "fidelity"),
     "ablation-times": partial(study_tables.times, "ablation"),
+    "muon-variants": partial(study_tables.variants, "muon"),
+    "muon-methods": partial(study_tables.variants, "muon", METHODS),
+    "muon-differences": partial(study_tables.differences, "muon"),
+    "muon-kinds": partial(study_tables.metrics, "muon", "exact match", METHODS),
+    "muon-times": partial(study_tables.times, "muon"),
     "equal-time-variants": partial(study_tables.variants, "equal-time"),
     "equal-time-differences": partial(study_tables.differences, "equal-time"),
     "demo-variants": partial(study_tables.variants, "demo"),

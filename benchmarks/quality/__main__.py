@@ -3,7 +3,7 @@
 python -m benchmarks.quality            writes runs/quality/digits-SEED; what is there is left as it is
 python -m benchmarks.quality --train 10000 --folder runs/quality/long       for long.yaml
 python -m benchmarks.quality --train 10000 --questions 2 --folder runs/quality/images       for images.yaml
-python -m benchmarks.quality --train 11000 --mix count=4 where=2 compare=2 add=2 --folder runs/quality/mix       for mix.yaml
+python -m benchmarks.quality --train 11000 --mix count=4 where=2 --folder runs/quality/mix       more questions of some types
 align-ti study benchmarks/quality/ablation.yaml
 """
 

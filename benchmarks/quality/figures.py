@@ -19,21 +19,22 @@ SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_va
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
+def told(run: dict[str, Any]) -> str:
+    """What distinguishes a run of `alone.json` from the others."""
+    optimizer, rate = NAMES[run["optimizer"]], run["learning_rate"]
+    return f"{run['kind']}, {optimizer}, rate {rate:g}, {run['steps']} steps, seed {run['seed']}"
+
+
 def alone_figure(content: dict[str, Any]) -> str:
     """Accuracy along the training on one kind of question alone, a line for each run of `alone.json`."""
     with look():
-        figure, plot = axes(6.4, 2.8)
-        names = {
-            f"{one['kind']}, {NAMES[one['optimizer']]}, rate {one['learning_rate']:g}, {one['steps']} steps, seed {one['seed']}": one[
-                "curve"
-            ]
-            for one in content["runs"]
-        }
+        figure, plot = axes(8.4, 2.8)
+        names = {told(one): one["curve"] for one in content["runs"]}
         for (name, curve), line in zip(names.items(), looks(list(names)).values(), strict=True):
             steps, values = [one["step"] for one in curve], [one["accuracy"] for one in curve]
             plot.plot(steps, values, color=line.colour, linestyle=line.dash, marker=line.marker, label=name)
         plot.set(xlabel="training step (32 questions each)", ylabel="accuracy, %", ylim=(0, 102))
-        plot.legend(loc="lower right")
+        plot.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return drawn(figure, "accuracy along the training on one kind of question alone")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ def rows(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
 
 
-def variants(name: str) -> str:
-    """Accuracy, cost and the gap closed, a row for each variant."""
+def variants(name: str, chosen: Sequence[str] | None = None) -> str:
+    """Accuracy, cost and the gap closed, a row for each variant, or for the chosen ones."""
     content = study(name)
     body = []
     for key, one in content["variants"].items():
+        if chosen is not None and key not in chosen:
+            continue
         accuracy, gap = one["accuracy"], one["gap_closed_interval"]
         closed = "-" if gap is None or key == content["gap_from"] else between(one["gap_closed"], gap[0], gap[1])
         body.append(
@@ -66,10 +69,10 @@ def differences(name: str) -> str:
     )
 
 
-def metrics(name: str, benchmark: str) -> str:
-    """Every metric of a benchmark: the mean of each variant with its interval, which is not corrected."""
+def metrics(name: str, benchmark: str, chosen: Sequence[str] | None = None) -> str:
+    """Every metric of a benchmark: the mean of each variant, or of the chosen ones, with its interval, which is not corrected."""
     content = study(name)
-    names = list(content["variants"])
+    names = list(content["variants"] if chosen is None else chosen)
     found = [row for row in content["metrics"] if row["benchmark"] == benchmark]
     body = []
     for row in found:
