@@ -33,8 +33,8 @@ def test_the_ten_lines_of_python_run_and_print_every_term(tmp_path):
 def test_the_readme_is_short_and_its_table_is_of_five_seeds_or_more():
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
-    study = json.loads((README.parent / "results" / "quality" / "ablation" / "study.json").read_text())
-    assert "<!-- table: ablation-variants -->" in lines  # tests/test_performance_page.py holds it to the study
+    study = json.loads((README.parent / "results" / "quality" / "muon" / "study.json").read_text())
+    assert "<!-- table: muon-methods -->" in lines  # tests/test_performance_page.py holds it to the study
     assert all(len(one["per_seed"]) >= 5 for one in study["variants"].values())
 
 
