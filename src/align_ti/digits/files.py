@@ -91,7 +91,8 @@ def records_of(
     split: Split, index: int, picture: str, scene: Scene, questions: Sequence[Question]
 ) -> list[dict[str, object]]:
     """LLaVA records about one image; `kind` and `scans` are extras that other readers pass over."""
-    made, scans = [], [int(load_scans(split).index[figure.scan]) for figure in scene.figures]
+    made: list[dict[str, object]] = []
+    scans = [int(load_scans(split).index[figure.scan]) for figure in scene.figures]
     for number, question in enumerate(questions):
         before = sum(other.kind == question.kind for other in questions[:number])
         turns = [

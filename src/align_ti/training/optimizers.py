@@ -28,9 +28,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         tables.add(id(output.weight))
-    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    found = {id(one): one for one in linear if one.requires_grad and one.ndim == 2 and id(one) not in tables}
-    return list(found.values())
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - tables
+    return [one for one in model.parameters() if one.requires_grad and one.ndim == 2 and id(one) in linear]
 
 
 def saved_bytes(model: nn.Module) -> int:
