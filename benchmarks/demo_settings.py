@@ -19,6 +19,7 @@ from align_ti.runs import provenance, write_json
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SIZES = Sizes(train=250)
 SHORT = {
+    "optimizer": "adamw",
     "max_steps": 600,
     "per_device_train_batch_size": 32,
     "warmup_steps": 30,
