@@ -179,6 +179,9 @@ def test_muon_takes_the_steps_of_one_process_on_two(folder, tmp_path, engine):
     assert len(apart) > 20
     assert max(apart.values()) < 0.3, apart
     assert sorted(apart.values())[len(apart) // 2] < 0.05, apart
+    # A checkpoint holds the averages of both kinds of parameters.
+    half(tmp_path / "two", tmp_path / "half")
+    same(run(engine, 2, muon("half", 2)), tmp_path / "two" / "student")
 
 
 def half(kept: Path, out: Path) -> None:

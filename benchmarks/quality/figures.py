@@ -17,6 +17,7 @@ SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_va
 
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
+"""The optimizers of `alone.json`, as the legend has them."""
 
 
 def told(run: dict[str, Any]) -> str:
