@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from align_ti.runs import RunFolder
 from align_ti.training.objective import distillation_loss
 from align_ti.training.rollout import respond
 from align_ti.training.trainer import AlignTITrainer
-from align_ti.training.watch import WARM_UP
+from align_ti.training.watch import WARM_UP, RunRecorder
 from tests import family_plain as plain
 from tests import small, tiny
 from tests.family_models import COMPOSITIONS, FAMILIES
@@ -501,6 +503,23 @@ def recipe(folder: Path, out: Path, on_policy: dict, training: dict | None = Non
 def losses(run: RunFolder) -> list[tuple]:
     names = ("step", "loss", "kd", "tpa", "on_policy_share", "cut_share", "grad_norm")
     return [tuple(line.get(name) for name in names) for line in run.read_metrics()]
+
+
+def test_the_time_of_a_step_includes_the_answers_and_is_a_mean_over_both_kinds(folder, tmp_path, monkeypatch):
+    answered = AlignTITrainer.perhaps_answered
+
+    def slowly(*given):
+        time.sleep(0.2)
+        return answered(*given)
+
+    monkeypatch.setattr(AlignTITrainer, "perhaps_answered", slowly)
+    run = distil(recipe(folder, tmp_path / "run", {"max_new_tokens": 2}, {"max_steps": WARM_UP + 1}))
+    assert json.loads(run.cost.read_text())["seconds_per_step"] >= 0.2
+    recorder = RunRecorder(run)
+    recorder.seconds = [9.0] * WARM_UP + [1.0, 1.0, 4.0]
+    assert recorder.seconds_per_step == 1.0
+    recorder.attach(SimpleNamespace(on_policy=SHORT))
+    assert recorder.seconds_per_step == 2.0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -164,6 +164,7 @@ def distil_into(
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
+    recorder.attach(trainer)
     if watch is not None:
         watch.attach(trainer)
     uncounted = why_uncounted(recipe, parts, trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -199,6 +200,8 @@ class AlignTITrainer(Trainer):
         if self.is_fsdp_enabled:
             name_layers(self.accelerator.state.fsdp_plugin, unwrapped(model))
         self.scores = Scores() if scores is None else scores
+        self.seconds_before_step = 0.0
+        """How long the last step's batches, answers of the student and candidates took before transformers says that it begins."""
         self.teacher_model = teacher_model
         if teacher_model is not None:
             teacher_model.requires_grad_(False).eval()
@@ -485,10 +488,12 @@ class AlignTITrainer(Trainer):
         """
         if self.phases is not None:
             self.phases.begin_step()
+        began = time.perf_counter()
         with phase("data"):
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         with self.counting():
             batches = self.prepared(batches)
+        self.seconds_before_step = time.perf_counter() - began
         step, every = self.state.global_step + 1, self.gradient_shares_every
         if every and batches and (step == 1 or step % every == 0):
             with outside_of_steps():

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +20,9 @@ from align_ti.models.standins import standing_in
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import WHOLE, RunFolder, write_json
 from align_ti.training.memory import highest
+
+if TYPE_CHECKING:
+    from align_ti.training.trainer import AlignTITrainer
 
 SCHEDULER = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """The signals by which a scheduler says that the time is over; Windows has no SIGUSR1."""
@@ -56,6 +59,7 @@ class RunRecorder(TrainerCallback):
 
     def __init__(self, run: RunFolder, advance: Callable[[int, int], None] | None = None) -> None:
         self.run, self.advance = run, advance
+        self.trainer: AlignTITrainer | None = None
         self.seconds: list[float] = []
         self.asked = 0
         """What this process was asked by. Only signals change it: one that comes during the exchange is seen after the next step."""
@@ -63,17 +67,26 @@ class RunRecorder(TrainerCallback):
         """What any of the processes was asked by, at the end of the last step."""
         self.started = 0.0
 
+    def attach(self, trainer: AlignTITrainer) -> None:
+        """Tells whose steps these are; their time then includes what the trainer does before transformers says that one begins."""
+        self.trainer = trainer
+
     @property
     def seconds_per_step(self) -> float | None:
-        """The median time of a step, or None if there were too few to tell."""
+        """The median time of a step, or None if there were too few to tell; the mean where only some batches are on-policy."""
         steps = self.seconds[WARM_UP:]
-        return statistics.median(steps) if steps else None
+        if not steps:
+            return None
+        # A median would be the time of one kind of batch, whatever the other kind costs.
+        mixed = self.trainer is not None and self.trainer.on_policy is not None
+        return statistics.fmean(steps) if mixed else statistics.median(steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+        before = 0.0 if self.trainer is None else self.trainer.seconds_before_step
+        self.seconds.append(before + time.perf_counter() - self.started)
         if self.advance is not None:
             self.advance(state.global_step, state.max_steps)
         self.stopped = self.anybody_stopped(args)
