@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,9 +20,6 @@ from align_ti.models.standins import standing_in
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import WHOLE, RunFolder, write_json
 from align_ti.training.memory import highest
-
-if TYPE_CHECKING:
-    from align_ti.training.trainer import AlignTITrainer
 
 SCHEDULER = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """The signals by which a scheduler says that the time is over; Windows has no SIGUSR1."""
@@ -51,6 +48,13 @@ STEP = (
 """The phases of a step, in the order in which they are shown; docs/training.md says what is in each."""
 
 
+class Timed(Protocol):
+    """What the time of a step depends on beside the step: a trainer's on-policy batches, and what it does before a step begins."""
+
+    on_policy: Any
+    seconds_before_step: float
+
+
 class RunRecorder(TrainerCallback):
     """Appends each log to the run's metrics, times every step, and stops at the end of a step when asked to.
 
@@ -59,7 +63,7 @@ class RunRecorder(TrainerCallback):
 
     def __init__(self, run: RunFolder, advance: Callable[[int, int], None] | None = None) -> None:
         self.run, self.advance = run, advance
-        self.trainer: AlignTITrainer | None = None
+        self.trainer: Timed | None = None
         self.seconds: list[float] = []
         self.asked = 0
         """What this process was asked by. Only signals change it: one that comes during the exchange is seen after the next step."""
@@ -67,7 +71,7 @@ class RunRecorder(TrainerCallback):
         """What any of the processes was asked by, at the end of the last step."""
         self.started = 0.0
 
-    def attach(self, trainer: AlignTITrainer) -> None:
+    def attach(self, trainer: Timed) -> None:
         """Tells whose steps these are; their time then includes what the trainer does before transformers says that one begins."""
         self.trainer = trainer
 
