@@ -86,7 +86,7 @@ class Model:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median time of a step, where one is known."""
+        """The time of a step, where one is known."""
         return of_model(self.folder.summary, "seconds_per_step", self.name)
 
     @property

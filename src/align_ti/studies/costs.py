@@ -151,7 +151,7 @@ def begun(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[Recipe]:
 
 
 def seconds_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:
-    """The median time of a step, the first few left out."""
+    """The time of a step, the first few left out (`RunRecorder.seconds_per_step`)."""
     with short_run(recipe, TIMED, folder) as run:
         return float(read_json(run.cost)["seconds_per_step"])
 

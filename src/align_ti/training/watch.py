@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -48,6 +48,7 @@ STEP = (
 """The phases of a step, in the order in which they are shown; docs/training.md says what is in each."""
 
 
+@runtime_checkable
 class Timed(Protocol):
     """What the time of a step depends on beside the step: a trainer's on-policy batches, and what it does before a step begins."""
 
