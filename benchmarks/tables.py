@@ -31,6 +31,9 @@ RESULTS = ROOT / "results"
 METHODS = ("sft", "kd", "kd_iva", "kd_tpa", "align_ti")
 """The variants that are the paper's methods, where a study has others too."""
 
+HIGHEST = ("kd", "align_ti", "llava_kd", "compodistill")
+"""Vanilla KD and the three variants of `menu` with the highest means."""
+
 WORDS = {
     "vanilla_kd": "vanilla KD, common implementation",
     "ours_kd": "our vanilla KD (SFT + KD)",
@@ -426,6 +429,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "large-differences": partial(study_tables.differences, "large"),
     "reviewers-variants": partial(study_tables.variants, "reviewers"),
     "reviewers-differences": partial(study_tables.differences, "reviewers"),
+    "menu-variants": partial(study_tables.variants, "menu"),
+    "menu-differences": partial(study_tables.differences, "menu"),
+    "menu-kinds": partial(study_tables.metrics, "menu", "exact match", HIGHEST),
+    "labels-variants": partial(study_tables.variants, "labels"),
+    "labels-differences": partial(study_tables.differences, "labels"),
     "long-variants": partial(study_tables.variants, "long"),
     "long-differences": partial(study_tables.differences, "long"),
     "long-kinds": partial(study_tables.metrics, "long", "exact match"),
