@@ -107,7 +107,7 @@ class Model:
 
     @property
     def seconds(self) -> float | None:
-        """The time of all steps, at the median time of one."""
+        """The time of all steps: that of one, times their number."""
         steps = self.trained_on.get("steps", self.folder.summary.get("steps"))
         return None if self.seconds_per_step is None or steps is None else self.seconds_per_step * steps
 

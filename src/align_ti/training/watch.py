@@ -78,13 +78,13 @@ class RunRecorder(TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median time of a step, or None if there were too few to tell; the mean where only some batches are on-policy."""
+        """The median time of a step, the mean with on-policy batches; None if there were too few to tell."""
         steps = self.seconds[WARM_UP:]
         if not steps:
             return None
-        # A median would be the time of one kind of batch, whatever the other kind costs.
-        mixed = self.trainer is not None and self.trainer.on_policy is not None
-        return statistics.fmean(steps) if mixed else statistics.median(steps)
+        # Where some batches are answered and others not, a median is the time of one kind, whatever the other costs.
+        on_policy = self.trainer is not None and self.trainer.on_policy is not None
+        return statistics.fmean(steps) if on_policy else statistics.median(steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter()
