@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -75,6 +76,12 @@ class Objective(Knobs):
     def _some_term(self) -> Objective:
         if not self.active:
             raise ValueError("every weight is 0, so there is nothing to learn; give one term a weight above 0")
+        for progress in self.moments():
+            if not self.at_progress(progress).active:
+                raise ValueError(
+                    f"by the schedules every weight is 0 at {progress:.0%} of training, where there is nothing to learn; keep one "
+                    "term's weight above 0 there"
+                )
         return self
 
     @classmethod
@@ -102,6 +109,34 @@ class Objective(Knobs):
     def active(self) -> tuple[str, ...]:
         """The names of the terms with a weight above 0, in the order of `terms`."""
         return tuple(self.terms)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether any term has options that change along training."""
+        return any(term.schedule for term in self.terms.values())
+
+    def at_progress(self, progress: float) -> Objective:
+        """The objective with the options that its terms have at this fraction of training, and no schedules."""
+        if not self.scheduled:
+            return self
+        return self.model_copy(update={name: term.at_progress(progress) for name, term in self.terms.items()})
+
+    def moments(self) -> list[float]:
+        """Fractions of training that show every set of terms with weight: the times of all schedules, and one between each two."""
+        courses = [course for term in self.terms.values() for course in term.schedule.values()]
+        times = sorted({0.0, 1.0, *(time for course in courses for time in (course.begin, course.end))})
+        return [moment for begin, end in pairwise(times) for moment in (begin, (begin + end) / 2)]
+
+    def stages(self) -> list[tuple[float, Objective]]:
+        """The parts of training in which the same terms have weight: the fraction of training that each takes, and the objective at
+        a moment of it, without schedules."""
+        moments = self.moments()
+        found: dict[tuple[str, ...], tuple[float, Objective]] = {}
+        for begin, middle in zip(moments[::2], moments[1::2], strict=True):
+            inside = self.at_progress(middle)
+            share, first = found.get(inside.active, (0.0, inside))
+            found[inside.active] = (share + 2 * (middle - begin), first)
+        return list(found.values())
 
     @property
     def needs_teacher(self) -> bool:
@@ -640,10 +675,10 @@ class Recipe(Knobs):
 
     @model_validator(mode="after")
     def _somebody_to_compare_with(self) -> Recipe:
-        if self.data.on_policy is not None and not self.objective.needs_teacher:
+        if self.data.on_policy is not None and (found := nothing_compared(self.objective)) is not None:
             raise ValueError(
-                "data.on_policy is given, but no term with weight compares with a teacher, and nothing else is learned from the "
-                "student's own answers; give such a term a weight (objective.kd.weight: 1), or leave data.on_policy out"
+                f"data.on_policy is given, but {found}, and nothing else is learned from the student's own answers; give such a term "
+                "a weight (objective.kd.weight: 1), or leave data.on_policy out"
             )
         return self
 
@@ -670,6 +705,16 @@ def not_cacheable(recipe: Recipe) -> str | None:
         return "no term with weight compares with a teacher; give kd or iva a weight"
     if recipe.data.on_policy is not None:
         return "data.on_policy lets the student answer, which no cache knows beforehand; leave data.on_policy out"
+    return None
+
+
+def nothing_compared(objective: Objective) -> str | None:
+    """Where in training no term compares with a teacher, in words; None: nowhere."""
+    if not objective.needs_teacher:
+        return "no term with weight compares with a teacher"
+    for progress in objective.moments():
+        if not objective.at_progress(progress).needs_teacher:
+            return f"at {progress:.0%} of training no term compares with a teacher"
     return None
 
 

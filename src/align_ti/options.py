@@ -92,14 +92,23 @@ def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str],
 
 def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
     """The keys of the section that the path leads to."""
+    keyed = False
     for part in parts:
-        # The number of a list's entry leads to no other section.
-        if not part.isdigit():
+        # The number of a list's entry, and the key of a mapping of sections, lead to no other section.
+        if not part.isdigit() and not keyed:
             inner = knobs.section(part)
             if inner is None:
                 return []
+            keyed = holds_mapping(knobs, part)
             knobs = inner
+        else:
+            keyed = False
     return list(knobs.known())
+
+
+def holds_mapping(knobs: type[Knobs], name: str) -> bool:
+    """Whether an option is a mapping, of names to sections."""
+    return name in knobs.model_fields and get_origin(knobs.model_fields[name].annotation) is dict
 
 
 def takes_tuple(knobs: type[Knobs], name: str) -> bool:

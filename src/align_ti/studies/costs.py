@@ -62,14 +62,14 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         for _ in range(rounds):
             for name in missing:
                 advance(f"time a step: {study.label(name)}", done, total)
-                seconds[name].append(seconds_of_a_step(recipes[name], folder))
+                seconds[name].append(over_stages(recipes[name], lambda recipe: seconds_of_a_step(recipe, folder)))
                 done += 1
         for name in missing:
             advance(f"count FLOPs: {study.label(name)}", done, total)
             known[name] = {
                 "of": measured_as(study, name),
                 "seconds_per_step": median(seconds[name]),
-                "flops_per_step": flops_of_a_step(recipes[name], folder),
+                "flops_per_step": over_stages(recipes[name], lambda recipe: flops_of_a_step(recipe, folder)),
             }
             done += 1
             advance(f"count FLOPs: {study.label(name)}", done, total)
@@ -148,6 +148,14 @@ def begun(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[Recipe]:
     with short_run(recipe, steps, folder) as run:
         student = recipe.student.model_copy(update={"path": str(run.student)})
         yield recipe.model_copy(update={"student": student})
+
+
+def over_stages(recipe: Recipe, measured: Callable[[Recipe], float]) -> float:
+    """The mean of what is measured over training: where schedules give terms weight for a time, each set of terms is measured."""
+    return sum(
+        share * measured(recipe.model_copy(update={"objective": objective}))
+        for share, objective in recipe.objective.stages()
+    )
 
 
 def seconds_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +19,7 @@ from align_ti.losses.divergences.forward_kl import ForwardKl
 from align_ti.losses.measures import Measure, Softened
 from align_ti.options import Knobs
 from align_ti.terms.readings import Readings, Reads
+from align_ti.terms.schedule import Schedule
 
 if TYPE_CHECKING:
     from align_ti.interactions.candidates import CandidateOptions
@@ -70,6 +71,33 @@ class Term(Knobs):
     """What to look at if the check finds that the term is 0 or has no gradient."""
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """The term's factor in the loss; a term with weight 0 is not computed."""
+    schedule: dict[str, Schedule] = Field(default={})
+    """Options of the term that change along training, such as {weight: {final: 0}}; only options that are numbers."""
+
+    @model_validator(mode="after")
+    def _numbers_change(self) -> Term:
+        numbers = [name for name, field in type(self).model_fields.items() if holds_number(field.annotation)]
+        for name, course in self.schedule.items():
+            if name not in numbers:
+                raise ValueError(f"schedule names {name!r}; accepted: {', '.join(numbers)}")
+            own = getattr(self, name)
+            if own is None:
+                raise ValueError(
+                    f"schedule.{name} is given, but {name} is not; give it too, as the value that all else uses"
+                )
+            accepts: TypeAdapter[Any] = TypeAdapter(type(self).model_fields[name].rebuild_annotation())
+            for end, value in (("initial", course.value(0.0, own)), ("final", course.final)):
+                try:
+                    accepts.validate_python(value)
+                except ValidationError as error:
+                    accepted = str(error.errors()[0]["msg"]).removeprefix("Input should be ")
+                    raise ValueError(f"schedule.{name}.{end} is {value:g}; accepted: {accepted}") from None
+        if "weight" in self.schedule and self.weight == 0:
+            raise ValueError(
+                "schedule.weight is given, but weight is 0, so the term is never computed; to begin without it, give the weight that "
+                "it will have and schedule.weight with initial: 0"
+            )
+        return self
 
     @classmethod
     def __pydantic_init_subclass__(cls) -> None:  # type: ignore[override]  # classes of terms take no options
@@ -114,6 +142,13 @@ class Term(Knobs):
         """The term with the selected layer."""
         return self.model_copy(update={"layer": layer})
 
+    def at_progress(self, progress: float) -> Term:
+        """The term with the options that it has at this fraction of training, and no schedule."""
+        if not self.schedule:
+            return self
+        now = {name: course.value(progress, getattr(self, name)) for name, course in self.schedule.items()}
+        return self.model_copy(update={**now, "schedule": {}})
+
     # --- what it is ---------------------------------------------------------------------------------------------------
 
     def mass(self, tokens: Tokens, plan: Transitions | None) -> Shaped[Tensor, ""]:
@@ -144,6 +179,11 @@ class Compares(Term):
     def measure(self) -> Softened:
         """What is measured on each row."""
         return Softened(self.divergence)
+
+
+def holds_number(annotation: Any) -> bool:
+    """Whether an option holds a real number, alone or among other forms."""
+    return annotation is float or any(holds_number(inner) for inner in get_args(annotation) if inner is not annotation)
 
 
 def per_sample(rows: Shaped[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:

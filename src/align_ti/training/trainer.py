@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.allocator import keep_freed_memory
-from align_ti.config import Objective, OnPolicy, Scores, listed
+from align_ti.config import Objective, OnPolicy, Scores, listed, nothing_compared
 from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
@@ -138,10 +138,10 @@ class AlignTITrainer(Trainer):
     ) -> None:
         self.objective: Objective = Objective() if objective is None else objective
         self.on_policy = on_policy
-        if on_policy is not None and not self.objective.needs_teacher:
+        if on_policy is not None and (found := nothing_compared(self.objective)) is not None:
             raise ConfigError(
-                "on_policy is given, but no term with weight compares with a teacher, and nothing else is learned from the student's "
-                "own answers; give such a term a weight, or leave on_policy out."
+                f"on_policy is given, but {found}, and nothing else is learned from the student's own answers; give such a term a "
+                "weight, or leave on_policy out."
             )
         if self.objective.needs_teacher and teacher_model is None:
             raise ConfigError(
@@ -317,6 +317,11 @@ class AlignTITrainer(Trainer):
             return True
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+
+    @property
+    def steps_differ(self) -> bool:
+        """Whether steps differ in kind, and so in cost: some batches are on-policy, or schedules give terms weight for a time."""
+        return self.on_policy is not None or len(self.objective.stages()) > 1
 
     @property
     def draws_candidates(self) -> bool:
@@ -500,6 +505,16 @@ class AlignTITrainer(Trainer):
                 self.shares.pending = shares_of(self.gradient_norms(batches))
         return batches, count
 
+    def progress(self, ahead: int = 0) -> float:
+        """The fraction of the training steps that are made before the step that is made now, or one so many steps ahead; terms'
+        schedules refer to it."""
+        return float(max(0, self.state.global_step + ahead) / max(1, self.state.max_steps))
+
+    def current(self, *, training: bool = True) -> Objective:
+        """The objective of the step that is made now; in evaluation the one without schedules, so that evaluations compare."""
+        objective = self.resolve_layer()
+        return objective.at_progress(self.progress()) if training else objective
+
     def counting(self) -> AbstractContextManager[None]:
         """A context in which the FLOPs of a step are counted, if they are to be."""
         return nullcontext() if self.work is None else self.work.counting()
@@ -510,7 +525,7 @@ class AlignTITrainer(Trainer):
             batches = [self.perhaps_answered(batch, number, self.on_policy) for number, batch in enumerate(batches)]
         self.step_totals = None
         if len(batches) > 1:
-            objective = self.resolve_layer()
+            objective = self.current()
             sums: dict[str, Tensor] = {}
             batches = [self._prepare_inputs(batch) for batch in batches]
             for batch in batches:
@@ -525,7 +540,7 @@ class AlignTITrainer(Trainer):
         Each term's forward and backward pass runs alone, on the step's own candidates. Gradients, random states and the count of
         draws are restored afterwards, so that the step is the same as without the measurement.
         """
-        objective, whole = self.resolve_layer(), self.accelerator.unwrap_model(self.model)
+        objective, whole = self.current(), self.accelerator.unwrap_model(self.model)
         parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
         scale = FLOAT16_SCALE if self.args.fp16 else 1.0
         place = self.draw_step, self.draws
@@ -642,7 +657,8 @@ class AlignTITrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of one batch, as its share of the whole optimizer step."""
-        objective, training = self.resolve_layer(), model.training
+        training = model.training
+        objective = self.current(training=training)
         if self.teacher_processor is not None and objective.needs_teacher and "teacher" not in inputs:
             raise ConfigError(
                 "the teacher's processor makes other inputs than the student's, but the batch holds none for it; pass conversations as "
@@ -793,10 +809,15 @@ class AlignTITrainer(Trainer):
         return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with each term unweighted beside its weight."""
+        """As in transformers, with each term unweighted beside its weight in the last step. A term that had no weight in any step
+        since the last log is left out."""
         if "loss" in logs:
             logs |= self.train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            logs |= {f"{name}_weight": term.weight for name, term in self.objective.terms.items()}
+            last = self.objective.at_progress(self.progress(-1))
+            logs |= {
+                f"{name}_weight": last.terms[name].weight if name in last.terms else 0.0
+                for name in self.objective.terms
+            }
         super().log(logs, start_time)
 
 

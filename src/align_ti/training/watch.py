@@ -50,10 +50,13 @@ STEP = (
 
 @runtime_checkable
 class Timed(Protocol):
-    """What the time of a step depends on beside the step: a trainer's on-policy batches, and what it does before a step begins."""
+    """What the time of a step depends on beside the step: whether a trainer's steps differ in kind, and what it does before a step
+    begins."""
 
-    on_policy: Any
     seconds_before_step: float
+
+    @property
+    def steps_differ(self) -> bool: ...
 
 
 class RunRecorder(TrainerCallback):
@@ -78,13 +81,13 @@ class RunRecorder(TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median time of a step, the mean with on-policy batches; None if there were too few to tell."""
+        """The median time of a step, the mean if steps differ in kind; None if there were too few to tell."""
         steps = self.seconds[WARM_UP:]
         if not steps:
             return None
         # Where some batches are answered and others not, a median is the time of one kind, whatever the other costs.
-        on_policy = self.trainer is not None and self.trainer.on_policy is not None
-        return statistics.fmean(steps) if on_policy else statistics.median(steps)
+        differ = self.trainer is not None and self.trainer.steps_differ
+        return statistics.fmean(steps) if differ else statistics.median(steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter()
