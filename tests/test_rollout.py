@@ -518,7 +518,7 @@ def test_the_time_of_a_step_includes_the_answers_and_is_a_mean_over_both_kinds(f
     recorder = RunRecorder(run)
     recorder.seconds = [9.0] * WARM_UP + [1.0, 1.0, 4.0]
     assert recorder.seconds_per_step == 1.0
-    recorder.attach(SimpleNamespace(steps_differ=True, seconds_before_step=0.0))
+    recorder.attach(SimpleNamespace(steps_differ=True, steps_change=False, seconds_before_step=0.0))
     assert recorder.seconds_per_step == 2.0
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainingArguments
+from pydantic import model_validator
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align_ti.config import Iva, Kd, Objective, OnPolicy, Recipe, Sft, Tpa
 from align_ti.data.sources import read_conversations
 from align_ti.errors import ConfigError, InterruptedRunError
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline.training import distil
-from align_ti.runs import read_json
+from align_ti.runs import RunFolder, read_json
 from align_ti.studies.costs import over_stages
+from align_ti.terms.base import Term
 from align_ti.terms.schedule import Schedule
 from align_ti.training.objective import distillation_loss
 from align_ti.training.trainer import AlignTITrainer
+from align_ti.training.watch import WARM_UP, RunRecorder
 from tests import small
 
 NUMBERS = st.floats(0.0, 3.0)
@@ -66,7 +71,7 @@ def test_stages_are_the_parts_of_training_with_the_same_terms(kd, tpa, progress)
     assert sum(share for share, _ in stages) == pytest.approx(1.0)
     assert not any(stage.scheduled for _, stage in stages)
     sets = [stage.active for _, stage in stages]
-    assert len(set(sets)) == len(sets)
+    assert len(set(sets)) == len(sets)  # weights alone change no work, unless they are 0
     times = {0.0, 1.0, *(time for one in (kd, tpa) for time in (one.begin, one.end))}
     if progress not in times:
         assert objective.at_progress(progress).active in sets
@@ -91,11 +96,82 @@ def test_a_stage_counts_as_much_as_it_lasts():
     assert over_stages(recipe, lambda of: costs[len(of.objective.active)]) == 0.25 * 10 + 0.75 * 2
 
 
+def test_another_option_than_a_weight_changes_the_work_too():
+    jump = {"initial": 0.1, "final": 1.0, "begin": 0.2, "end": 0.2}
+    stages = Objective(iva=Iva(layer=1, schedule={"share": jump})).stages()
+    assert [(round(share, 9), stage.iva.share) for share, stage in stages] == [(0.2, 0.1), (0.8, 1.0)]
+
+
+def test_a_weight_that_begins_at_0_changes_the_work_of_the_first_step():
+    ramp = Objective(kd=Kd(schedule={"weight": {"initial": 0.0, "final": 1.0}}))
+    assert ramp.changes_work
+    assert len(ramp.stages()) == 1
+    assert not Objective(kd=Kd(schedule={"weight": {"initial": 0.5, "final": 1.0}})).changes_work
+    assert not Objective().changes_work
+
+
+def test_the_cost_of_a_part_without_a_teacher_reads_no_teacher_cache():
+    off = {"weight": {"final": 0.0, "begin": 0.5, "end": 0.5}}
+    content = small.recipe(Path("nowhere"))
+    content["data"] = {**content["data"], "teacher_cache": "cache"}
+    recipe = Recipe(**{**content, "objective": Objective.only(sft=Sft(), kd=Kd(schedule=off))})
+    caches: dict[tuple[str, ...], str | None] = {}
+
+    def measured(of: Recipe) -> float:
+        caches[of.objective.active] = of.data.teacher_cache
+        return 1.0
+
+    assert over_stages(recipe, measured) == 1.0
+    assert caches == {("sft", "kd"): "cache", ("sft",): None}
+
+
+def test_terms_with_schedules_are_equal_and_hash_as_their_options():
+    one, two = (Kd(schedule={"weight": {"final": 0.5}}) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != Kd()
+
+
+def test_a_term_of_ones_own_may_have_no_other_schedule():
+    with pytest.raises(ConfigError, match="has an option named schedule, which every term has already"):
+
+        class Mine(Term):
+            name: ClassVar[str] = "mine_with_schedule"
+            schedule: str = "often"
+
+
+class Between(Term):
+    """Two numbers of which one has to be the lower."""
+
+    name: ClassVar[str] = "between"
+    low: float = 0.0
+    high: float | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Between:
+        if self.high != "auto" and self.low >= self.high:
+            raise ValueError("low has to be below high")
+        return self
+
+
+def test_the_rules_of_a_term_of_ones_own_hold_for_both_ends():
+    with pytest.raises(ConfigError, match=r"schedule\.low\.final is 2; accepted: low has to be below high"):
+        Between(high=1.0, schedule={"low": {"final": 2.0}})
+    with pytest.raises(ConfigError, match=r"schedule\.high is given, but high is 'auto', no number"):
+        Between(schedule={"high": {"final": 2.0}})
+
+
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"schedule": {"heat": {"final": 0}}}, r"schedule names 'heat'; accepted: weight, temperature"),
-        ({"schedule": {"divergence": {"final": 0}}}, r"schedule names 'divergence'; accepted: weight, temperature"),
+        (
+            {"schedule": {"heat": {"final": 0}}},
+            r"schedule names 'heat'; accepted: the term's own real numbers \(weight, temperature\)",
+        ),
+        (
+            {"schedule": {"divergence": {"final": 0}}},
+            r"schedule names 'divergence'; accepted: the term's own real numbers",
+        ),
         (
             {"schedule": {"weight": {"final": -1}}},
             r"schedule\.weight\.final is -1; accepted: greater than or equal to 0",
@@ -110,6 +186,7 @@ def test_a_stage_counts_as_much_as_it_lasts():
         ),
         ({"schedule": {"weight": {"begin": 0.5}}}, r"objective\.kd\.schedule\.weight\.final is missing"),
         ({"schedule": {"weight": {"finl": 0.5}}}, r"schedule\.weight\.finl is no known option; did you mean 'final'\?"),
+        ({"schedule": {"weight": {"initial": 0, "final": 0}}}, r"by schedule\.weight the weight is 0 throughout; give"),
         ({"weight": 0, "schedule": {"weight": {"final": 1}}}, r"weight is 0, so the term is never computed; to begin"),
     ],
 )
@@ -119,7 +196,7 @@ def test_what_a_schedule_cannot_be_is_said(term, message):
 
 
 def test_the_cutoff_of_a_draw_needs_a_value_of_its_own():
-    with pytest.raises(ConfigError, match=r"schedule\.top_p is given, but top_p is not; give it too"):
+    with pytest.raises(ConfigError, match=r"schedule\.top_p is given, but top_p is None, no number"):
         Objective(tpa={"schedule": {"top_p": {"final": 0.5}}})
 
 
@@ -169,7 +246,15 @@ class Remembers(AlignTITrainer):
         return super().loss_of(model, inputs, objective, training=training)
 
 
-def run_of(folder: Path, out: Path, objective: Objective, accumulate: int = 1) -> Remembers:
+def run_of(
+    folder: Path,
+    out: Path,
+    objective: Objective,
+    accumulate: int = 1,
+    *,
+    logging_steps: int = 1,
+    gradient_shares_every: int = 0,
+) -> Remembers:
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=4,
@@ -179,7 +264,7 @@ def run_of(folder: Path, out: Path, objective: Objective, accumulate: int = 1) -
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=1e9,
-        logging_steps=1,
+        logging_steps=logging_steps,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -193,6 +278,7 @@ def run_of(folder: Path, out: Path, objective: Objective, accumulate: int = 1) -
         objective=objective,
         train_dataset=read_conversations(folder / "train.json"),
         processing_class=load_processor(str(folder / "student")),
+        gradient_shares_every=gradient_shares_every,
     )
     run.train()
     return run
@@ -222,6 +308,7 @@ def test_a_run_is_gradient_descent_on_the_objective_of_each_step(folder, tmp_pat
     lines = logged(run)
     assert [line["sft_weight"] for line in lines] == pytest.approx([0.5, 0.875, 1.25, 1.625])
     assert [line["iva_weight"] for line in lines] == [0.0, 0.0, 0.5, 0.5]
+    assert not run.weights_seen
     assert [line["tpa_weight"] for line in lines] == [1.0, 1.0, 1.0, 0.0]
 
 
@@ -263,6 +350,26 @@ def test_a_trainer_refuses_answers_of_the_student_that_nothing_compares(folder):
         )
 
 
+def test_between_two_logs_weight_times_value_is_the_part_of_the_loss(folder, tmp_path):
+    run = run_of(folder, tmp_path, SWITCHED, logging_steps=4)
+    steps = run_of(folder, tmp_path, SWITCHED)
+    (line,) = logged(run)
+    assert line["iva_weight"] == 0.25
+    assert line["tpa_weight"] == 0.75
+    every = logged(steps)
+    assert line["loss"] == pytest.approx(sum(one["loss"] for one in every) / 4, rel=1e-4)
+    for name in ("iva", "tpa"):
+        part = sum(one[name] * one[f"{name}_weight"] for one in every if name in one) / 4
+        assert line[name] * line[f"{name}_weight"] == pytest.approx(part, rel=0.05)
+
+
+def test_the_gradient_has_no_share_of_a_term_without_weight(folder, tmp_path):
+    run = run_of(folder, tmp_path, SWITCHED, gradient_shares_every=1)
+    shares = [line for line in run.state.log_history if "sft_gradient_share" in line]
+    assert [line["iva_gradient_share"] > 0 for line in shares] == [False, False, True, True]
+    assert [line["tpa_gradient_share"] > 0 for line in shares] == [True, True, True, False]
+
+
 def test_evaluation_uses_the_options_without_schedules(folder, tmp_path):
     run = run_of(folder, tmp_path, SWITCHED)
     metrics = run.evaluate(read_conversations(folder / "train.json"))
@@ -274,6 +381,26 @@ def recipe(folder: Path, out: Path) -> Recipe:
     content = small.recipe(folder)
     training = {**content["training"], "max_steps": 4, "save_steps": 1, "logging_steps": 1}
     return Recipe(**{**content, "out": str(out), "objective": SWITCHED, "training": training})
+
+
+def test_the_time_of_a_step_is_a_mean_and_unknown_after_a_stop(folder, tmp_path):
+    recorder = RunRecorder(RunFolder(tmp_path / "run"))
+    recorder.seconds = [9.0] * WARM_UP + [1.0, 1.0, 4.0]
+    plain = SimpleNamespace(steps_differ=False, steps_change=False, seconds_before_step=0.0)
+    changing = run_of(folder, tmp_path / "trainer", SWITCHED)
+    for trainer, steps_before, expected in ((plain, 2, 1.0), (changing, 0, 2.0), (changing, 2, None)):
+        recorder.attach(trainer)
+        recorder.on_train_begin(changing.args, TrainerState(global_step=steps_before), TrainerControl())
+        assert recorder.seconds_per_step == expected
+
+
+def test_the_check_before_training_accepts_schedules(folder, tmp_path):
+    checked = recipe(folder, tmp_path / "run").model_copy(update={"check": True})
+    run = distil(checked)
+    verdicts = {one["name"]: one["state"] for one in read_json(run.check)["verdicts"]}
+    assert "fail" not in verdicts.values(), verdicts
+    assert run.student.exists()
+    assert "(scheduled, see the recipe)" in (run.student / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_stopped_run_goes_on_with_its_schedules(folder, tmp_path):

@@ -121,6 +121,12 @@ class Objective(Knobs):
             return self
         return self.model_copy(update={name: term.at_progress(progress) for name, term in self.terms.items()})
 
+    def without_schedules(self) -> Objective:
+        """The objective with the terms' own options all along."""
+        if not self.scheduled:
+            return self
+        return self.model_copy(update={name: term.without_schedule() for name, term in self.terms.items()})
+
     def moments(self) -> list[float]:
         """Fractions of training that show every set of terms with weight: the times of all schedules, and one between each two."""
         courses = [course for term in self.terms.values() for course in term.schedule.values()]
@@ -128,15 +134,34 @@ class Objective(Knobs):
         return [moment for begin, end in pairwise(times) for moment in (begin, (begin + end) / 2)]
 
     def stages(self) -> list[tuple[float, Objective]]:
-        """The parts of training in which the same terms have weight: the fraction of training that each takes, and the objective at
-        a moment of it, without schedules."""
+        """The parts of training in which a step does the same work: the fraction of training that each takes, and the objective in
+        the middle of it, without schedules.
+
+        Weights change no work unless they are 0. Any other option may: where one changes gradually, the middle counts for the part.
+        """
         moments = self.moments()
-        found: dict[tuple[str, ...], tuple[float, Objective]] = {}
+        found: list[tuple[float, Objective]] = []
         for begin, middle in zip(moments[::2], moments[1::2], strict=True):
-            inside = self.at_progress(middle)
-            share, first = found.get(inside.active, (0.0, inside))
-            found[inside.active] = (share + 2 * (middle - begin), first)
-        return list(found.values())
+            inside, share = self.at_progress(middle), 2 * (middle - begin)
+            same = [place for place, (_, other) in enumerate(found) if other.same_work(inside)]
+            if same:
+                found[same[0]] = (found[same[0]][0] + share, found[same[0]][1])
+            else:
+                found.append((share, inside))
+        return found
+
+    @property
+    def changes_work(self) -> bool:
+        """Whether steps at different times of training may do different work."""
+        first, *others = [self.at_progress(moment) for moment in self.moments()]
+        return not all(other.same_work(first) for other in others)
+
+    def same_work(self, other: Objective) -> bool:
+        """Whether a step of another objective does the same work: the same terms with the same options, weights apart."""
+        one, two = (
+            {name: term.model_copy(update={"weight": 1.0}) for name, term in of.terms.items()} for of in (self, other)
+        )
+        return one == two
 
     @property
     def needs_teacher(self) -> bool:
@@ -678,7 +703,7 @@ class Recipe(Knobs):
         if self.data.on_policy is not None and (found := nothing_compared(self.objective)) is not None:
             raise ValueError(
                 f"data.on_policy is given, but {found}, and nothing else is learned from the student's own answers; give such a term "
-                "a weight (objective.kd.weight: 1), or leave data.on_policy out"
+                "a weight there (objective.kd.weight: 1, without a schedule), or leave data.on_policy out"
             )
         return self
 

@@ -110,6 +110,7 @@ def register(cls: Registered) -> Registered:
 RESERVED = frozenset(
     ("loss", "step", "epoch", "grad_norm", "learning_rate", "branch_share", "on_policy_share", "cut_share")
     + ("chunk_rows", "terms", "active", "only", "known", "section", "where", "needs_teacher", "needs_layer", "at_layer")
+    + ("scheduled", "at_progress", "without_schedules", "moments", "stages", "changes_work", "same_work")
 )
 """Names that the log or `Objective` uses for something else than a term."""
 

@@ -105,7 +105,10 @@ def dry(recipe: Recipe) -> None:
     add_data(table, story, len(questions))
     roles = ", ".join(f"{int((sample['roles'] == number).sum())} {name}" for number, name in enumerate(ROLE_NAMES))
     table.add_row("first record", f"{len(sample['input_ids'])} tokens: {roles}")
-    terms = ", ".join(f"{name} x {getattr(recipe.objective, name).weight:g}" for name in recipe.objective.active)
+    terms = ", ".join(
+        f"{name} x {term.weight:g}{' (scheduled)' * bool(term.schedule)}"
+        for name, term in recipe.objective.terms.items()
+    )
     table.add_row("objective", terms)
     for task in tasks:
         table.add_row("benchmark", f"{task.benchmark.title}: {len(task.items)} questions")

@@ -91,9 +91,10 @@ def announce_costs(checked: Study) -> None:
     missing = unmeasured(checked, StudyFolder(checked.out))
     if missing:
         after = f", the first {checked.file.cost_after:,} of them before the measurement (cost_after)"
+        counts = sorted({steps_to_measure(checked, name) for name in missing})
         console.print(
-            f"measuring the cost of a step: {len(missing)} variant(s) are trained for {steps_to_measure(checked):,} steps each"
-            f"{after if checked.file.cost_after else ''}"
+            f"measuring the cost of a step: {len(missing)} variant(s) are trained for {'up to ' * (len(counts) > 1)}{counts[-1]:,} "
+            f"steps each{after if checked.file.cost_after else ''}"
         )
 
 

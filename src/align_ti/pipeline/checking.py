@@ -86,7 +86,9 @@ def check_before(
     """
     message: list[str | None] = [None]
     if trainer.is_world_process_zero():
-        found = run_and_write(run, recipe, parts, first_records(data), trainer.objective, int(trainer.args.world_size))
+        found = run_and_write(
+            run, recipe, parts, first_records(data), trainer.current(training=False), int(trainer.args.world_size)
+        )
         seen(found)
         message[0] = failed(found.verdicts, str(run.check))
     (said,) = broadcast_object_list(message)

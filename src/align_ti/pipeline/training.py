@@ -212,10 +212,7 @@ def why_uncounted(recipe: Recipe, parts: Parts, trainer: AlignTITrainer) -> str:
         "training.flops is false": not recipe.training.flops,
         "training.torch_compile: compiled parts cannot be looked into": recipe.training.torch_compile,
         "data.on_policy: which of the first steps the student answers is chance": recipe.data.on_policy is not None,
-        "terms have weight for a part of training only (schedule), so its first steps are not like the others": len(
-            recipe.objective.stages()
-        )
-        > 1,
+        "schedules change the work of a step, so the first ones are not like the others": recipe.objective.changes_work,
         "products of quantised weights are no operations of PyTorch's own": any(map(is_quantized, models)),
         f"attention by {', '.join(attention)} is no operation of PyTorch's own": bool(attention),
         "under DeepSpeed it was not tried": bool(trainer.is_deepspeed_enabled),

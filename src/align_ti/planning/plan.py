@@ -174,6 +174,8 @@ def make_plan(
         draws=candidate_options(recipe.objective.terms) is not None,
         terms=len(recipe.objective.active),
     )
+    if recipe.objective.scheduled:
+        assumed = (*assumed, "every term has its own options all along, without its schedule")
     plan = Plan(case, memory, traffic, (*assumed, *model.counted.notes))
     if limit is None or memory.total <= FILLED * limit:
         return plan

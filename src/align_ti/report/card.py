@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from align_ti.report.folders import weights_of
+from align_ti.report.folders import scheduled_in, weights_of
 from align_ti.report.tables import benchmark_rows, bounds, fidelity_rows
 from align_ti.runs import RunFolder, read_json, write_text
 
@@ -51,6 +51,7 @@ def write_card(run: RunFolder, folder: Path) -> Path:
         data=leaves(recipe["data"]["train"]),
         training=read_json(run.training),
         terms=weights_of(recipe["objective"]),
+        scheduled=scheduled_in(recipe["objective"]),
         last=metrics[-1] if metrics else {},
         recipe=yaml.safe_dump(name_only(recipe), sort_keys=False, allow_unicode=True),
         provenance=provenance,

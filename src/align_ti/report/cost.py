@@ -64,7 +64,10 @@ def cost_row(model: Model) -> Row:
     second, tokens = model.seconds_per_step, model.spent.get("tokens")
     return {
         "label": model.label,
-        "terms": ", ".join(f"{name} x {weight:g}" if weight != 1 else name for name, weight in model.terms.items())
+        "terms": ", ".join(
+            (f"{name} x {weight:g}" if weight != 1 else name) + (" (scheduled)" if name in model.scheduled else "")
+            for name, weight in model.terms.items()
+        )
         or DASH,
         "parameters": f"{learnt:,} of {every:,}" if every else DASH,
         "steps": f"{model.trained_on['steps']:,}" if "steps" in model.trained_on else DASH,

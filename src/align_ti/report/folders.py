@@ -79,6 +79,11 @@ class Model:
         return weights_of(self.recipe.get("objective", {}))
 
     @property
+    def scheduled(self) -> frozenset[str]:
+        """The terms with options that change along training."""
+        return scheduled_in(self.recipe.get("objective", {}))
+
+    @property
     def trained_on(self) -> Told:
         """Steps, records, and parameters by part."""
         told: Told = content(self.run.training) if self.role == "trained" else {}
@@ -116,6 +121,12 @@ def weights_of(objective: Mapping[str, Any]) -> dict[str, float]:
     """The weight of each term that has one: a term is a section with a weight."""
     sections = {name: options for name, options in objective.items() if isinstance(options, dict)}
     return {name: options["weight"] for name, options in sections.items() if options.get("weight")}
+
+
+def scheduled_in(objective: Mapping[str, Any]) -> frozenset[str]:
+    """The terms with options that change along training."""
+    sections = {name: options for name, options in objective.items() if isinstance(options, dict)}
+    return frozenset(name for name, options in sections.items() if options.get("schedule"))
 
 
 def of_model(summary: Told, what: str, name: str) -> float | None:

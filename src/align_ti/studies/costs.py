@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align_ti.config import Evaluation, Recipe
+from align_ti.config import Evaluation, Objective, Recipe
 from align_ti.errors import RunError
 from align_ti.flops import FlopCount
 from align_ti.pipeline.training import distil
@@ -92,9 +92,11 @@ def unmeasured(study: Study, folder: StudyFolder) -> list[str]:
     return [name for name in study.variants if known.get(name, {}).get("of") != measured_as(study, name)]
 
 
-def steps_to_measure(study: Study) -> int:
-    """The steps that a variant is trained for until its cost is known: `cost_after`, then those that are timed or counted."""
-    return study.file.cost_after + rounds_of(study) * TIMED + sum(COUNTED)
+def steps_to_measure(study: Study, name: str) -> int:
+    """The steps that a variant is trained for until its cost is known: `cost_after`, then those that are timed or counted, for each
+    part of training in which schedules change the work of a step."""
+    stages = len(study.templates[name].objective.stages())
+    return study.file.cost_after + stages * (rounds_of(study) * TIMED + sum(COUNTED))
 
 
 def known_costs(folder: StudyFolder) -> dict[str, Any]:
@@ -151,11 +153,14 @@ def begun(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[Recipe]:
 
 
 def over_stages(recipe: Recipe, measured: Callable[[Recipe], float]) -> float:
-    """The mean of what is measured over training: where schedules give terms weight for a time, each set of terms is measured."""
-    return sum(
-        share * measured(recipe.model_copy(update={"objective": objective}))
-        for share, objective in recipe.objective.stages()
-    )
+    """The mean of what is measured over training: where schedules change the work of a step, each part of training is measured."""
+    return sum(share * measured(at_stage(recipe, objective)) for share, objective in recipe.objective.stages())
+
+
+def at_stage(recipe: Recipe, objective: Objective) -> Recipe:
+    """The recipe with a stage's objective all along; what is stored of a teacher that the stage does not need is left out."""
+    data = recipe.data if objective.needs_teacher else recipe.data.model_copy(update={"teacher_cache": None})
+    return recipe.model_copy(update={"objective": objective, "data": data})
 
 
 def seconds_of_a_step(recipe: Recipe, folder: StudyFolder) -> float:

@@ -37,7 +37,7 @@ class Planned:
     seconds: float
     """Of training, one run after the other."""
     cost_steps: int
-    """Steps that each variant is trained for to measure its cost, those of `cost_after` among them."""
+    """Steps that each variant is trained for to measure its cost, at most, those of `cost_after` among them."""
     cost_seconds: float
     """Seconds of these steps for all variants; they are spent once per study, by the first plan or run."""
     around: float | None
@@ -81,8 +81,8 @@ def planned(study: Study, advance: Advance) -> Planned:
         rows=rows,
         left=sum(left.values()),
         seconds=sum(left[name] * row.cost.steps * row.cost.seconds_per_step for name, row in rows.items()),
-        cost_steps=steps_to_measure(study),
-        cost_seconds=steps_to_measure(study) * sum(cost.seconds_per_step for cost in costs.values()),
+        cost_steps=max(steps_to_measure(study, name) for name in costs),
+        cost_seconds=sum(steps_to_measure(study, name) * cost.seconds_per_step for name, cost in costs.items()),
         around=sum(around) / len(around) if around else None,
         working=max(weights[name] * copies[name] for name in study.variants),
         kept=RECORD * sum(row.runs for row in rows.values())

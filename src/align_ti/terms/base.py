@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from align_ti.data.batch import Tokens
-from align_ti.errors import BatchError
+from align_ti.errors import BatchError, ConfigError
 from align_ti.interactions.transitions import Transitions
 from align_ti.losses.divergences.base import AnyDivergence
 from align_ti.losses.divergences.forward_kl import ForwardKl
 from align_ti.losses.measures import Measure, Softened
-from align_ti.options import Knobs
+from align_ti.options import Knobs, checked
 from align_ti.terms.readings import Readings, Reads
 from align_ti.terms.schedule import Schedule
 
@@ -74,35 +76,48 @@ class Term(Knobs):
     schedule: dict[str, Schedule] = Field(default={})
     """Options of the term that change along training, such as {weight: {final: 0}}; only options that are numbers."""
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     @model_validator(mode="after")
     def _numbers_change(self) -> Term:
         numbers = [name for name, field in type(self).model_fields.items() if holds_number(field.annotation)]
         for name, course in self.schedule.items():
             if name not in numbers:
-                raise ValueError(f"schedule names {name!r}; accepted: {', '.join(numbers)}")
-            own = getattr(self, name)
-            if own is None:
                 raise ValueError(
-                    f"schedule.{name} is given, but {name} is not; give it too, as the value that all else uses"
+                    f"schedule names {name!r}; accepted: the term's own real numbers ({', '.join(numbers)})"
                 )
-            accepts: TypeAdapter[Any] = TypeAdapter(type(self).model_fields[name].rebuild_annotation())
+            own = getattr(self, name)
+            if not isinstance(own, float):
+                raise ValueError(
+                    f"schedule.{name} is given, but {name} is {own!r}, no number; give it one, which all else uses that does not "
+                    "change along training"
+                )
             for end, value in (("initial", course.value(0.0, own)), ("final", course.final)):
                 try:
-                    accepts.validate_python(value)
+                    checked(type(self), {**dict(self), name: value, "schedule": {}})
                 except ValidationError as error:
-                    accepted = str(error.errors()[0]["msg"]).removeprefix("Input should be ")
+                    accepted = (
+                        str(error.errors()[0]["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+                    )
                     raise ValueError(f"schedule.{name}.{end} is {value:g}; accepted: {accepted}") from None
         if "weight" in self.schedule and self.weight == 0:
             raise ValueError(
                 "schedule.weight is given, but weight is 0, so the term is never computed; to begin without it, give the weight that "
                 "it will have and schedule.weight with initial: 0"
             )
+        if "weight" in self.schedule and not any(self.schedule["weight"].value(end, self.weight) for end in (0.0, 1.0)):
+            raise ValueError("by schedule.weight the weight is 0 throughout; give the term weight: 0 and no schedule")
         return self
 
     @classmethod
     def __pydantic_init_subclass__(cls) -> None:  # type: ignore[override]  # classes of terms take no options
         """Messages about a term's options name it as a recipe does."""
         super().__pydantic_init_subclass__()
+        if "schedule" in inspect.get_annotations(cls):
+            raise ConfigError(
+                f"{cls.__name__} has an option named schedule, which every term has already; give another name."
+            )
         if "name" in cls.__dict__:
             cls.where = f"objective.{cls.name}"
 
@@ -144,10 +159,12 @@ class Term(Knobs):
 
     def at_progress(self, progress: float) -> Term:
         """The term with the options that it has at this fraction of training, and no schedule."""
-        if not self.schedule:
-            return self
         now = {name: course.value(progress, getattr(self, name)) for name, course in self.schedule.items()}
-        return self.model_copy(update={**now, "schedule": {}})
+        return self.model_copy(update={**now, "schedule": {}}) if self.schedule else self
+
+    def without_schedule(self) -> Term:
+        """The term with its own options all along."""
+        return self.model_copy(update={"schedule": {}}) if self.schedule else self
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
@@ -182,8 +199,9 @@ class Compares(Term):
 
 
 def holds_number(annotation: Any) -> bool:
-    """Whether an option holds a real number, alone or among other forms."""
-    return annotation is float or any(holds_number(inner) for inner in get_args(annotation) if inner is not annotation)
+    """Whether an option holds a real number, alone or as a member of a union."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return annotation is float or any(holds_number(inner) for inner in members)
 
 
 def per_sample(rows: Shaped[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:

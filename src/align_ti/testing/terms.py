@@ -50,6 +50,8 @@ def check_term(term: Term, plain: Plain | None = None, *, fixed_parts: bool = Fa
         AssertionError: the first rule that does not hold, with the numbers.
     """
     holds(term.name in names("term"), f"no recipe knows the term {term.name!r}; put @align_ti.register above its class")
+    # A schedule changes options from step to step; the rules are those of a step.
+    term = term.without_schedule()
     objective = Objective.only(chunk_rows=None, **{term.name: term})
     student, teacher = tiny.model(1), tiny.model(2, hidden=48, layers=3)
     for name in tiny.COMPOSITIONS:

@@ -20,8 +20,8 @@ GRADIENT_NORM = "_gradient_norm"
 
 
 def only(objective: Objective, name: str) -> Objective:
-    """The objective with one term alone, at its weight."""
-    return Objective.only(chunk_rows=objective.chunk_rows, **{name: objective.terms[name]})
+    """The objective with one term alone, at its own weight and without schedules."""
+    return Objective.only(chunk_rows=objective.chunk_rows, **{name: objective.without_schedules().terms[name]})
 
 
 def added_gradients(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[nn.Parameter]) -> list[Tensor]:

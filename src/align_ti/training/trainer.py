@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -232,6 +233,8 @@ class AlignTITrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.train_sums, self.eval_sums = Sums(), Sums()
         self.step_totals: Masses | None = None
+        self.weights_seen: list[dict[str, float]] = []
+        """The terms' weights in each step since the last log, where schedules change them."""
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     def check_sharding(self) -> None:
@@ -320,8 +323,13 @@ class AlignTITrainer(Trainer):
 
     @property
     def steps_differ(self) -> bool:
-        """Whether steps differ in kind, and so in cost: some batches are on-policy, or schedules give terms weight for a time."""
-        return self.on_policy is not None or len(self.objective.stages()) > 1
+        """Whether some steps do other work than others, by chance: some batches are on-policy."""
+        return self.on_policy is not None
+
+    @property
+    def steps_change(self) -> bool:
+        """Whether the work of a step changes along training, by the terms' schedules."""
+        return self.objective.changes_work
 
     @property
     def draws_candidates(self) -> bool:
@@ -498,6 +506,8 @@ class AlignTITrainer(Trainer):
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         with self.counting():
             batches = self.prepared(batches)
+        if self.objective.scheduled:
+            self.weights_seen.append({name: term.weight for name, term in self.current().terms.items()})
         self.seconds_before_step = time.perf_counter() - began
         step, every = self.state.global_step + 1, self.gradient_shares_every
         if every and batches and (step == 1 or step % every == 0):
@@ -505,15 +515,14 @@ class AlignTITrainer(Trainer):
                 self.shares.pending = shares_of(self.gradient_norms(batches))
         return batches, count
 
-    def progress(self, ahead: int = 0) -> float:
-        """The fraction of the training steps that are made before the step that is made now, or one so many steps ahead; terms'
-        schedules refer to it."""
-        return float(max(0, self.state.global_step + ahead) / max(1, self.state.max_steps))
+    def progress(self) -> float:
+        """The fraction of the training steps that lies before the step that is made now; terms' schedules refer to it."""
+        return float(self.state.global_step / max(1, self.state.max_steps))
 
     def current(self, *, training: bool = True) -> Objective:
         """The objective of the step that is made now; in evaluation the one without schedules, so that evaluations compare."""
         objective = self.resolve_layer()
-        return objective.at_progress(self.progress()) if training else objective
+        return objective.at_progress(self.progress()) if training else objective.without_schedules()
 
     def counting(self) -> AbstractContextManager[None]:
         """A context in which the FLOPs of a step are counted, if they are to be."""
@@ -544,7 +553,8 @@ class AlignTITrainer(Trainer):
         parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
         scale = FLOAT16_SCALE if self.args.fp16 else 1.0
         place = self.draw_step, self.draws
-        norms = {}
+        # A term that has no weight now has no part in the gradient.
+        norms = dict.fromkeys(self.objective.terms, 0.0)
         for name in objective.terms:
             alone = only(objective, name)
 
@@ -809,15 +819,17 @@ class AlignTITrainer(Trainer):
         return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with each term unweighted beside its weight in the last step. A term that had no weight in any step
-        since the last log is left out."""
+        """As in transformers, with each term unweighted beside its weight.
+
+        Where schedules change weights, the weight is the mean over the steps since the last log, and the value the mean over those
+        steps in which the term had weight; without any, the value is left out.
+        """
         if "loss" in logs:
             logs |= self.train_sums.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            last = self.objective.at_progress(self.progress(-1))
-            logs |= {
-                f"{name}_weight": last.terms[name].weight if name in last.terms else 0.0
-                for name in self.objective.terms
-            }
+            for name, term in self.objective.terms.items():
+                seen = [weights.get(name, 0.0) for weights in self.weights_seen]
+                logs[f"{name}_weight"] = fmean(seen) if "weight" in term.schedule and seen else term.weight
+            self.weights_seen = []
         super().log(logs, start_time)
 
 

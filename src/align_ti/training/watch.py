@@ -50,13 +50,16 @@ STEP = (
 
 @runtime_checkable
 class Timed(Protocol):
-    """What the time of a step depends on beside the step: whether a trainer's steps differ in kind, and what it does before a step
-    begins."""
+    """What the time of a step depends on beside the step: whether a trainer's steps differ in their work, by chance or along
+    training, and what it does before a step begins."""
 
     seconds_before_step: float
 
     @property
     def steps_differ(self) -> bool: ...
+
+    @property
+    def steps_change(self) -> bool: ...
 
 
 class RunRecorder(TrainerCallback):
@@ -74,6 +77,8 @@ class RunRecorder(TrainerCallback):
         self.stopped = 0
         """What any of the processes was asked by, at the end of the last step."""
         self.started = 0.0
+        self.went_on = False
+        """Whether the run goes on from a checkpoint."""
 
     def attach(self, trainer: Timed) -> None:
         """Tells whose steps these are; their time then includes what the trainer does before transformers says that one begins."""
@@ -81,13 +86,20 @@ class RunRecorder(TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median time of a step, the mean if steps differ in kind; None if there were too few to tell."""
+        """The median time of a step, the mean if steps differ in their work; None if there were too few to tell, or if the work
+        changes along training and the run went on from a checkpoint, whose steps were not timed here."""
         steps = self.seconds[WARM_UP:]
         if not steps:
             return None
         # Where some batches are answered and others not, a median is the time of one kind, whatever the other costs.
-        differ = self.trainer is not None and self.trainer.steps_differ
+        changes = self.trainer is not None and self.trainer.steps_change
+        if changes and self.went_on:
+            return None
+        differ = changes or (self.trainer is not None and self.trainer.steps_differ)
         return statistics.fmean(steps) if differ else statistics.median(steps)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.went_on = state.global_step > 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter()
