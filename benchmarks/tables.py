@@ -1,5 +1,4 @@
-"""The tables of docs/performance.md, docs/scaling.md, docs/teacher-cache.md, docs/quality.md and of what the README says about cost,
-from the files under results/: none is typed by hand.
+"""The tables of the pages (`PAGES`) that quote results, from the files under results/: none is typed by hand.
 
 python -m benchmarks.tables            # writes them into the page
 python -m benchmarks.tables --check    # fails if the page says anything else
@@ -23,7 +22,8 @@ PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SCALING = ROOT / "docs" / "scaling.md"
 CACHE = ROOT / "docs" / "teacher-cache.md"
 QUALITY = ROOT / "docs" / "quality.md"
-PAGES = (PAGE, README, SCALING, CACHE, QUALITY)
+STUDIES = ROOT / "docs" / "quality-studies.md"
+PAGES = (PAGE, README, SCALING, CACHE, QUALITY, STUDIES)
 """The pages that have tables."""
 
 RESULTS = ROOT / "results"
@@ -409,32 +409,33 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-remedies": plan_remedies_table,
     "plan-work": plan_work_table,
     "topk": topk_table,
-    "ablation-variants": partial(study_tables.variants, "ablation"),
+    "summary": partial(study_tables.summary, study_tables.shown()),
+    "ablation-variants": partial(study_tables.variants, "ablation", gap=True),
     "ablation-differences": partial(study_tables.differences, "ablation"),
     "ablation-kinds": partial(study_tables.metrics, "ablation", "exact match"),
     "ablation-fidelity": partial(study_tables.metrics, "ablation", "fidelity"),
     "ablation-times": partial(study_tables.times, "ablation"),
-    "muon-variants": partial(study_tables.variants, "muon"),
-    "muon-methods": partial(study_tables.variants, "muon", METHODS),
+    "muon-variants": partial(study_tables.variants, "muon", gap=True),
+    "muon-methods": partial(study_tables.variants, "muon", METHODS, seconds=True, gap=True),
     "muon-differences": partial(study_tables.differences, "muon"),
     "muon-kinds": partial(study_tables.metrics, "muon", "exact match", METHODS),
     "muon-times": partial(study_tables.times, "muon"),
-    "equal-time-variants": partial(study_tables.variants, "equal-time"),
+    "equal-time-variants": partial(study_tables.variants, "equal-time", seconds=True),
     "equal-time-differences": partial(study_tables.differences, "equal-time"),
     "demo-variants": partial(study_tables.variants, "demo"),
     "demo-differences": partial(study_tables.differences, "demo"),
     "images-variants": partial(study_tables.variants, "images"),
     "images-differences": partial(study_tables.differences, "images"),
-    "large-variants": partial(study_tables.variants, "large"),
+    "large-variants": partial(study_tables.variants, "large", seconds=True, gap=True),
     "large-differences": partial(study_tables.differences, "large"),
-    "reviewers-variants": partial(study_tables.variants, "reviewers"),
+    "reviewers-variants": partial(study_tables.variants, "reviewers", seconds=True),
     "reviewers-differences": partial(study_tables.differences, "reviewers"),
-    "menu-variants": partial(study_tables.variants, "menu"),
+    "menu-variants": partial(study_tables.variants, "menu", seconds=True),
     "menu-differences": partial(study_tables.differences, "menu"),
     "menu-kinds": partial(study_tables.metrics, "menu", "exact match", HIGHEST),
     "labels-variants": partial(study_tables.variants, "labels"),
     "labels-differences": partial(study_tables.differences, "labels"),
-    "long-variants": partial(study_tables.variants, "long"),
+    "long-variants": partial(study_tables.variants, "long", gap=True),
     "long-differences": partial(study_tables.differences, "long"),
     "long-kinds": partial(study_tables.metrics, "long", "exact match"),
     "long-times": partial(study_tables.times, "long"),

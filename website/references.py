@@ -19,6 +19,7 @@ from align_ti.cli import app
 from align_ti.config import Recipe, shipped
 from align_ti.options import Knobs
 from align_ti.registry import lookup, names
+from align_ti.terms.schedule import Schedule
 
 
 def recipes() -> str:
@@ -42,6 +43,11 @@ def recipes() -> str:
         "A term's `divergence` is one of these names, or a name with options: `divergence: {name: skew_kl, alpha: 0.1}`."
     )
     parts += [group(name, lookup("divergence", name), f"### {name}") for name in names("divergence")]
+    parts.append(group("schedule", Schedule, "## Schedules"))
+    parts.append(
+        "A term's `schedule` has one for each of its real numbers that is to change: "
+        "`schedule: {weight: {final: 0.0, begin: 0.5, end: 0.5}}`."
+    )
     parts.append("## The shipped recipes")
     parts += [f"### {name}.yaml\n\n```yaml\n{text}\n```" for name, text in shipped().items()]
     return "\n\n".join(parts)
@@ -67,6 +73,8 @@ def group(place: str, knobs: type[Knobs], heading: str) -> str:
             takes = accepted(field) if inner is None else f"[{full}](#{slug(full)})"
             if name == "divergence":
                 takes = "[a divergence](#divergences)"
+            if name == "schedule":
+                takes = "[schedules](#schedules) by option"
             meaning = field.description or ("" if inner is None else (inspect.getdoc(inner) or "").split("\n\n")[0])
             rows.append(f"| `{name}` | {takes} | {default(field)} | {cell(meaning)} |")
         lines.append("\n".join(rows))

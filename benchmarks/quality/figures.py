@@ -1,4 +1,4 @@
-"""The figures of docs/quality.md: those of each study's page, as SVG files beside its `study.json`.
+"""The figures of docs/quality.md and docs/quality-studies.md: those of each study's page, as SVG files beside its `study.json`.
 
 python -m benchmarks.quality.figures
 """
@@ -10,23 +10,11 @@ from typing import Any
 
 from align_ti.report.drawing import SOFT, axes, drawn, look, looks
 from align_ti.report.study import study_figures
-from benchmarks.quality.tables import RESULTS
+from benchmarks.quality.tables import RESULTS, shown
 
 SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_validation")
 """The figures that are kept; the page that `align-ti study` writes has all."""
 
-
-SUMMARY = (
-    ("AdamW, 1,200 steps", "ablation", ""),
-    ("AdamW, 10,000 images", "images", ""),
-    ("AdamW, 1,600 steps", "demo", ""),
-    ("AdamW, 4,800 steps", "long", ""),
-    ("AdamW, equal time", "equal-time", ""),
-    ("Muon, 1,200 steps", "muon", ""),
-    ("Muon, 250 images", "labels", "_few"),
-    ("Muon, 4,800 steps", "muon-long", ""),
-)
-"""The training of each line of the summary's figure, its study, and the end of its variants' names there."""
 
 METHODS = {"sft": "SFT", "kd": "SFT + vanilla KD", "align_ti": "Align-TI"}
 
@@ -61,7 +49,7 @@ def summary_figure(studies: dict[str, dict[str, Any]]) -> str:
     Args:
         studies: the content of each `study.json`, by study.
     """
-    lines = [line for line in SUMMARY if line[1] in studies]
+    lines = shown()
     with look():
         figure, plot = axes(8.4, 0.9 + 0.42 * len(lines))
         for shift, (name, style) in zip((-0.22, 0.0, 0.22), looks(list(METHODS)).items(), strict=True):
