@@ -439,6 +439,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-differences": partial(study_tables.differences, "long"),
     "long-kinds": partial(study_tables.metrics, "long", "exact match"),
     "long-times": partial(study_tables.times, "long"),
+    "muon-long-variants": partial(study_tables.variants, "muon-long", gap=True),
+    "muon-long-differences": partial(study_tables.differences, "muon-long"),
+    "muon-long-kinds": partial(study_tables.metrics, "muon-long", "exact match", METHODS[:2] + METHODS[-1:]),
+    "muon-long-times": partial(study_tables.times, "muon-long"),
     "budget-variants": partial(study_tables.variants, "budget"),
     "budget-differences": partial(study_tables.differences, "budget"),
 }
