@@ -17,7 +17,7 @@ SHOWN = ("differences", "kinds", "frontier-seconds", "learning-seconds-digits_va
 
 
 METHODS = {"sft": "SFT", "kd": "SFT + vanilla KD", "align_ti": "Align-TI"}
-
+"""The methods of the summary's figure, as its legend has them."""
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 """The optimizers of `alone.json`, as the legend has them."""

@@ -74,7 +74,8 @@ class Term(Knobs):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """The term's factor in the loss; a term with weight 0 is not computed."""
     schedule: dict[str, Schedule] = Field(default={})
-    """Options of the term that change along training, such as {weight: {final: 0}}; only options that are numbers."""
+    """The term's real numbers that change along training, such as {weight: {initial: 1, final: 0, begin: 0.5, end: 0.8}}; begin and
+    end are fractions of training."""
 
     def __hash__(self) -> int:
         return hash(repr(self))

@@ -506,7 +506,7 @@ class AlignTITrainer(Trainer):
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         with self.counting():
             batches = self.prepared(batches)
-        if self.objective.scheduled:
+        if batches and self.objective.scheduled:
             self.weights_seen.append({name: term.weight for name, term in self.current().terms.items()})
         self.seconds_before_step = time.perf_counter() - began
         step, every = self.state.global_step + 1, self.gradient_shares_every
