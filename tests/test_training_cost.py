@@ -196,7 +196,7 @@ def test_shares_are_refused_where_a_terms_own_gradient_cannot_be_had(folder, tmp
     trainer = AlignTITrainer(**made)
     monkeypatch.setattr(trainer, engine, True)
     with pytest.raises(ConfigError, match=r"training\.gradient_shares_every\), but .* FSDP or DeepSpeed"):
-        trainer.check_gradient_shares()
+        trainer.check_sharding()
 
 
 WORKER = """

@@ -43,11 +43,13 @@ from align_ti.models.sharding import as_one_call, called_as, is_sharded, shard
 from align_ti.models.traceless import traceless
 from align_ti.phases import OTHER, outside_of_steps, phase
 from align_ti.runs import read_json, write_json
+from align_ti.training.engines import check as check_engine
+from align_ti.training.engines import name_layers, shards_weights
 from align_ti.training.gradients import FLOAT16_SCALE, LogsGradients, added_gradients, norm_of, only, shares_of
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
-from align_ti.training.optimizers import MuonAdamW
 from align_ti.training.passes import candidate_options, candidates_for
 from align_ti.training.rollout import respond
+from align_ti.training.sums import Sums
 from align_ti.training.watch import StepPhases
 from align_ti.training.work import TrainingWork
 
@@ -56,35 +58,6 @@ logger = logging.getLogger(__name__)
 
 Data = Sequence[Conversation] | Dataset[dict[str, Any]]
 """Records, or a dataset of encoded samples."""
-
-
-class Sums:
-    """Totals and masses of each term since the last log, summed over batches."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.masses: dict[str, Tensor] = {}
-
-    def add(self, output: DistillationOutput) -> None:
-        parts = [*((name, output.totals[name], output.masses[name]) for name in output.totals)]
-        if output.branch_share is not None:
-            parts.append(("branch_share", output.branch_share, torch.ones_like(output.branch_share)))
-        for name, total, mass in parts:
-            self.count(name, total, mass)
-
-    def count(self, name: str, total: Tensor, mass: Tensor) -> None:
-        """Adds to one mean: the sum of some values, and their number."""
-        self.totals[name] = self.totals.get(name, 0.0) + total.to(widest_float(total.device))
-        self.masses[name] = self.masses.get(name, 0.0) + mass.to(widest_float(mass.device))
-
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The mean of each term over everything added, on all processes; the sums then start again at 0."""
-        names = list(self.totals)
-        if not names:
-            return {}
-        both = reduce(torch.stack([torch.stack([self.totals[name], self.masses[name]]) for name in names]))
-        self.totals, self.masses = {}, {}
-        return {name: float(total / mass.clamp(min=1)) for name, (total, mass) in zip(names, both, strict=True)}
 
 
 class AlignTITrainer(Trainer):
@@ -238,53 +211,13 @@ class AlignTITrainer(Trainer):
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     def check_sharding(self) -> None:
-        """Refuses kinds of sharding under which the loss would be another number.
-
-        Raises:
-            ConfigError: FSDP 1; sequences or layers split over devices; mixed precision or Muon under DeepSpeed; on-policy batches
-                where weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is
-                sharded on each process, or where backward runs layers again in the way of reentrant checkpointing.
-        """
-        self.check_gradient_shares()
-        split = getattr(self.accelerator, "parallelism_config", None)
-        for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
-            if split is not None and getattr(split, f"{kind}_size", 1) > 1:
-                raise ConfigError(
-                    f"accelerate's parallelism_config asks for {name} parallelism ({kind}_size {getattr(split, f'{kind}_size')}), but "
-                    "the loss reads whole sequences and whole layers on one device: rows by their positions, attention of one layer, "
-                    f"candidates over a kept cache; {kind}_size 1 is accepted; for long sequences see docs/training.md (gradient "
-                    "checkpointing, one record on a device, FSDP 2)."
-                )
-        if self.on_policy is not None and self.shards_weights:
-            raise ConfigError(
-                "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
-                "differ in length would wait for each other; leave on_policy out (in a recipe: data.on_policy), or use DDP, ZeRO-2 or "
-                "one GPU."
-            )
-        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
-            raise ConfigError(
-                "training.bf16 or training.fp16 is on, and under DeepSpeed the weights themselves would be made half precision, and "
-                "the student saved so; accepted: neither of the two under DeepSpeed, or FSDP 2, which keeps float32 weights "
-                "(`align-ti recipes copy fsdp2 fsdp2.yaml`)."
-            )
-        if self.is_deepspeed_enabled and (self.optimizer_cls_and_kwargs or (None,))[0] is MuonAdamW:
-            raise ConfigError(
-                "the optimizer is Muon (training.optimizer), which reads whole matrices, but DeepSpeed flattens them into one vector; "
-                "accepted: training.optimizer: adamw under DeepSpeed, or FSDP 2, DDP or one GPU for muon."
-            )
-        if not self.is_fsdp_enabled:
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        if getattr(plugin, "fsdp_version", 1) != 2:
-            raise ConfigError(
-                "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (`align-ti recipes copy fsdp2 "
-                "fsdp2.yaml` writes a config for accelerate)."
-            )
-        if plugin.activation_checkpointing and self.draws_candidates:
-            raise ConfigError(
-                "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
-                "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
-            )
+        """Refuses training engines under which the loss would be another number: see `align_ti.training.engines.check`."""
+        check_engine(
+            self,
+            on_policy=self.on_policy is not None,
+            candidates=self.draws_candidates,
+            gradient_shares_every=self.gradient_shares_every,
+        )
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> Optimizer:
         """As transformers', which would keep what it was given: under FSDP 2 all weights in one piece, beside the sharded ones."""
@@ -292,34 +225,10 @@ class AlignTITrainer(Trainer):
         self.optimizer_cls_and_kwargs = None
         return made
 
-    def check_gradient_shares(self) -> None:
-        """Refuses to measure shares in the gradient where a term's own gradient cannot be computed without changing the step's.
-
-        Raises:
-            ConfigError: FSDP or DeepSpeed, or reentrant gradient checkpointing.
-        """
-        if not self.gradient_shares_every:
-            return
-        asked = f"gradient_shares_every is {self.gradient_shares_every} (in a recipe: training.gradient_shares_every)"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(
-                f"{asked}, but the run is trained by FSDP or DeepSpeed, which take a gradient apart as soon as backward has made it; "
-                "use one process or DDP, or set it to 0."
-            )
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
-        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
-            raise ConfigError(
-                f"{asked}, but gradient checkpointing is reentrant, which knows the gradient of the whole step alone; set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or gradient_shares_every to 0."
-            )
-
     @property
     def shards_weights(self) -> bool:
         """Whether the student's weights are sharded over the processes: FSDP, or ZeRO-3."""
-        if self.is_fsdp_enabled:
-            return True
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+        return shards_weights(self)
 
     @property
     def steps_differ(self) -> bool:
@@ -844,16 +753,6 @@ def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     if "teacher" in batch:
         changed["teacher"] = weightless_from(batch["teacher"], count)
     return changed
-
-
-def name_layers(plugin: Any, model: PreTrainedModel) -> None:
-    """Tells accelerate which classes of layers to shard, if the user did not: those that the model names and has.
-
-    transformers names layers that a model does not have (SigLIP's text embeddings in a vision tower), and accelerate refuses these.
-    """
-    names = {type(module).__name__ for module in model.modules()}
-    if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = sorted(names & set(model._no_split_modules or ())) or None
 
 
 def encoded(data: Any, processor: Any, teacher_processor: ProcessorMixin | None = None) -> Any:

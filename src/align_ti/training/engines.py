@@ -1,0 +1,106 @@
+"""Training engines of accelerate: which of them, and which of their options, compute the exact loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from align_ti.errors import ConfigError
+from align_ti.training.optimizers import MuonAdamW
+
+
+def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_shares_every: int) -> None:
+    """Refuses training engines and their options under which the loss would be another number.
+
+    Args:
+        trainer: the trainer with its accelerator.
+        on_policy: whether the student answers some batches.
+        candidates: whether a term compares rows of candidates.
+        gradient_shares_every: steps between two measurements of each term's share in the gradient; 0: none.
+
+    Raises:
+        ConfigError: FSDP 1; sequences or layers split over devices; mixed precision or Muon under DeepSpeed; on-policy batches
+            where weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is
+            sharded on each process, or where backward runs layers again in the way of reentrant checkpointing.
+    """
+    check_gradient_shares(trainer, gradient_shares_every)
+    split = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
+        if split is not None and getattr(split, f"{kind}_size", 1) > 1:
+            raise ConfigError(
+                f"accelerate's parallelism_config asks for {name} parallelism ({kind}_size {getattr(split, f'{kind}_size')}), but "
+                "the loss reads whole sequences and whole layers on one device: rows by their positions, attention of one layer, "
+                f"candidates over a kept cache; {kind}_size 1 is accepted; for long sequences see docs/training.md (gradient "
+                "checkpointing, one record on a device, FSDP 2)."
+            )
+    if on_policy and shards_weights(trainer):
+        raise ConfigError(
+            "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
+            "differ in length would wait for each other; leave on_policy out (in a recipe: data.on_policy), or use DDP, ZeRO-2 or "
+            "one GPU."
+        )
+    if trainer.is_deepspeed_enabled and (trainer.args.bf16 or trainer.args.fp16):
+        raise ConfigError(
+            "training.bf16 or training.fp16 is on, and under DeepSpeed the weights themselves would be made half precision, and "
+            "the student saved so; accepted: neither of the two under DeepSpeed, or FSDP 2, which keeps float32 weights "
+            "(`align-ti recipes copy fsdp2 fsdp2.yaml`)."
+        )
+    if trainer.is_deepspeed_enabled and (trainer.optimizer_cls_and_kwargs or (None,))[0] is MuonAdamW:
+        raise ConfigError(
+            "the optimizer is Muon (training.optimizer), which reads whole matrices, but DeepSpeed flattens them into one vector; "
+            "accepted: training.optimizer: adamw under DeepSpeed, or FSDP 2, DDP or one GPU for muon."
+        )
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ConfigError(
+            "training is sharded by FSDP 1, which PyTorch has replaced; FSDP 2 is accepted (`align-ti recipes copy fsdp2 "
+            "fsdp2.yaml` writes a config for accelerate)."
+        )
+    if plugin.activation_checkpointing and candidates:
+        raise ConfigError(
+            "FSDP's own activation_checkpointing is on, under which the cache that candidates reuse would be written twice; use "
+            "training.gradient_checkpointing: true instead, or objective.tpa.weight: 0."
+        )
+
+
+def check_gradient_shares(trainer: Trainer, every: int) -> None:
+    """Refuses to measure shares in the gradient where a term's own gradient cannot be computed without changing the step's.
+
+    Raises:
+        ConfigError: FSDP or DeepSpeed, or reentrant gradient checkpointing.
+    """
+    if not every:
+        return
+    asked = f"gradient_shares_every is {every} (in a recipe: training.gradient_shares_every)"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"{asked}, but the run is trained by FSDP or DeepSpeed, which take a gradient apart as soon as backward has made it; "
+            "use one process or DDP, or set it to 0."
+        )
+    checkpointing: Any = trainer.args.gradient_checkpointing_kwargs or {}
+    if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise ConfigError(
+            f"{asked}, but gradient checkpointing is reentrant, which knows the gradient of the whole step alone; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or gradient_shares_every to 0."
+        )
+
+
+def shards_weights(trainer: Trainer) -> bool:
+    """Whether the student's weights are sharded over the processes: FSDP, or ZeRO-3."""
+    if trainer.is_fsdp_enabled:
+        return True
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+
+
+def name_layers(plugin: Any, model: PreTrainedModel) -> None:
+    """Tells accelerate which classes of layers to shard, if the user did not: those that the model names and has.
+
+    transformers names layers that a model does not have (SigLIP's text embeddings in a vision tower), and accelerate refuses these.
+    """
+    names = {type(module).__name__ for module in model.modules()}
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sorted(names & set(model._no_split_modules or ())) or None
