@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from typer.testing import CliRunner
 
+from align_ti.cli import app
 from align_ti.config import read_recipe
 from align_ti.errors import InterruptedRunError
+from align_ti.pipeline.parts import load_teacher
 from align_ti.pipeline.training import distil
 from tests import small
 from tests.command import run
@@ -134,6 +137,21 @@ def test_train_score_evaluate_and_report_work_together(folder, tmp_path):
     )
     assert measured.returncode == 0, measured.stderr
     assert "KL, response tokens" in measured.stdout
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_a_model_and_its_teacher_are_evaluated_in_one_precision(folder, monkeypatch, asked, dtype):
+    loaded = {}
+
+    def load(settings, device):
+        loaded[Path(settings.path).name] = settings.dtype
+        return load_teacher(settings, device)
+
+    monkeypatch.setattr("align_ti.pipeline.measuring.load_teacher", load)
+    command = ["evaluate", folder / "student", folder / "train.json", "--max-new-tokens", "2"]
+    done = CliRunner().invoke(app, [str(part) for part in [*command, "--teacher", folder / "teacher", *asked]])
+    assert done.exit_code == 0, done.output
+    assert loaded == {"student": dtype, "teacher": dtype}
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(folder, tmp_path):

@@ -23,7 +23,17 @@ from align_ti.models.loading import freeze
 from align_ti.models.pairing import Pairing
 from align_ti.planning.live import GRADIENTS, Live
 from align_ti.planning.memory import Layout, memory_of, model_of
-from align_ti.planning.plan import FILLED, Case, Models, advise, cached_teacher, launched_by, make_plan, together
+from align_ti.planning.plan import (
+    FILLED,
+    Case,
+    Models,
+    advise,
+    autocast,
+    cached_teacher,
+    launched_by,
+    make_plan,
+    together,
+)
 from align_ti.planning.sizes import bits_of, on_meta, pretend_pair, quantised_bytes, size_of, sizes_of
 from align_ti.planning.step import Batch, planned_objective, pretend_batch, recompute, step
 from align_ti.planning.steptime import Machine, slowest, step_time
@@ -232,13 +242,32 @@ def model(folder):
     return model_of(recipe(folder), BATCH, accelerator=False)
 
 
-def test_muon_is_not_planned_under_deepspeed_nor_is_that_advised(folder):
-    muon = recipe(folder, training={"optimizer": "muon"})
-    with pytest.raises(ConfigError, match=r"muon with --engine zero2, and DeepSpeed flattens .* \(ddp, fsdp2\)"):
-        make_plan(muon, Layout(engine="zero2", devices=2))
-    cases = [Case(recipe=one, batch=BATCH, layout=Layout(engine="ddp", devices=2)) for one in (muon, recipe(folder))]
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        (
+            {"optimizer": "muon"},
+            r"muon with --engine zero2, and DeepSpeed flattens .*: adamw, or another engine \(ddp, fsdp2\)",
+        ),
+        (
+            {"bf16": True},
+            r"training\.bf16 is true with --engine zero2, and DeepSpeed would save .*: training\.bf16: false, or",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_train_is_not_planned_under_it_nor_is_that_advised(folder, training, told):
+    refused = recipe(folder, training=training)
+    with pytest.raises(ConfigError, match=told):
+        make_plan(refused, Layout(engine="zero2", devices=2))
+    cases = [Case(recipe=one, batch=BATCH, layout=Layout(engine="ddp", devices=2)) for one in (refused, recipe(folder))]
     assert [launched_by("zero2")(case) is None for case in cases] == [True, False]
     assert launched_by("fsdp2")(cases[0]) is not None
+    assert [
+        autocast(replace(cases[1], layout=Layout(engine=engine, devices=2))) is None for engine in ("zero2", "ddp")
+    ] == [
+        True,
+        False,
+    ]
 
 
 def test_engines_keep_what_they_say(model):

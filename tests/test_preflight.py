@@ -571,6 +571,11 @@ def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folder,
     assert shown.exit_code == 0, shown.output
     assert "pixels.student" in shown.output and "27 pass, 0 warn, 0 fail" in shown.output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"check.json", "check.html"}
+    exchange = {}
+    for devices in ("1", "2"):
+        told = json.loads(CliRunner().invoke(app, [*command, "--json", "--devices", devices]).stdout)["verdicts"]
+        exchange[devices] = next(one for one in told if one["name"] == "memory")["values"]["exchange_mib"]
+    assert exchange["2"] > exchange["1"] == 0
     unshift(monkeypatch)
     printed = CliRunner().invoke(app, [*command, "--json"])
     assert isinstance(printed.exception, CheckError) and "fused.kd" in str(printed.exception)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 def check(
     recipe: RecipePath,
     changes: Changes = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Number of devices used for training, for the expected memory and time.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON instead of a table.")] = False,
     allow_extensions: AllowExtensions = False,
 ) -> None:
@@ -38,7 +41,7 @@ def check(
     from align_ti.runs import RunFolder
 
     with contextlib.nullcontext() if as_json else console.status("checking"):
-        found = check_recipe(checked)
+        found = check_recipe(checked, devices)
     run = RunFolder(Path(checked.out))
     if as_json:
         typer.echo(json.dumps(verdicts.as_json(found.verdicts), indent=2, ensure_ascii=False))

@@ -63,7 +63,10 @@ def evaluate(
         typer.Option(min=1, help="Use about this many questions of each benchmark, complete groups of them."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto (as saved, the default of --tasks), float32, bfloat16 or float16.")
+        str | None,
+        typer.Option(
+            help="auto (as saved, the default of --tasks), float32 (the default of DATA), bfloat16 or float16; the teacher's too."
+        ),
     ] = None,
     strict_original: StrictOriginal = False,
     processes: Annotated[
@@ -204,7 +207,9 @@ def evaluate_records(
             advance("generate answers", done[0], len(conversations))
 
         settings = Evaluation(batch_size=batch_size, max_new_tokens=max_new_tokens)
-        result = evaluate_model(model, conversations, settings, teacher=teacher, dtype=dtype, advance=answered)
+        result = evaluate_model(
+            model, conversations, settings, teacher=teacher, dtype=dtype, teacher_dtype=dtype, advance=answered
+        )
     table = Table("question type", "accuracy, %", "95 % CI", "questions")
     for kind, score in result["accuracy"].items():
         table.add_row(

@@ -36,8 +36,12 @@ def log_warnings(report: Report) -> None:
             logger.warning("%s: %s", verdict.name, verdict.sentence)
 
 
-def check_recipe(recipe: Recipe) -> Report:
+def check_recipe(recipe: Recipe, processes: int = 1) -> Report:
     """The verdicts on a recipe's models and first records; `check.json` and `check.html` are written to the run folder.
+
+    Args:
+        recipe: the run.
+        processes: processes of the run, for its expected memory and time; the check itself runs in one.
 
     Raises:
         AlignTIError: recipe, data or models cannot be read at all.
@@ -49,7 +53,7 @@ def check_recipe(recipe: Recipe) -> Report:
     for model in (parts.student, parts.teacher):
         if model is not None:
             move(unwrapped(model), device)
-    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, first_records(data))
+    return run_and_write(RunFolder(Path(recipe.out)), recipe, parts, first_records(data), processes=processes)
 
 
 def run_and_write(

@@ -149,12 +149,13 @@ def make_plan(
         sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
 
     Raises:
-        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own; or Muon is to train under DeepSpeed.
+        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own; or the recipe trains by Muon or in half
+            precision, and DeepSpeed is to train it.
     """
-    if recipe.training.optimizer == "muon" and layout.engine in DEEPSPEED:
+    if layout.engine in DEEPSPEED and (found := not_under_deepspeed(recipe)) is not None:
+        option, reason, accepted = found
         raise ConfigError(
-            f"training.optimizer is muon with --engine {layout.engine}, and DeepSpeed flattens the matrices that Muon reads; accepted: "
-            "training.optimizer: adamw, or another engine (ddp, fsdp2)."
+            f"{option} with --engine {layout.engine}, and DeepSpeed {reason}; accepted: {accepted}, or another engine (ddp, fsdp2)."
         )
     if layout.shard_teacher and not can_shard(recipe):
         raise ConfigError(
@@ -219,7 +220,7 @@ def checkpointing(case: Case) -> tuple[str, Case] | None:
 def autocast(case: Case) -> tuple[str, Case] | None:
     """Activations in bfloat16, weights as they are."""
     training = case.recipe.training
-    if training.bf16 or training.fp16 or case.recipe.student.dtype != "float32":
+    if training.bf16 or training.fp16 or case.recipe.student.dtype != "float32" or case.layout.engine in DEEPSPEED:
         return None
     return "training.bf16: true", replace(case, recipe=changed(case.recipe, training={"bf16": True}))
 
@@ -294,6 +295,17 @@ def no_longer_sharded(case: Case) -> str:
     return " with teacher.sharded: false" if case.layout.shard_teacher else ""
 
 
+def not_under_deepspeed(recipe: Recipe) -> tuple[str, str, str] | None:
+    """The recipe's option that the trainer refuses under DeepSpeed, why, and what is accepted; None if there is none."""
+    training = recipe.training
+    if training.optimizer == "muon":
+        return "training.optimizer is muon", "flattens the matrices that Muon reads", "training.optimizer: adamw"
+    for name in ("bf16", "fp16"):
+        if getattr(training, name):
+            return f"training.{name} is true", "would save the student in half precision", f"training.{name}: false"
+    return None
+
+
 def launched_by(engine: str) -> Change:
     """Another engine on the same devices."""
 
@@ -303,7 +315,7 @@ def launched_by(engine: str) -> Change:
             return None
         if engine == "fsdp2" and case.recipe.data.on_policy is not None:
             return None  # the trainer refuses the two together
-        if engine in DEEPSPEED and case.recipe.training.optimizer == "muon":
+        if engine in DEEPSPEED and not_under_deepspeed(case.recipe) is not None:
             return None  # likewise
         told = (
             f"--engine {engine} (to train: `accelerate launch --config_file {engine}.yaml`, which `align-ti recipes copy {engine} "
