@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -38,7 +39,6 @@ from align_ti.runs import RunFolder
 from align_ti.training import memory, passes
 from align_ti.training import objective as loss
 from align_ti.training.optimizers import hidden_matrices
-from align_ti.training.trainer import AlignTITrainer
 from tests import small
 
 LAYER = {"iva": {"layer": 1}}
@@ -548,7 +548,7 @@ def test_a_failed_check_stops_the_run_and_another_recipe_may_follow(folder, tmp_
 
 def test_only_the_main_process_checks(folder, tmp_path, monkeypatch):
     reports = []
-    monkeypatch.setattr(AlignTITrainer, "is_world_process_zero", lambda _: False)
+    monkeypatch.setattr(PartialState, "is_main_process", property(lambda _: False))
     distil(run_recipe(folder, tmp_path / "run"), seen=reports.append)
     assert not reports and not (tmp_path / "run" / "check.json").exists()
 

@@ -39,9 +39,9 @@ def run_checks(
     data: Sequence[Conversation],
     recipe: Recipe,
     *,
-    objective: Objective | None = None,
     teacher_processor: ProcessorMixin | None = None,
     processes: int = 1,
+    sharded: bool = False,
     records: int = RECORDS,
 ) -> list[Verdict]:
     """The verdicts on two models and the first records of the data, in the order of docs/check.md.
@@ -54,14 +54,15 @@ def run_checks(
         teacher: the model to imitate, on the same device; None for sft alone.
         processor: the student's processor.
         data: the training records.
-        recipe: the run that is meant.
-        objective: the recipe's objective with a number for IVA's layer; by default a middle layer stands in for "auto".
+        recipe: the run that is meant; where IVA's layer is "auto", a middle one is used.
         teacher_processor: the teacher's processor; where it makes other inputs than the student's, the teacher reads its own.
         processes: processes of the run, for its time and memory.
+        sharded: whether the run shards weights, gradients or the optimizer's states over its processes, so that the whole models'
+            memory, which is measured here, is no limit.
         records: how many of the first records are read.
     """
     models: Models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    objective = with_layer(recipe.objective if objective is None else objective, teacher)
+    objective = with_layer(recipe.objective, teacher)
     verdicts = fit_verdicts(models, processor, teacher_processor, objective)
     own = own_processor(processor, teacher_processor)
     found = read_first(data, processor, records, recipe.data.max_length, recipe.data.too_long, own)
@@ -74,7 +75,7 @@ def run_checks(
         for model in models.values():
             model.eval()
         processors = {"student": processor, "teacher": processor if own is None else own}
-        return verdicts + probe(models, processors, found, objective, recipe, len(data), processes)
+        return verdicts + probe(models, processors, found, objective, recipe, len(data), processes, sharded)
 
 
 def with_layer(objective: Objective, teacher: PreTrainedModel | None) -> Objective:
@@ -93,6 +94,7 @@ def probe(
     recipe: Recipe,
     num_records: int,
     processes: int,
+    sharded: bool,
 ) -> list[Verdict]:
     """The verdicts for which the models run."""
     pad_tokens = {name: int(processor.tokenizer.pad_token_id) for name, processor in processors.items()}
@@ -127,6 +129,7 @@ def probe(
         pairing=pairing,
         num_records=num_records,
         processes=processes,
+        sharded=sharded,
     )
 
 

@@ -34,6 +34,9 @@ TIGHT = 0.9
 LESS = "a smaller training.per_device_train_batch_size, training.gradient_checkpointing: true, or bfloat16 weights"
 """What takes less memory."""
 
+UNCHECKED = "check it on a device with more memory (`align-ti check`), then train with check: false"
+"""What to do if a run fits its devices only in parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -57,6 +60,7 @@ def cost_verdicts(
     pairing: Pairing,
     num_records: int,
     processes: int,
+    sharded: bool,
 ) -> list[Verdict]:
     """Expected memory of a device, and time of a step and of the run."""
     wanted = training.per_device_train_batch_size
@@ -76,10 +80,10 @@ def cost_verdicts(
         share = min(1.0, BUDGET / max(run(1, nullcontext(Peak())).seconds * wanted, 1e-9))
         measured = run(max(1, int(wanted * share)), peak_memory())
     except MISHAPS as error:
-        return [does_not_run(first_line(error))]
+        return [does_not_run(first_line(error), sharded)]
     mean = sum(sample.length for sample in samples) / len(samples)
     return [
-        memory(models, measured, training, processes),
+        memory(models, measured, training, processes, sharded),
         duration(measured, mean / longest[0].length, training, num_records, processes),
     ]
 
@@ -131,21 +135,25 @@ def recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
         student.disable_input_require_grads()
 
 
-def does_not_run(error: str) -> Verdict:
+def does_not_run(error: str, sharded: bool) -> Verdict:
     """The verdict where no step could be measured, out of memory among the reasons."""
+    whole = f"the check needs both models whole on one device, which this run shards: {UNCHECKED}" if sharded else LESS
     return Verdict(
         name="memory",
         state="fail",
         measured=f"a forward and backward pass stopped with: {error.rstrip('.')}",
         expected="a pass without errors",
-        way_out=f"fix what the message names; if memory ran out: {LESS}",
+        way_out=f"fix what the message names; if memory ran out: {whole}",
     )
 
 
-def memory(models: Models, measured: Measured, training: Training, processes: int) -> Verdict:
-    """Weights + the optimizer's states + the measured peak of a pass, in which gradients are included."""
+def memory(models: Models, measured: Measured, training: Training, processes: int, sharded: bool) -> Verdict:
+    """Weights + the optimizer's states + the measured peak of a pass, in which gradients are included.
+
+    Weights that lie on another device than the student do not count. A run that is sharded takes less, so nothing is refused there.
+    """
     student, wanted = models["student"], training.per_device_train_batch_size
-    weights = sum(parameter_mib(model) for model in models.values())
+    weights = sum(parameter_mib(model, on=student.device) for model in models.values())
     trained = parameter_mib(student, trained=True)
     muon = training.optimizer == "muon"
     single = hidden_matrices(student) if muon else []
@@ -169,11 +177,12 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
         )
     there = device_mib(student.device)
     values["device_mib"] = there
-    full = total is not None and there is not None and total > there
-    tight = total is not None and there is not None and total > TIGHT * there
+    share = 0.0 if sharded or total is None or there is None else total / there
+    if sharded:
+        said += f"; this run shards over {processes} processes, which takes less: see `align-ti plan`"
     return Verdict(
         name="memory",
-        state="fail" if full else "warn" if tight else "pass",
+        state="fail" if share > 1 else "warn" if share > TIGHT else "pass",
         measured=said,
         expected=f"at most {TIGHT:.0%} of " + ("the device's" if there is None else f"{there:.5g} MiB"),
         way_out=LESS,
@@ -181,9 +190,13 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
     )
 
 
-def parameter_mib(model: PreTrainedModel, trained: bool = False) -> float:
-    """Size of the weights, or of those that are trained, in MiB."""
-    kept = (parameter for parameter in model.parameters() if parameter.requires_grad or not trained)
+def parameter_mib(model: PreTrainedModel, trained: bool = False, on: torch.device | None = None) -> float:
+    """Size of the weights in MiB: of those that are trained, or that lie on a device, if asked for."""
+    kept = (
+        parameter
+        for parameter in model.parameters()
+        if (parameter.requires_grad or not trained) and (on is None or parameter.device == on)
+    )
     return sum(parameter.numel() * parameter.element_size() for parameter in kept) / 2**20
 
 
