@@ -30,6 +30,7 @@ from align_ti.pipeline.training import distil
 from align_ti.preflight import checks
 from align_ti.preflight import samples as preflight_samples
 from align_ti.preflight.checks import run_checks
+from align_ti.preflight.cost import parameter_mib
 from align_ti.preflight.page import write_page
 from align_ti.preflight.report import report_on
 from align_ti.preflight.samples import Sample, rendering, with_other_pictures
@@ -504,6 +505,14 @@ def test_a_rendering_holds_every_word_of_the_record(setting):
     record = setting.records[0]
     text = rendering(Sample(record, preflight_samples.encode(record, setting.processor)), setting.processor)
     assert "".join(p.text for p in text.spans if p.role == "response").startswith(record.turns[1].text)
+
+
+def test_weights_on_another_device_take_no_memory_of_this_one():
+    model = torch.nn.ModuleList([torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 512, device="meta")])
+    model[0].requires_grad_(False)
+    assert parameter_mib(model, on=torch.device("cpu")) == 0.25
+    assert parameter_mib(model, trained=True, on=torch.device("cpu")) == 0
+    assert parameter_mib(model) > 0.75
 
 
 def test_a_warning_needs_a_way_out():

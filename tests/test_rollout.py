@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TrainingArguments
 
 from align_ti.config import Iva, Kd, Objective, OnPolicy, Recipe, Sft, Tpa
+from align_ti.data.roles import TEACHER_HIDDEN
 from align_ti.data.sources import read_conversations
 from align_ti.errors import BatchError, ConfigError, InterruptedRunError, ModelError
 from align_ti.models.loading import load_model, load_processor
@@ -368,6 +369,7 @@ def test_what_cannot_be_answered_is_refused_by_name():
     refused(at_once, "sample 0: response has no token before it")
     refused({**batch, "position_ids": torch.zeros_like(batch["roles"])}, "position_ids of the batch")
     refused({**batch, "candidates": batch["input_ids"][..., None]}, "candidates of the batch")
+    refused({**batch, TEACHER_HIDDEN: torch.zeros(3, 4)}, "teacher_hidden of the batch is made for the recorded answer")
     refused({**batch, "teacher": silent}, "sample 0: the teacher's batch has no response")
     endless = copy.deepcopy(STUDENT)
     endless.generation_config = GenerationConfig()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from align_ti.cli import app
@@ -23,7 +25,7 @@ from align_ti.runs import locked, read_json, write_json
 from align_ti.studies import costs, planned, running
 from align_ti.studies.costs import Cost, equal_steps
 from align_ti.studies.design import Study, StudyFile, read_study
-from align_ti.studies.folder import StudyFolder, told
+from align_ti.studies.folder import StudyFolder, content_digest, told
 from align_ti.studies.results import differences, first_at, frontier, summary_of, with_costs
 from align_ti.studies.running import Shard, run_study
 from tests import small
@@ -509,6 +511,25 @@ def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, ch
     failed = StudyFolder(made.out).record("kd", 0)
     write_json(failed, {**read_json(failed), "error": "no room left"})
     assert found(study) is None
+
+
+def test_the_digest_of_a_data_folder_is_that_of_its_files(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "part").mkdir(parents=True)
+        (folder / "part" / "a.parquet").write_bytes(b"records")
+    assert content_digest(one) == content_digest(two) != content_digest(one / "part" / "a.parquet")
+    (two / "part" / "a.parquet").write_bytes(b"other records")
+    assert content_digest(one) != content_digest(two)
+    (one / "part" / "a.parquet").rename(one / "part" / "b.parquet")
+    assert content_digest(one) not in (content_digest(two), content_digest(one / "part" / "b.parquet"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_disk_that_a_student_takes_is_that_of_its_weights_in_32_bits(tmp_path, dtype):
+    save_file({"a": torch.zeros(3, 5, dtype=dtype), "b": torch.zeros(7, dtype=dtype)}, tmp_path / "model.safetensors")
+    assert planned.student_bytes(str(tmp_path)) == 4 * (15 + 7)
+    assert planned.student_bytes(str(tmp_path / "missing")) == 0
 
 
 def test_runs_of_other_steps_than_the_costs_give_are_refused(folder, tmp_path, cheap):

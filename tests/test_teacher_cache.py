@@ -29,6 +29,7 @@ from align_ti.pipeline.caching import cache_teacher, estimate
 from align_ti.pipeline.training import distil
 from align_ti.training.objective import distillation_loss
 from align_ti.training.recall import keep
+from align_ti.training.trainer import weightless_from
 from tests import family_models, small, test_family_chain, tiny
 from tests.launching import on_processes
 
@@ -89,6 +90,20 @@ def test_every_family_is_cached_exactly(family, tmp_path):
     assert type(light) is type(teacher)
     online = loss_and_gradients(student, teacher, batch, objective)
     check_equal(online, loss_and_gradients(student, light, with_kept(teacher, batch, layer), objective))
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_records_without_weight_leave_nothing_kept_behind(layer):
+    student, teacher = tiny.model(0), tiny.model(1)
+    batch, objective = (
+        tiny.batch(tiny.COMPOSITIONS["text only in the batch"]),
+        OBJECTIVE if layer else Objective.only(kd=Kd()),
+    )
+    online, _ = loss_and_gradients(student, teacher, weightless_from(batch, 1), objective)
+    cached, _ = loss_and_gradients(student, teacher, weightless_from(with_kept(teacher, batch, layer), 1), objective)
+    for name, value in online.terms.items():
+        assert float(value) == pytest.approx(float(cached.terms[name]), rel=1e-10) and value > 0, name
+    assert online.masses.keys() == cached.masses.keys()
 
 
 def test_the_head_alone_has_no_backbone_in_memory_and_moves(tmp_path):

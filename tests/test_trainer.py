@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -378,7 +379,21 @@ def test_kept_layer_scores_of_another_teacher_are_not_used(folder, tmp_path):
     assert again.resolve_layer().iva.layer == 77
     other = trainer(folder, tmp_path, 2, 1, objective=Objective())
     with torch.no_grad():
-        other.teacher_model.get_output_embeddings().weight.mul_(2)
+        # Not the head, which may be frozen while the rest is trained.
+        next(weight for name, weight in other.teacher_model.named_parameters() if "layers.0.mlp" in name).mul_(1.01)
+    assert other.resolve_layer().iva.layer == kept["layer"]
+
+
+def test_kept_layer_scores_of_other_data_are_not_used(folder, tmp_path):
+    first = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    first.resolve_layer()
+    kept = json.loads((tmp_path / "layer_scores.json").read_text())
+    (tmp_path / "layer_scores.json").write_text(json.dumps({**kept, "layer": 77}))
+    other = trainer(folder, tmp_path, 2, 1, objective=Objective())
+    records = list(other.train_dataset.conversations)
+    asked = Turn("user", "<image>Which digits are there?")
+    records[0] = replace(records[0], turns=(asked, *records[0].turns[1:]))
+    other.train_dataset = EncodedConversations(records, other.processing_class)
     assert other.resolve_layer().iva.layer == kept["layer"]
 
 

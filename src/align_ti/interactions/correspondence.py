@@ -45,11 +45,12 @@ class Correspondence:
         places = self.places.to(values.device)
         sample = torch.arange(len(places), device=values.device)[:, None]
         moved = values[sample, places]
+        visual, teacher_visual = self.visual.to(values.device), self.teacher_visual.to(values.device)
         for index, weights in enumerate(self.mixing or ()):
-            seen = values[index][self.teacher_visual[index]]
+            seen = values[index][teacher_visual[index]]
             if len(seen):
                 mixed = weights / weights.sum(0) if sums else weights
-                moved[index, self.visual[index]] = torch.tensordot(mixed.to(seen), seen, dims=1)
+                moved[index, visual[index]] = torch.tensordot(mixed.to(seen), seen, dims=1)
         return moved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -110,6 +111,23 @@ def no_folder(path: str) -> str:
 def no_vocabulary(path: str) -> str:
     """Says that a folder has no tokenizer.json, which transformers' own message about it does not."""
     return "no tokenizer.json is there; " if Path(path).is_dir() and not has_file(path, "tokenizer.json") else ""
+
+
+DIGESTED = 64
+"""Entries of a weight, about so many, that its digest is made of."""
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of some entries of every weight, which is quick for a model of any size. Quantised and empty (meta) weights, whose
+    entries cannot be read alike everywhere, have no part in it."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if type(weight) is Tensor and not weight.is_meta:
+            some = weight.flatten()[:: max(1, weight.numel() // DIGESTED)].contiguous().cpu()
+            found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def best_device() -> torch.device:

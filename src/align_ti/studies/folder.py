@@ -10,9 +10,12 @@ work/                       runs under way; nothing in it is needed once all are
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +190,28 @@ def data_paths(recipe: Recipe) -> list[str]:
 
 
 def data_digests(study: Study) -> dict[str, str]:
-    """A digest of each data file that runs read, by which a study notices that it would go on with other data."""
+    """A digest of each data file or folder that runs read, by which a study notices that it would go on with other data. Datasets of
+    the hub have none."""
     every = [recipe for recipes in study.recipes.values() for recipe in recipes.values()]
     named = dict.fromkeys(path for recipe in every for path in data_paths(recipe))
-    return {path: digest(Path(path))[:32] for path in named if Path(path).is_file()}
+    return {path: content_digest(Path(path)) for path in named if Path(path).exists()}
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a file, or of all files in a folder and their names."""
+    if path.is_file():
+        return file_digest(path)[:32]
+    found = {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file, which is read once as long as its size and its time of change stay."""
+    state = path.stat()
+    return read_digest(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def read_digest(path: Path, size: int, changed: int) -> str:
+    """A digest of a file in this state."""
+    return digest(path)

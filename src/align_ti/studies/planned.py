@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+
+from safetensors import safe_open
 
 from align_ti.runs import read_json
 from align_ti.studies.costs import Advance, Cost, measured_costs, steps_to_measure
@@ -91,5 +94,10 @@ def planned(study: Study, advance: Advance) -> Planned:
 
 
 def student_bytes(path: str) -> int:
-    """Bytes of a model's weights in 32 bits, where its folder is at hand: files of half that precision count twice."""
-    return 2 * sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    """Bytes of a model's weights in 32 bits, in which students are trained and saved; 0 if its folder is not at hand."""
+    total = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()  # an iterator of names; it is no mapping
+            total += sum(4 * prod(weights.get_slice(name).get_shape()) for name in names)
+    return total

@@ -22,15 +22,30 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from align_ti.config import OnPolicy
 from align_ti.data.lengths import last_response
-from align_ti.data.roles import NO_LABEL, PER_TOKEN, RESPONSE, VISUAL, model_inputs
+from align_ti.data.roles import (
+    NO_LABEL,
+    PER_TOKEN,
+    RESPONSE,
+    TEACHER_ATTENTION,
+    TEACHER_HIDDEN,
+    VISUAL,
+    model_inputs,
+)
 from align_ti.errors import BatchError, ModelError
 from align_ti.interactions.transitions import sampling_distribution
 from align_ti.models import families
 from align_ti.models.pairing import Pairing
 from align_ti.models.standins import Projection
 
-OF_ONE_ANSWER = ("position_ids", "cross_attention_mask", "inputs_embeds", "candidates")
-"""Fields with an entry for each token that nobody but their maker can extend to another answer."""
+OF_ONE_ANSWER = (
+    "position_ids",
+    "cross_attention_mask",
+    "inputs_embeds",
+    "candidates",
+    TEACHER_HIDDEN,
+    TEACHER_ATTENTION,
+)
+"""Fields about the recorded answer, which cannot be computed here for another one."""
 
 
 @dataclass(frozen=True, slots=True)

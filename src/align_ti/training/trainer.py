@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -27,16 +29,17 @@ from align_ti.data.conversation import Conversation
 from align_ti.data.dealing import OWN, Counted, Dealt
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
-from align_ti.data.roles import NO_LABEL, encode
+from align_ti.data.roles import NO_LABEL, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL, encode
 from align_ti.data.roles import OTHER as OTHER_ROLE
+from align_ti.data.teacher_cache import kept_rows
 from align_ti.errors import AlignTIError, ConfigError, ModelError
 from align_ti.interactions.candidates import CandidateOptions, plan_candidates
 from align_ti.interactions.layer_scores import score_layers
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
-from align_ti.models.families import head, widest_float
+from align_ti.models.families import widest_float
 from align_ti.models.headonly import has_head_only
-from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
+from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision, weights_digest
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
 from align_ti.models.sharding import as_one_call, called_as, is_sharded, shard
@@ -55,6 +58,9 @@ from align_ti.training.work import TrainingWork
 
 logger = logging.getLogger(__name__)
 
+
+TEXTS = 1000
+"""The conversations at the beginning of a dataset by which kept layer scores are recognised."""
 
 Data = Sequence[Conversation] | Dataset[dict[str, Any]]
 """Records, or a dataset of encoded samples."""
@@ -309,6 +315,7 @@ class AlignTITrainer(Trainer):
             "teacher": self.teacher_model.config.name_or_path,
             "weights": self.teacher_digest or self.digest_of_teacher(),
             "records": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+            "texts": texts_digest(self.train_dataset),
             "sample": self.scores.model_dump(),
             "seed": self.args.seed,
         }
@@ -320,14 +327,14 @@ class AlignTITrainer(Trainer):
             ModelError: it is another one on another process.
         """
         assert self.teacher_model is not None
-        weights = next(head(self.teacher_model).parameters())
-        digest = f"{float(weights.detach().float().abs().sum()):.6g}"
+        digest = weights_digest(self.teacher_model)
         if self.args.world_size > 1:
             found = gather_object([digest])
             if len(set(found)) > 1:
                 raise ModelError(
-                    f"the teacher's head differs between processes (sums of its weights: {', '.join(found)}); the same weights on all "
-                    "of them are accepted; load it on every process (FSDP_CPU_RAM_EFFICIENT_LOADING=false does so in from_pretrained)."
+                    f"the teacher's weights differ between processes (digests: {', '.join(one[:8] for one in found)}); the same "
+                    "weights on all of them are accepted; load it on every process (FSDP_CPU_RAM_EFFICIENT_LOADING=false does so in "
+                    "from_pretrained)."
                 )
         return digest
 
@@ -742,10 +749,25 @@ class AlignTITrainer(Trainer):
         super().log(logs, start_time)
 
 
+def texts_digest(data: Any) -> str | None:
+    """A digest of what is said in the first conversations of a dataset; None if it has none."""
+    if not isinstance(data, EncodedConversations):
+        return None
+    texts = [[turn.text for turn in data.conversations[index].turns] for index in range(min(len(data), TEXTS))]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]
+
+
 def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch, its records from this one on with weight 0 in every term: none of their tokens has a role or a label."""
+    """The batch, its records from this one on with weight 0 in every term: none of their tokens has a role or a label, and nothing
+    is kept of the teacher's pass over them."""
     nothing = {"labels": NO_LABEL, "roles": OTHER_ROLE, "pictures": 0}
     changed = dict(batch)
+    if TEACHER_HIDDEN in batch:
+        # One row after another, sample by sample.
+        rows = kept_rows(batch["labels"], batch["roles"], visual=TEACHER_ATTENTION in batch)
+        changed[TEACHER_HIDDEN] = batch[TEACHER_HIDDEN][: int(rows[:count].sum())]
+    if TEACHER_ATTENTION in batch:
+        changed[TEACHER_ATTENTION] = batch[TEACHER_ATTENTION][: int((batch["roles"][:count] == VISUAL).sum())]
     for name, value in nothing.items():
         if name in batch:
             changed[name] = batch[name].clone()
