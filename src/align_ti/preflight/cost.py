@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from align_ti.allocator import keep_freed_memory
@@ -190,7 +191,7 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
     )
 
 
-def parameter_mib(model: PreTrainedModel, trained: bool = False, on: torch.device | None = None) -> float:
+def parameter_mib(model: nn.Module, trained: bool = False, on: torch.device | None = None) -> float:
     """Size of the weights in MiB: of those that are trained, or that lie on a device, if asked for."""
     kept = (
         parameter
