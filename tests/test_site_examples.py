@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from align_ti.checkpoints.templates import vicuna
 from align_ti.config import Recipe
+from align_ti.data.roles import RESPONSE, encode
+from align_ti.errors import DataError
+from align_ti.models.loading import load_processor
+from tests import small
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -61,6 +66,26 @@ def test_a_reader_who_follows_the_page_gets_what_it_says(tmp_path, page, least, 
     assert len(named(page)) >= least
     assert [name for name in sorted(named(page)) if not (tmp_path / name).exists()] == []
     assert says in printed and "0 fail" in printed
+
+
+def test_a_template_that_ends_no_answer_is_replaced_as_the_page_says(tmp_path):
+    without = vicuna("END").replace("'END'", "''")
+    small.write_pair(tmp_path / "models")
+    for name in ("teacher", "student"):
+        processor = load_processor(str(tmp_path / "models" / name))
+        processor.chat_template = without
+        processor.save_pretrained(tmp_path / "models" / name)
+    record = small.write_records(tmp_path)[0]
+    with pytest.raises(DataError, match="special token"):
+        encode(record, load_processor(str(tmp_path / "models" / "student")))
+    [block] = [text for language, _, text in BLOCK.findall((DOCS / "real-pair.md").read_text()) if language == "python"]
+    with contextlib.chdir(tmp_path):
+        exec(compile(block, "real-pair.md", "exec"), {})
+    for name in ("teacher", "student"):
+        processor = load_processor(str(tmp_path / "models" / name))
+        sample = encode(record, processor)
+        end = sample["input_ids"][sample["roles"] == RESPONSE][-1]
+        assert end == processor.tokenizer.eos_token_id
 
 
 def test_troubleshooting_names_checks_and_options_that_exist():

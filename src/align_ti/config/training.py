@@ -35,7 +35,8 @@ class Training(Knobs):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Records per forward pass on one device."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimizer step. Terms are normalised over the whole step."""
+    """Forward passes per optimizer step, which has devices x per_device_train_batch_size x this many records. Terms are normalised
+    over the whole step."""
     gradient_checkpointing: bool = False
     """Recompute the student's layers in backward: less memory, more time."""
     bf16: bool = False
