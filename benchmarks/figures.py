@@ -39,7 +39,7 @@ from align_ti.models.continuation import read
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline.training import distil
 from align_ti.report.folders import ROLES as PARTS_PLAYED
-from align_ti.report.headline import Rung, ladder
+from align_ti.report.headline import ModelBar, gap_chart
 
 ROLES = {
     "other": "#c4c4c4",
@@ -364,15 +364,15 @@ def report() -> str:
     told = json.loads(DEMO.read_text(encoding="utf-8"))
     score, names = {name: told["accuracy"][name]["overall"] for name in LABELS}, list(LABELS)
     seconds = {name: each * told["steps"] for name, each in told["seconds_per_step"].items()}
-    rungs = [
-        Rung(name, label, PARTS_PLAYED.get(name, "trained"), score[name], low, high, seconds.get(name))
+    bars = [
+        ModelBar(name, label, PARTS_PLAYED.get(name, "trained"), score[name], low, high, seconds.get(name))
         for name, label in LABELS.items()
         for low, high in [told["interval_95"][name]["overall"]]
     ]
     best = max(seconds, key=lambda name: score[name])
     closed = 100 * (score[best] - score["sft"]) / (score["teacher"] - score["sft"])
     marks = (names.index("sft"), names.index(best), names.index("teacher"))
-    drawing = ladder(rungs, marks, f"{closed:.0f} % of the gap", "exact match on own questions", "%")
+    drawing = gap_chart(bars, marks, f"{closed:.0f} % of the gap", "exact match on own questions", "%")
     # A file of its own, unlike a part of a page, names what it is written in.
     return str(drawing.svg).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
 

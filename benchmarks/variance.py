@@ -38,8 +38,8 @@ from align_ti.losses.divergence import forward_kl
 from align_ti.models.branches import Branches
 from align_ti.models.continuation import continue_branches, read
 from align_ti.models.loading import load_model, load_processor
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import Pairing
-from align_ti.models.standins import Projection
 from align_ti.pipeline.training import distil
 from align_ti.runs import provenance, write_json
 from align_ti.terms.readings import view

@@ -118,7 +118,7 @@ def make_variant(name: str, bench: Bench) -> Variant:
         return Variant(name, bench, released_loss(bench, drawing=not name.endswith("given")), 1.0)
     share = float(name.split("_")[2])
     visual = 0.5 if name.endswith("iva_share_0.5") else 1.0
-    return align_ti(bench, share, one_tower=not name.endswith("two_towers"), visual_share=visual, name=name)
+    return align_ti(bench, share, shared_tower=not name.endswith("two_towers"), visual_share=visual, name=name)
 
 
 def align_ti(
@@ -126,14 +126,14 @@ def align_ti(
     share: float,
     count: int = NUM_CANDIDATES,
     *,
-    one_tower: bool = True,
+    shared_tower: bool = True,
     visual_share: float = 1.0,
     name: str = "align_ti",
 ) -> Variant:
     """Our whole loss, with the given share of `count` candidates needing a row of their own."""
     objective = Objective(iva=Iva(layer=watched_layer(bench), share=visual_share), tpa=Tpa(candidates=count))
     candidates = make_candidates(bench.batch, bench.shape, count, share)
-    loss = our_loss(bench, objective, one_tower=one_tower)
+    loss = our_loss(bench, objective, shared_tower=shared_tower)
 
     def scripted_loss() -> Tensor:
         with scripted(candidates):
@@ -148,10 +148,10 @@ def watched_layer(bench: Bench) -> int:
     return layers // 2
 
 
-def our_loss(bench: Bench, objective: Objective, *, one_tower: bool = True) -> Callable[[], Tensor]:
+def our_loss(bench: Bench, objective: Objective, *, shared_tower: bool = True) -> Callable[[], Tensor]:
     """The package's loss, with what the trainer finds once about the pair found beforehand."""
     found = pair_up(bench.student, bench.teacher)
-    pairing = dataclasses.replace(found, one_tower=one_tower and found.one_tower)
+    pairing = dataclasses.replace(found, shared_tower=shared_tower and found.shared_tower)
     generator = torch.Generator(bench.student.device).manual_seed(0)
 
     def loss() -> Tensor:

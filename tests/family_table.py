@@ -21,7 +21,7 @@ from align_ti.models.families import (
     tower,
     visual_tokens_per_picture,
 )
-from align_ti.models.standins import Projection
+from align_ti.models.overrides import Projection
 from align_ti.training.objective import distillation_loss
 from tests.family_models import COMPOSITIONS, FAMILIES, Family, candidates
 

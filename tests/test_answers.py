@@ -359,14 +359,19 @@ def test_answers_made_otherwise_or_to_other_data_are_not_mixed_in_one_file(folde
         ),
         (able(folder), folder / "train.json", longer, "max_new_tokens is 40 there and 41 here"),
         (able(folder), folder / "train.json", DRAWN, "temperature is 0.0 there and 1.0 here; seed is None there and 3"),
-        (able(folder), folder / "shapes.json", GREEDY, "record .* of train.json, which is not there with these words"),
+        (
+            able(folder),
+            folder / "shapes.json",
+            GREEDY,
+            "belongs to record .* of train.json, but that record is missing, changed",
+        ),
     ):
         with pytest.raises(RunError, match=message):
             generate_answers(teacher, source, out, settings)
     records = json.loads((folder / "train.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps(records[1:]))
     source = Source(path=str(tmp_path / "train.json"), images=str(folder))
-    with pytest.raises(RunError, match="the data have changed since"):
+    with pytest.raises(RunError, match="the data changed after generation"):
         generate_answers(able(folder), source, out, GREEDY)
     assert out.read_bytes() == before
     # What has no effect on answers does not matter: the size of batches, the folder, the seed of no draw.

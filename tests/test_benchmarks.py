@@ -199,9 +199,9 @@ def test_a_variant_without_a_shared_tower_reads_it_twice():
     bench, passes = make_bench(TINY), []
     for model in (bench.student, bench.teacher):
         model.model.vision_tower.encoder.register_forward_hook(lambda *_given: passes.append(1))
-    for one_tower, expected in ((True, 1), (False, 2)):
+    for shared_tower, expected in ((True, 1), (False, 2)):
         passes.clear()
-        align_ti(bench, 0.5, one_tower=one_tower).step()
+        align_ti(bench, 0.5, shared_tower=shared_tower).step()
         assert len(passes) == expected
 
 

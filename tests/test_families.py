@@ -15,9 +15,9 @@ from align_ti.errors import BatchError, ModelError
 from align_ti.interactions.correspondence import check_grids, correspond, resampled
 from align_ti.models import attention, branches
 from align_ti.models.families import full_attention_layers, tower, visual_grids
+from align_ti.models.overrides import Projection, same_frozen_tower, tower_once
 from align_ti.models.pairing import Pairing, pair_up, shared_ids
 from align_ti.models.recomputation import recomputed_layers
-from align_ti.models.standins import Projection, same_frozen_tower, tower_once
 from align_ti.training.objective import distillation_loss
 from tests import family_plain as plain
 from tests.family_models import COMPOSITIONS, FAMILIES, IMAGE, VOCABULARY, candidates
@@ -523,7 +523,7 @@ def test_tokenizers_that_disagree_are_refused_by_name():
 # --- one tower ----------------------------------------------------------------------------------------------------
 
 
-def one_tower(name: str) -> tuple:
+def shared_tower(name: str) -> tuple:
     family = FAMILIES[name]
     student, teacher = family.model(1), family.model(2, hidden=32, layers=3)
     tower(student).load_state_dict(tower(teacher).state_dict())
@@ -536,7 +536,7 @@ def one_tower(name: str) -> tuple:
     "name", ["llava-siglip-qwen3", "llava-onevision", "qwen2-vl", "qwen3-vl", "smolvlm", "internvl", "gemma3"]
 )
 def test_one_frozen_tower_is_computed_once_and_changes_nothing(name, form):
-    student, teacher = one_tower(name)
+    student, teacher = shared_tower(name)
     assert same_frozen_tower(student, teacher)
     batch, _ = case(name, MIXED)
     objective = only(kd=Kd(), iva=Iva(layer=1), tpa=Tpa(form=form))
@@ -547,7 +547,7 @@ def test_one_frozen_tower_is_computed_once_and_changes_nothing(name, form):
     found = {}
     for shared in (False, True):
         calls.clear()
-        loss = distillation_loss(student, teacher, batch, objective, tried, pairing=Pairing(one_tower=shared)).loss
+        loss = distillation_loss(student, teacher, batch, objective, tried, pairing=Pairing(shared_tower=shared)).loss
         found[shared] = loss.item(), gradients(student, loss), len(calls)
     assert found[True][0] == found[False][0]
     assert found[True][1].keys() == found[False][1].keys()
@@ -557,7 +557,7 @@ def test_one_frozen_tower_is_computed_once_and_changes_nothing(name, form):
 
 
 def test_towers_that_differ_are_not_shared():
-    student, teacher = one_tower("llava-siglip-qwen3")
+    student, teacher = shared_tower("llava-siglip-qwen3")
     tower(student).requires_grad_(True)
     assert not same_frozen_tower(student, teacher)
     tower(student).requires_grad_(False)
@@ -565,13 +565,13 @@ def test_towers_that_differ_are_not_shared():
         next(tower(student).parameters()).add_(1e-3)
     assert not same_frozen_tower(student, teacher)
     assert not same_frozen_tower(student, pair("qwen2-vl")[2])
-    student, teacher = one_tower("llava-siglip-qwen3")
+    student, teacher = shared_tower("llava-siglip-qwen3")
     tower(student).config.attention_dropout = 0.1
     assert not same_frozen_tower(student, teacher)
 
 
 def test_other_pixels_are_computed_anew():
-    student, teacher = one_tower("llava-siglip-qwen3")
+    student, teacher = shared_tower("llava-siglip-qwen3")
     pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with tower_once(student, teacher):
         one, again = tower(student)(pixels[:1]), tower(teacher)(pixels[:1])

@@ -16,13 +16,13 @@ from align_ti.losses import weighted
 from align_ti.losses.divergence import divergence, forward_kl, negative_log_likelihood
 from align_ti.losses.divergences.base import read_divergence
 from align_ti.losses.divergences.forward_kl import ForwardKl
-from align_ti.losses.measures import Likelihood, Softened
+from align_ti.losses.measures import NegativeLogLikelihood, Softened
 from align_ti.losses.weighted import EVERY, Rows, RowWeights, weighted_row_loss
 from align_ti.registry import names
 
 KL = Softened(ForwardKl())
 MEASURES = {
-    "nll": Likelihood(),
+    "nll": NegativeLogLikelihood(),
     "kl": KL,
     "soft": Softened(ForwardKl(), 2.0),
     "jsd": Softened(read_divergence("jensen_shannon"), 1.5),
@@ -71,7 +71,7 @@ def plain_loss(given_rows: Rows, terms: dict[str, RowWeights]) -> tuple[torch.Te
     teacher = None if given_rows.teacher is None else given_rows.teacher_head(given_rows.teacher)
     values = []
     for term in terms.values():
-        if isinstance(term.measure, Likelihood):
+        if isinstance(term.measure, NegativeLogLikelihood):
             of_rows = negative_log_likelihood(student, given_rows.labels)
         else:
             both = student[:, given_rows.shared], teacher[:, given_rows.shared]
@@ -86,7 +86,7 @@ def test_the_gradient_of_the_likelihood_written_down_is_that_of_autograd(seed):
     torch.manual_seed(seed)
     student, labels = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (5,))
     plain = negative_log_likelihood(student, labels)
-    values, slope = Likelihood()(student.detach(), None, labels, EVERY, slope=True)
+    values, slope = NegativeLogLikelihood()(student.detach(), None, labels, EVERY, slope=True)
     torch.testing.assert_close(values, plain.detach())
     torch.testing.assert_close(slope, torch.autograd.grad(plain.sum(), student)[0])
 
@@ -285,7 +285,7 @@ def test_small_coefficients_survive_half_precision():
     got = []
     for projection, states in ((head, hidden.float()), (low, hidden.clone())):
         states.requires_grad_()
-        term = RowWeights(weights=torch.ones(8), coefficient=torch.tensor(1 / 8192), measure=Likelihood())
+        term = RowWeights(weights=torch.ones(8), coefficient=torch.tensor(1 / 8192), measure=NegativeLogLikelihood())
         given_rows = Rows(student=states, student_head=projection, teacher=None, teacher_head=None, labels=labels)
         scaled = weighted_row_loss(given_rows, {"nll": term}, 3).loss * 2.0**13
         got.append(torch.autograd.grad(scaled, [states, projection.weight]))

@@ -31,8 +31,8 @@ from align_ti.models.loading import (
     load_processor,
     trained_by_part,
 )
+from align_ti.models.overrides import same_frozen_tower
 from align_ti.models.placement import move, quantization_config, stay
-from align_ti.models.standins import same_frozen_tower
 from align_ti.pipeline.measuring import evaluate_model
 from align_ti.pipeline.parts import load_parts, load_teacher
 from align_ti.pipeline.training import distil

@@ -283,7 +283,7 @@ def test_under_checkpointing_backward_holds_one_layer_at_a_time():
 def test_keys_with_candidates_behind_them_are_let_go(monkeypatch, model, layers):
     # Rows of candidates have a copy of their sample's keys each, so a cache that kept them would grow with the rows.
     batch, held = tiny.batch(tiny.COMPOSITIONS["several turns"]), []
-    update = caches.LentLayer.update
+    update = caches.ReadOnlyLayer.update
 
     def noted(layer, *states):
         keys, values = update(layer, *states)
@@ -291,7 +291,7 @@ def test_keys_with_candidates_behind_them_are_let_go(monkeypatch, model, layers)
             held.append(weakref.ref(keys))
         return keys, values
 
-    monkeypatch.setattr(caches.LentLayer, "update", noted)
+    monkeypatch.setattr(caches.ReadOnlyLayer, "update", noted)
     out = distillation_loss(checkpointed(use_reentrant=False), TEACHER, batch, OBJECTIVE, tiny.candidates(batch))
     assert len(held) == layers
     assert not any(keys() is not None for keys in held)

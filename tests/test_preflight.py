@@ -25,7 +25,7 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.errors import CheckError, RunError
 from align_ti.models import attention
 from align_ti.models.loading import freeze, load_model, load_processor
-from align_ti.models.traceless import traceless
+from align_ti.models.preservation import preserved
 from align_ti.pipeline.training import distil
 from align_ti.preflight import checks
 from align_ti.preflight import samples as preflight_samples
@@ -213,7 +213,7 @@ def test_random_states_come_back(loaded):
     with_seed()
     expected = draws()
     with_seed()
-    with traceless(loaded[0]):
+    with preserved(loaded[0]):
         draws()
     assert draws() == expected
 

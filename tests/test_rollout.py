@@ -121,10 +121,10 @@ MIXED = "text only in the batch"
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cold_answers_are_those_of_full_forwards_one_by_one(name, side):
     family, student = FAMILIES[name], FAMILIES[name].model(1)
-    wordless = {
+    image_tokens = {
         getattr(student.config, f"{kind}_token_{end}", None) for kind in ("image", "video") for end in ("id", "index")
     }
-    never = tuple(sorted(wordless - {None}))
+    never = tuple(sorted(image_tokens - {None}))
     for composition in {"several turns", "several images", MIXED, "alone"}.intersection(family.compositions):
         batch = family.batch(COMPOSITIONS[composition], 3, side)
         before = {name: value.clone() for name, value in batch.items()}
@@ -213,7 +213,9 @@ def test_a_teacher_of_its_own_sequence_reads_the_same_answers(ours, its):
     labelled = dict(theirs)
     # A teacher's labels are not needed.
     del theirs["labels"]
-    out = respond(student, {**mine, "teacher": theirs}, FREE, seeded(), Pairing(wordless=(tiny.IMAGE,))).batch
+    out = respond(
+        student, {**mine, "teacher": theirs}, FREE, seeded(), Pairing(teacher_image_tokens=(tiny.IMAGE,))
+    ).batch
     expected = by_hand(labelled, answers(out))
     del expected["labels"]
     same_batch(out["teacher"], expected)
@@ -289,7 +291,7 @@ def test_draws_follow_the_distribution_asked_for_and_nothing_of_the_models_own_o
 def test_tokens_that_stand_for_no_word_or_that_one_model_does_not_know_are_never_drawn():
     student = copy.deepcopy(STUDENT)
     shared = torch.tensor([token for token in range(tiny.VOCABULARY) if token not in {3, 11}])
-    pairing = Pairing(shared=shared, wordless=(20,))
+    pairing = Pairing(shared=shared, teacher_image_tokens=(20,))
     never = {3, 11, 20, tiny.IMAGE}
     batch = crowd(300)
     drawn = {token for answer in answers(respond(student, batch, FREE, seeded(), pairing).batch) for token in answer}

@@ -27,8 +27,8 @@ from align_ti.models.loading import load_processor
 from align_ti.models.placement import move
 from align_ti.pipeline.caching import cache_teacher, estimate
 from align_ti.pipeline.training import distil
+from align_ti.training.cached_pass import outputs_to_cache
 from align_ti.training.objective import distillation_loss
-from align_ti.training.recall import keep
 from align_ti.training.trainer import weightless_from
 from tests import family_models, small, test_family_chain, tiny
 from tests.launching import on_processes
@@ -39,7 +39,7 @@ OBJECTIVE = Objective.only(
 
 
 def with_kept(teacher, batch, layer=1):
-    kept = keep(teacher, batch, layer)
+    kept = outputs_to_cache(teacher, batch, layer)
     return {**batch, **{name: torch.cat([one[name] for one in kept]) for name in kept[0]}}
 
 
@@ -122,7 +122,7 @@ def test_a_batch_that_holds_too_little_is_refused(tmp_path):
     with pytest.raises(BatchError, match=r"response rows alone"):
         distillation_loss(student, light, with_kept(teacher, batch, None), OBJECTIVE)
     whole = with_kept(teacher, batch)
-    with pytest.raises(BatchError, match=r"for .* that are weighed"):
+    with pytest.raises(BatchError, match=r"its labels and roles select"):
         distillation_loss(student, light, {**whole, TEACHER_HIDDEN: whole[TEACHER_HIDDEN][1:]}, OBJECTIVE)
     with pytest.raises(BatchError, match=r"objective.tpa asks the teacher more"):
         distillation_loss(student, light, whole, Objective(iva=Iva(layer=1)))

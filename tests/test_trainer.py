@@ -25,12 +25,12 @@ from transformers.trainer_utils import IntervalStrategy
 from align_ti.config import Evaluation, Iva, Objective, Recipe, Tpa
 from align_ti.data.collator import EncodedConversations
 from align_ti.data.conversation import Conversation, Turn
-from align_ti.data.dealing import OWN, Counted, Dealt, Repeated
+from align_ti.data.stream_shards import OWN_RECORDS, Counted, Repeated, StreamShard
 from align_ti.errors import ConfigError, DataError, InterruptedRunError, ModelError, RunError
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.models.pairing import own_processor, reads_the_same, shared_ids
-from align_ti.models.sharding import called_as
+from align_ti.models.sharding import run_in_forward
 from align_ti.pipeline.measuring import train_and_measure
 from align_ti.pipeline.parts import load_parts
 from align_ti.pipeline.training import distil
@@ -328,7 +328,7 @@ def test_a_stream_is_evaluated_as_its_records_are_pictures_and_all(folder, tmp_p
 @given(st.integers(0, 30), st.integers(1, 4), st.integers(1, 4))
 def test_a_stream_is_dealt_out_whole_and_evenly(records, batch, processes):
     samples = [{"number": number} for number in range(records)]
-    parts = [list(Dealt(samples, batch, process, processes)) for process in range(processes)]
+    parts = [list(StreamShard(samples, batch, process, processes)) for process in range(processes)]
     (length,) = {len(part) for part in parts}
     assert length % batch == 0 and length * processes - records < batch * processes
     own = [[sample for sample in part if not isinstance(sample, Repeated)] for part in parts]
@@ -336,7 +336,9 @@ def test_a_stream_is_dealt_out_whole_and_evenly(records, batch, processes):
     for part, mine in zip(parts, own, strict=True):
         # Repeated ones stand at the end, in batches too.
         assert part[: len(mine)] == mine
-        counts = [Counted(lambda rows: {})(part[start : start + batch])[OWN] for start in range(0, length, batch)]
+        counts = [
+            Counted(lambda rows: {})(part[start : start + batch])[OWN_RECORDS] for start in range(0, length, batch)
+        ]
         assert sum(counts) == len(mine) and all(count == batch for count in counts[: len(mine) // batch])
 
 
@@ -602,9 +604,9 @@ def test_the_redirected_call_restores_forward_even_after_an_error(folder):
 
     inner = torch.nn.Linear(1, 1)
     wrapper = Wrapper(inner)
-    assert called_as(wrapper, inner, lambda: "result") == "result"
+    assert run_in_forward(wrapper, inner, lambda: "result") == "result"
     with pytest.raises(ZeroDivisionError):
-        called_as(wrapper, inner, lambda: 1 / 0)
+        run_in_forward(wrapper, inner, lambda: 1 / 0)
     assert "forward" not in inner.__dict__
 
 

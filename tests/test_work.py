@@ -8,7 +8,7 @@ from benchmarks.shapes import Decoder, Shape, Tower
 from benchmarks.variants import make_variants
 from benchmarks.work import Work, count, floors, phases, whole
 
-from align_ti.losses.measures import Likelihood
+from align_ti.losses.measures import NegativeLogLikelihood
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 
 SMALL = Shape(
@@ -86,7 +86,9 @@ def test_the_heads_products_are_all_counted():
         teacher_head=None,
         labels=torch.zeros(rows, dtype=torch.long),
     )
-    terms = {"sft": RowWeights(weights=torch.ones(rows), coefficient=torch.tensor(1.0), measure=Likelihood())}
+    terms = {
+        "sft": RowWeights(weights=torch.ones(rows), coefficient=torch.tensor(1.0), measure=NegativeLogLikelihood())
+    }
     _, found = count(lambda: weighted_row_loss(given, terms, 7).loss.backward())
     assert found.flops == 3 * 2 * rows * hidden * vocabulary
 

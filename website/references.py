@@ -17,7 +17,7 @@ from typer.cli import get_docs_for_click
 import align_ti
 from align_ti.cli import app
 from align_ti.config import Recipe, shipped
-from align_ti.options import Knobs
+from align_ti.options import Options
 from align_ti.registry import lookup, names
 from align_ti.terms.schedule import Schedule
 
@@ -53,7 +53,7 @@ def recipes() -> str:
     return "\n\n".join(parts)
 
 
-def sections(place: str, knobs: type[Knobs]) -> Iterator[tuple[str, type[Knobs]]]:
+def sections(place: str, knobs: type[Options]) -> Iterator[tuple[str, type[Options]]]:
     """The groups of options below one, each by its full name, a group before those in it."""
     for name in knobs.model_fields:
         inner = knobs.section(name)
@@ -62,7 +62,7 @@ def sections(place: str, knobs: type[Knobs]) -> Iterator[tuple[str, type[Knobs]]
             yield from sections(f"{place}{name}.", inner)
 
 
-def group(place: str, knobs: type[Knobs], heading: str) -> str:
+def group(place: str, knobs: type[Options], heading: str) -> str:
     """One group of options: what it is, and a table of its options."""
     lines = [heading, prose(inspect.getdoc(knobs) or "")]
     if knobs.model_fields:
@@ -122,7 +122,7 @@ def kind(annotation: Any) -> str:
         return f"list of {kind(inner[0])}"
     if origin is dict:
         return "options by name"
-    if isinstance(annotation, type) and issubclass(annotation, Knobs):
+    if isinstance(annotation, type) and issubclass(annotation, Options):
         return "section"
     return KINDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
@@ -132,7 +132,7 @@ def default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "**needed**"
-    if isinstance(value, Knobs):
+    if isinstance(value, Options):
         return f"`{value.name}`" if "name" in type(value).__dict__ else ""  # type: ignore[attr-defined]
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`"

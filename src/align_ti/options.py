@@ -14,7 +14,7 @@ from pydantic_core.core_schema import ErrorType
 from align_ti.errors import ConfigError
 
 
-class Knobs(BaseModel):
+class Options(BaseModel):
     """A group of options: frozen, keyword-only, checked at birth; an unknown or ill-typed one raises `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -44,7 +44,7 @@ class Knobs(BaseModel):
         return tuple(cls.model_fields)
 
     @classmethod
-    def section(cls, name: str) -> type[Knobs] | None:
+    def section(cls, name: str) -> type[Options] | None:
         """The group that an option of this name holds, however deep in unions and tuples; None if it holds a plain value."""
         return next(section_in(cls.model_fields[name].annotation), None) if name in cls.model_fields else None
 
@@ -57,23 +57,27 @@ UNION_MEMBER = re.compile(r"^(int|float|constrained-int|constrained-float|litera
 """What pydantic adds to an option's path to say which member of a union it tried."""
 
 
-def explain(knobs: type[Knobs], error: ValidationError) -> str:
+def explain(options_class: type[Options], error: ValidationError) -> str:
     """Every error, one a line: the option's name, what was found, what is accepted, the way out."""
     lines = []
     for item in error.errors():
         parts = [str(part) for part in item["loc"] if not UNION_MEMBER.match(str(part))]
-        name = ".".join([knobs.where, *parts] if knobs.where else parts)
-        lines.append(explain_item(knobs, name, item["type"], parts, item))
+        name = ".".join([options_class.where, *parts] if options_class.where else parts)
+        lines.append(explain_item(options_class, name, item["type"], parts, item))
     # A union reports each of its members; one line an option is enough.
     return "\n".join(dict.fromkeys(lines))
 
 
-def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str], item: Any) -> str:
+def explain_item(options_class: type[Options], name: str, kind: str, parts: Sequence[str], item: Any) -> str:
     """One error as a sentence."""
     message, found = str(item["msg"]), item.get("input")
     if kind == "extra_forbidden":
-        nearest = difflib.get_close_matches(parts[-1], known_keys(knobs, parts[:-1]), n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known_keys(knobs, parts[:-1]))}."
+        nearest = difflib.get_close_matches(parts[-1], known_keys(options_class, parts[:-1]), n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {nearest[0]!r}?"
+            if nearest
+            else f"known: {', '.join(known_keys(options_class, parts[:-1]))}."
+        )
         return f"{name} is no known option; {hint}"
     if kind == "sentence":
         return f"{name}{'' if message.startswith(':') else ' '}{message}"
@@ -86,49 +90,49 @@ def explain_item(knobs: type[Knobs], name: str, kind: str, parts: Sequence[str],
     advice = f", or objective.{term[1]}.weight: 0 to leave the term out" if term else ""
     accepted = message.removeprefix("Input should be ").replace("a valid integer", "an integer").replace("a valid", "a")
     if kind == "model_type":
-        accepted = f"a section of options, such as {known_keys(knobs, parts)[0]}: ..."
+        accepted = f"a section of options, such as {known_keys(options_class, parts)[0]}: ..."
     return f"{name} is {found!r}; accepted: {accepted}{advice}."
 
 
-def known_keys(knobs: type[Knobs], parts: Sequence[str]) -> list[str]:
+def known_keys(options_class: type[Options], parts: Sequence[str]) -> list[str]:
     """The keys of the section that the path leads to."""
     keyed = False
     for part in parts:
         # The number of a list's entry, and the key of a mapping of sections, lead to no other section.
         if not part.isdigit() and not keyed:
-            inner = knobs.section(part)
+            inner = options_class.section(part)
             if inner is None:
                 return []
-            keyed = holds_mapping(knobs, part)
-            knobs = inner
+            keyed = holds_mapping(options_class, part)
+            options_class = inner
         else:
             keyed = False
-    return list(knobs.known())
+    return list(options_class.known())
 
 
-def holds_mapping(knobs: type[Knobs], name: str) -> bool:
+def holds_mapping(options_class: type[Options], name: str) -> bool:
     """Whether an option is a mapping, of names to sections."""
-    return name in knobs.model_fields and get_origin(knobs.model_fields[name].annotation) is dict
+    return name in options_class.model_fields and get_origin(options_class.model_fields[name].annotation) is dict
 
 
-def takes_tuple(knobs: type[Knobs], name: str) -> bool:
+def takes_tuple(options_class: type[Options], name: str) -> bool:
     """Whether an option takes a tuple, alone or among other forms."""
 
     def inside(annotation: Any) -> bool:
         return get_origin(annotation) is tuple or any(inside(inner) for inner in get_args(annotation))
 
-    return name in knobs.model_fields and inside(knobs.model_fields[name].annotation)
+    return name in options_class.model_fields and inside(options_class.model_fields[name].annotation)
 
 
-def section_in(annotation: Any) -> Iterator[type[Knobs]]:
+def section_in(annotation: Any) -> Iterator[type[Options]]:
     """The sections that an option's annotation holds, however deep in unions and tuples."""
-    if isinstance(annotation, type) and issubclass(annotation, Knobs):
+    if isinstance(annotation, type) and issubclass(annotation, Options):
         yield annotation
     for inner in get_args(annotation):
         yield from section_in(inner)
 
 
-Group = TypeVar("Group", bound=Knobs)
+Group = TypeVar("Group", bound=Options)
 
 
 def checked(group: type[Group], options: Any, *place: str) -> Group:
@@ -147,7 +151,7 @@ def checked(group: type[Group], options: Any, *place: str) -> Group:
         ) from None
 
 
-def placed(group: type[Knobs], item: Any, place: tuple[str, ...]) -> InitErrorDetails:
+def placed(group: type[Options], item: Any, place: tuple[str, ...]) -> InitErrorDetails:
     """One error of a group at its place in a larger one. An unknown option is put into words here, where the group is known."""
     where, kind = item["loc"], item["type"]
     if kind == "extra_forbidden" and len(where) == 1:

@@ -27,7 +27,7 @@ STOPPED = (75, 130)
 """Exit codes of a process that stopped on request."""
 
 OWN_CODES = (2, *STOPPED)
-"""Exit codes of the command line (an error, requeue, Ctrl-C): these tell more than that of a process that lost its connection."""
+"""Exit codes of the command line (an error, requeue, Ctrl-C): they count before the code of one that failed because another ended."""
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

@@ -30,8 +30,8 @@ from align_ti.models.completeness import unstated_ends
 from align_ti.models.families import backbone, check_layout, class_tokens, head
 from align_ti.models.llava import Strategy, build_config, build_processor
 from align_ti.models.loading import check_loaded
+from align_ti.models.overrides import Projection
 from align_ti.models.saving import save_model
-from align_ti.models.standins import Projection
 from align_ti.runs import new_folder
 
 

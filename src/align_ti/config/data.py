@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 
 def path_or_sources(value: Any) -> str:
@@ -15,7 +15,7 @@ def path_or_sources(value: Any) -> str:
     return "path-of-one" if isinstance(value, str) else "list-of-sources"
 
 
-class Source(Knobs):
+class Source(Options):
     """One of several sources of training data."""
 
     where: ClassVar[str] = "data.train"
@@ -46,7 +46,7 @@ Train = Annotated[
 ]
 
 
-class OnPolicy(Knobs):
+class OnPolicy(Options):
     """On-policy batches: with some probability the student answers in place of the data, and both models read its answer.
 
     The last response of every record of the batch is replaced; no gradient flows through the sampling of its tokens.
@@ -68,7 +68,7 @@ class OnPolicy(Knobs):
     """Sample from the smallest set of most probable tokens that together reach this probability."""
 
 
-class Data(Knobs):
+class Data(Options):
     """The training and evaluation data."""
 
     where: ClassVar[str] = "data"

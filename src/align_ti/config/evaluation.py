@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 
-class Evaluation(Knobs):
+class Evaluation(Options):
     """How answers are generated and scored."""
 
     where: ClassVar[str] = "evaluation"
@@ -77,7 +77,7 @@ class Evaluation(Knobs):
         return self.watch or self.tasks
 
 
-class Generation(Knobs):
+class Generation(Options):
     """How a model answers training records (`align-ti generate`)."""
 
     where: ClassVar[str] = "generate"

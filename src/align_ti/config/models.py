@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 PARTS = ("vision_tower", "projector", "language_model")
 """The parts of a model that `student.freeze` knows by name."""
 
 
-class Lora(Knobs):
+class Lora(Options):
     """Low-rank adapters (LoRA, DoRA): the weights of a wrapped layer are frozen, and two small matrices beside them are
     trained.
 
@@ -39,7 +39,7 @@ class Lora(Knobs):
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks stable."""
 
 
-class Student(Knobs):
+class Student(Options):
     """The model that is trained."""
 
     where: ClassVar[str] = "student"
@@ -67,7 +67,7 @@ class Student(Knobs):
         return names
 
 
-class Teacher(Knobs):
+class Teacher(Options):
     """The model to imitate; frozen and in eval mode."""
 
     where: ClassVar[str] = "teacher"
@@ -84,7 +84,7 @@ class Teacher(Knobs):
     """Spread the teacher's weights over all processes, and gather each layer when it is called; no effect with one process."""
 
 
-class Composition(Knobs):
+class Composition(Options):
     """A new LLaVA model from a vision tower and a language model."""
 
     where: ClassVar[str] = "compose"

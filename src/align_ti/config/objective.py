@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from align_ti.options import Knobs, checked, placed, sentence
+from align_ti.options import Options, checked, placed, sentence
 from align_ti.registry import lookup, names, suggestion
 
 DEFAULT_TERMS = ("sft", "kd", "iva", "tpa")
 """The terms of Align-TI, which every objective has by default; any other term is used only if it is named."""
 
 
-class Objective(Knobs):
+class Objective(Options):
     """The loss: a weighted sum of terms, each defined in a file of `align_ti.terms` or in one of yours.
 
     Each term is an option under its name: `Objective(kd=Kd(temperature=2.0))`, `objective.kd.temperature`. The four terms of
@@ -82,7 +82,7 @@ class Objective(Knobs):
         return (*names("term"), *cls.model_fields)
 
     @classmethod
-    def section(cls, name: str) -> type[Knobs] | None:
+    def section(cls, name: str) -> type[Options] | None:
         """The options of a term."""
         return lookup("term", name) if name in names("term") else super().section(name)
 
@@ -115,7 +115,8 @@ class Objective(Knobs):
         return self.model_copy(update={name: term.without_schedule() for name, term in self.terms.items()})
 
     def moments(self) -> list[float]:
-        """Fractions of training that show every set of terms with weight: the times of all schedules, and one between each two."""
+        """Fractions of training at which every set of active terms occurs: the start and the middle of each part between two times of
+        schedules."""
         courses = [course for term in self.terms.values() for course in term.schedule.values()]
         times = sorted({0.0, 1.0, *(time for course in courses for time in (course.begin, course.end))})
         return [moment for begin, end in pairwise(times) for moment in (begin, (begin + end) / 2)]

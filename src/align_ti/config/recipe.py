@@ -9,10 +9,10 @@ from align_ti.config.evaluation import Evaluation
 from align_ti.config.models import Student, Teacher
 from align_ti.config.objective import Objective
 from align_ti.config.training import Scores, Training
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 
-class Recipe(Knobs):
+class Recipe(Options):
     """One run: student, teacher, data, objective, training and evaluation."""
 
     out: str = Field(min_length=1)

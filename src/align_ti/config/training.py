@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 
-class Training(Knobs):
+class Training(Options):
     """Optimiser, schedule, batches and logging; names are those of transformers' TrainingArguments."""
 
     where: ClassVar[str] = "training"
@@ -77,7 +77,7 @@ class Training(Knobs):
         return self
 
 
-class Scores(Knobs):
+class Scores(Options):
     """The sample of training data on which layers are scored (IRS, the instruction-relevance score)."""
 
     where: ClassVar[str] = "layer_scores"

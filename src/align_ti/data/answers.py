@@ -95,7 +95,7 @@ def as_line(answered: Conversation, key: Key, pictures: Sequence[str], cut: bool
     Args:
         answered: the record with the model's answers.
         key: which record it is.
-        images: the names of its images.
+        pictures: the names of its images.
         cut: whether one of its answers was cut at the token limit.
         made: who answered, and how.
     """
@@ -194,8 +194,8 @@ def begun(path: Path, order: Sequence[Key], made: Made) -> Begun:
             at = positions.get(key, -1)
             if at < position:
                 raise RunError(
-                    f"{place}: an answer to {key.record} of {key.source}, which is not there with these words and images, or not at "
-                    "its turn, so the data have changed since; restore them, choose another file (--out), or remove this one."
+                    f"{place}: this answer belongs to {key.record} of {key.source}, but that record is missing, changed or in another "
+                    "order, so the data changed after generation; restore them, choose another file (--out), or remove this one."
                 )
             position, lines, cut, stop = at + 1, lines + 1, cut + bool(told.get("cut")), stop + len(raw)
     if stop < path.stat().st_size:

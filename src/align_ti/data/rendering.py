@@ -133,7 +133,7 @@ def kept_blanks(piece: str, padded: str) -> tuple[str, str]:
 
 
 def trimmed(words: str, before: str, behind: str) -> str:
-    """The words as a template shows them that leaves so much of the blanks around a marker."""
+    """The words with the blanks removed that the template removes; `before` and `behind` are what it left of those around a marker."""
     in_front = {BEFORE[1:]: words.removeprefix("\n"), BEFORE[-1]: words.lstrip("\n"), "": words.lstrip()}
     words = in_front.get(before, words)
     return {BEHIND: words, BEHIND[0]: words.rstrip("\n"), "": words.rstrip()}[behind]

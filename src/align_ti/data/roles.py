@@ -110,7 +110,7 @@ def encode(
         words = with_openings(conversation, text, words, processor)
     inputs, pictures = expand(text, conversation.pictures(), processor, place)
     text, words, areas = put_in(text, words, pictures, place)
-    pieces = cut(text, processor)
+    pieces = pieces_of(text, processor)
     check_same(pieces, inputs["input_ids"][0], place)
     roles = token_roles(text, pieces, words, areas, processor)
     check_visual(pieces, roles, areas, processor, place)
@@ -162,7 +162,7 @@ def adds_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def cut(text: str, processor: ProcessorMixin) -> list[Piece]:
+def pieces_of(text: str, processor: ProcessorMixin) -> list[Piece]:
     """The tokens of the text."""
     tokenizer = processor.tokenizer
     encoded = exact_tokenizer(tokenizer).encode(text, add_special_tokens=adds_special_tokens(text, tokenizer))
@@ -212,7 +212,7 @@ def expand(
     if told is not None:
         pictures = [Picture(one["span"][0], one["span"][1], one["replacement"]) for one in told[0]]
     else:
-        pictures = repeated(cut(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
+        pictures = repeated(pieces_of(text, processor), inputs["input_ids"][0].tolist(), processor) if images else []
     if len(pictures) != len(images):
         raise DataError(
             f"{place}: the text of the chat template has {len(pictures)} placeholder(s) for {len(images)} image(s); one for each is "
@@ -222,7 +222,8 @@ def expand(
 
 
 def repeated(pieces: Sequence[Piece], expanded: Sequence[int], processor: ProcessorMixin) -> list[Picture]:
-    """What a processor put in that does not say so, taken that it repeats the placeholder; `check_same` proves or refutes it."""
+    """The images of a processor that does not report what it puts in, assuming that it repeats the placeholder; `check_same` verifies
+    it."""
     image, placeholder = image_id(processor), str(getattr(processor, "image_token", ""))
     pictures, at = [], 0
     for index, piece in enumerate(pieces):
@@ -327,7 +328,7 @@ def check_words(text: str, words: Sequence[Words], processor: ProcessorMixin, pl
     special = special_tokens(processor.tokenizer)
     named = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
     placeholders = [token for token in named if isinstance(token, str)]
-    pieces = [piece for piece in cut(text, processor) if is_special(piece, text, special)]
+    pieces = [piece for piece in pieces_of(text, processor) if is_special(piece, text, special)]
     for one in words:
         for token in placeholders:
             if token in text[one.start : one.stop]:

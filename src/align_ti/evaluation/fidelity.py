@@ -24,8 +24,8 @@ from align_ti.evaluation.statistics import interval, told
 from align_ti.losses.divergence import forward_kl
 from align_ti.losses.weighted import CHUNK_LOGITS, rows_at_a_time
 from align_ti.models.continuation import read
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import shared_tokens
-from align_ti.models.standins import Projection
 
 SINGLE_POSITIONS = 16
 """Positions of a response that are told one by one; those behind them are told in ranges that double."""

@@ -63,7 +63,8 @@ class Dialogue:
 def asking_order(conversations: Sequence[Conversation]) -> list[int]:
     """The order in which records are asked: those alike in turns, images and characters beside each other, the largest first.
 
-    So a batch has little padding, memory is short at once or never, and the time that is left is told too long rather than too short.
+    So a batch has little padding, memory runs out in the first batch or never, and estimates of the remaining time err on the long
+    side.
     """
     sizes = [traits(one) for one in conversations]
     return sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], -sizes[index][2], -sizes[index][0], index))

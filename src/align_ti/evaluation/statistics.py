@@ -29,7 +29,7 @@ CELLS = 2**22
 """Numbers that resampling holds at a time."""
 
 OUTCOMES = 2**17
-"""A test goes through all exchanges of the two models' results if they come to at most so many different ones."""
+"""Up to so many distinct exchanges of the two models' results a test goes through all of them; above, through a sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

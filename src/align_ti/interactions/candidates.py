@@ -17,17 +17,17 @@ from align_ti.errors import BatchError
 from align_ti.interactions.estimators import draw_weighted
 from align_ti.interactions.transitions import Candidates, Transitions, draw, plan_transitions, sampling_distribution
 from align_ti.models import families
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import Pairing
 from align_ti.models.recomputation import reuse_possible
-from align_ti.models.sharding import in_call_of
-from align_ti.models.standins import Projection
-from align_ti.options import Knobs
+from align_ti.models.sharding import run_part_gathered
+from align_ti.options import Options
 
 DRAWN_LOGITS = {"cpu": 2**24, "accelerator": 2**25}
 """Logits that candidates are drawn from at a time; drawing holds several tensors of their size in float32 or wider."""
 
 
-class CandidateOptions(Knobs):
+class CandidateOptions(Options):
     """Which candidate tokens are tried, and how the models compute them; the options of a term that compares rows of
     candidates."""
 
@@ -128,7 +128,7 @@ def draw_candidates(
         ]
 
     # One call of the head, however many chunks there are on this process.
-    drawn = in_call_of(families.head(source.model), draws)
+    drawn = run_part_gathered(families.head(source.model), draws)
     tokens, weights = (laid_out(torch.cat(parts), response) for parts in zip(*drawn, strict=True))
     return Candidates(tokens, None if options.draw == "with_replacement" else weights)
 
@@ -221,7 +221,7 @@ def plan_candidates(
 def left_out_tokens(student: PreTrainedModel, options: CandidateOptions, pairing: Pairing) -> tuple[int, ...]:
     """The tokens that have no next step: ends of a turn, the image token, which stands for no word, and what the teacher does not
     know."""
-    unknown = pairing.unshared(Projection(student).out_features) + pairing.wordless
+    unknown = pairing.unshared(Projection(student).out_features) + pairing.teacher_image_tokens
     if options.left_out is not None:
         return options.left_out + unknown
     image = families.image_token(student)

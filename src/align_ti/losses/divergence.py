@@ -1,4 +1,4 @@
-"""Likelihood and divergences as plain functions of logits, for evaluation and for use by hand."""
+"""NegativeLogLikelihood and divergences as plain functions of logits, for evaluation and for use by hand."""
 
 from __future__ import annotations
 

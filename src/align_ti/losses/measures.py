@@ -50,7 +50,7 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Likelihood:
+class NegativeLogLikelihood:
     """-log q(label) in nats, over all of the student's own tokens.
 
     Source: Align-TI (arXiv:2602.09483), the SFT term.

@@ -86,7 +86,7 @@ def weighted_row_loss(rows: Rows, terms: Mapping[str, RowWeights], chunk_rows: i
     Here each chunk of rows is projected, compared, and its gradient taken at once, so that the logits of one chunk are all that ever
     exists, and backward costs nothing but a product. The gradient at the logits comes from the measure, where built-in ones have it
     written down. A row without weight in a term is left out of it rather than multiplied by 0, so that an infinite divergence there
-    cannot turn the sum into a not-a-number; a row without weight in any term is not projected.
+    cannot turn the sum into NaN; a row without weight in any term is not projected.
 
     Args:
         rows: the rows to compare.

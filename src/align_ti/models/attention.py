@@ -157,7 +157,7 @@ def capped(
 def masked(scores: Float[Tensor, "batch heads seq keys"], mask: Tensor | None) -> Float[Tensor, "batch heads seq keys"]:
     """Scores with what is not seen at the lowest number: `mask` is None for causal, bool (True: seen), or additive.
 
-    Not at minus infinity, so that a padding row that sees nothing is no not-a-number.
+    Not at minus infinity, so that a padding row that sees nothing is not NaN.
     """
     if mask is None:
         rows, keys = scores.shape[-2:]

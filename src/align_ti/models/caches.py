@@ -1,4 +1,4 @@
-"""What is done with a cache of keys and values: grow apart from it, lend it to rows of candidates, hand single layers on."""
+"""Operations on a cache of keys and values: independent copies, read-only use by rows of candidates, transfer of single layers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def fork(cache: DynamicCache) -> DynamicCache:
     return forked
 
 
-def lent(cache: DynamicCache, rows: Layout) -> DynamicCache:
-    """A cache in which each row finds its sample's keys and values. It does not grow, and the one that it lends from stays as it is."""
+def read_only(cache: DynamicCache, rows: Layout) -> DynamicCache:
+    """A cache in which each row finds its sample's keys and values. It does not grow, and the cache that it reads stays as it is."""
     made = DynamicCache()
-    made.layers = [LentLayer.of(layer, rows) for layer in cache.layers]
+    made.layers = [ReadOnlyLayer.of(layer, rows) for layer in cache.layers]
     return made
 
 
-class LentLayer(DynamicLayer):
+class ReadOnlyLayer(DynamicLayer):
     """A layer's keys and values for rows of its samples: what is added to them is handed back and not kept, for nothing comes after."""
 
     rows: Layout
@@ -37,8 +37,8 @@ class LentLayer(DynamicLayer):
     used: bool
 
     @classmethod
-    def of(cls, layer: Any, rows: Layout) -> LentLayer:
-        """Lent from this layer."""
+    def of(cls, layer: Any, rows: Layout) -> ReadOnlyLayer:
+        """A read-only layer over this one."""
         made = cls()
         vars(made).update(vars(layer), rows=rows, used=False)
         return made
@@ -73,9 +73,9 @@ def put(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
     layer.keys, layer.values = keys, values
 
 
-def lent_by(cache: DynamicCache) -> list[int]:
-    """The layers that have lent their keys and values."""
-    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, LentLayer) and layer.used]
+def layers_read(cache: DynamicCache) -> list[int]:
+    """The read-only layers that a pass has read."""
+    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, ReadOnlyLayer) and layer.used]
 
 
 def written(before: DynamicCache, after: DynamicCache) -> list[int]:

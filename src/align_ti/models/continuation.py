@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from align_ti.errors import ModelError
 from align_ti.models.attention import own_attention
 from align_ti.models.branches import Branches, Layout
-from align_ti.models.caches import lent
+from align_ti.models.caches import read_only
 from align_ti.models.families import (
     backbone,
     cross_attention_layers,
@@ -35,8 +35,8 @@ from align_ti.models.families import (
     real_tokens,
     sliding_window,
 )
+from align_ti.models.overrides import override_forward
 from align_ti.models.recomputation import keeping_cache
-from align_ti.models.standins import standing_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def continue_branches(
             input_ids=rows.tokens,
             attention_mask=for_layers(masks),
             position_ids=branch_positions(model, inputs, rows),
-            past_key_values=lent(reading.cache, rows),
+            past_key_values=read_only(reading.cache, rows),
             use_cache=True,
             return_dict=True,
         )
@@ -205,7 +205,7 @@ def own_masks(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Bo
         given.append(options.get("attention_mask"))
         raise _MasksAreMade
 
-    with own_attention(model), standing_in(language_model(model), noted), suppress(_MasksAreMade):
+    with own_attention(model), override_forward(language_model(model), noted), suppress(_MasksAreMade):
         backbone(model)(**{**inputs, "position_ids": position_ids(model, inputs)}, use_cache=False, return_dict=True)
     masks = given[0] if isinstance(given[0], Mapping) else dict.fromkeys(set(layer_kinds(model)), given[0])
     ids = inputs["input_ids"]

@@ -13,20 +13,20 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.errors import ModelError
 from align_ti.models.families import check_layout, image_token, visual_tokens_per_picture
-from align_ti.models.standins import Projection, same_frozen_tower
+from align_ti.models.overrides import Projection, same_frozen_tower
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
     """How a student and a teacher are compared.
 
-    `shared` selects the logits of the tokens that both models have. `one_tower`: both have the same frozen vision tower, whose
-    features are computed once. `wordless` are the teacher's tokens that are not text, so that none of them is a candidate.
+    `shared` selects the logits of the tokens that both models have. `shared_tower`: both have the same frozen vision tower, whose
+    features are computed once. `teacher_image_tokens` are the teacher's tokens that are not text, so that none of them is a candidate.
     """
 
     shared: slice | Int[Tensor, " shared"] = field(default_factory=lambda: slice(None))
-    one_tower: bool = False
-    wordless: tuple[int, ...] = ()
+    shared_tower: bool = False
+    teacher_image_tokens: tuple[int, ...] = ()
 
     def unshared(self, tokens: int) -> tuple[int, ...]:
         """The token ids below `tokens` that only one of the two knows."""
@@ -57,8 +57,8 @@ def pair_up(
     image = image_token(teacher)
     return Pairing(
         shared,
-        one_tower=teacher_processor is None and same_frozen_tower(student, teacher),
-        wordless=() if image is None else (image,),
+        shared_tower=teacher_processor is None and same_frozen_tower(student, teacher),
+        teacher_image_tokens=() if image is None else (image,),
     )
 
 

@@ -19,9 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align_ti.models.attention import attention_of, current_watches, running_on, watched_by
-from align_ti.models.caches import fork, keep_only, lent_by, put, states, written
+from align_ti.models.caches import fork, keep_only, layers_read, put, states, written
 from align_ti.models.families import language_model
-from align_ti.models.standins import standing_in
+from align_ti.models.overrides import override_forward
 
 
 def recomputed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -46,7 +46,7 @@ def keeping_cache(model: PreTrainedModel) -> Iterator[None]:
     flagged = [module for module in language_model(model).modules() if getattr(module, "gradient_checkpointing", False)]
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(standing_in(layer, partial(recomputing, model, layer, layer.forward)))
+            stack.enter_context(override_forward(layer, partial(recomputing, model, layer, layer.forward)))
         stack.enter_context(switched_off(*(flagged if layers else ())))
         yield
 
@@ -88,13 +88,13 @@ def recomputing(
             out = forward(*inputs, **options, **own)
         if before is None:
             return out, [], [], []
-        grown, lent = written(before, own["past_key_values"]), lent_by(own["past_key_values"])
-        return out, grown, lent, [state for index in grown for state in states(own["past_key_values"], index)]
+        grown, read = written(before, own["past_key_values"]), layers_read(own["past_key_values"])
+        return out, grown, read, [state for index in grown for state in states(own["past_key_values"], index)]
 
-    out, grown, lent, found = through(run, *given)
-    if before is not None and (grown or lent):
-        # What a layer writes or is lent is all that it reads; every layer would keep the states of all others until backward.
-        keep_only(before, grown + lent)
+    out, grown, read, found = through(run, *given)
+    if before is not None and (grown or read):
+        # A layer needs only what it wrote and what it read; otherwise every layer would keep the states of all others until backward.
+        keep_only(before, grown + read)
     for index, keys, values in zip(grown, found[::2], found[1::2], strict=True):
         assert isinstance(cache, DynamicCache)
         put(cache, index, keys, values)

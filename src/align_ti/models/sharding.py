@@ -22,7 +22,7 @@ from align_ti.models.placement import is_quantized, stays
 Result = TypeVar("Result")
 
 
-def called_as(wrapper: nn.Module, module: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
+def run_in_forward(wrapper: nn.Module, module: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
     """The function's result, as that of one call of the wrapper, whose forward pass ends in the module's.
 
     Hooks and wrappers around the module see one pass with these arguments and this result; inside the function the module's forward is
@@ -56,7 +56,7 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def as_one_call(model: nn.Module | None, function: Callable[[], Result]) -> Result:
+def run_gathered(model: nn.Module | None, function: Callable[[], Result]) -> Result:
     """The function's result, run as one call of a model that may be sharded, whose gradient nobody asks for in this call.
 
     The hooks see no result, since nothing is to be gathered for a backward pass.
@@ -69,7 +69,7 @@ def as_one_call(model: nn.Module | None, function: Callable[[], Result]) -> Resu
         results.append(function())
         return ()
 
-    called_as(model, model, run)
+    run_in_forward(model, model, run)
     return results[0]
 
 
@@ -99,7 +99,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def in_call_of(part: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
+def run_part_gathered(part: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
     """The function's result, as that of one call of a part of the model if its weights are gathered for that; else simply called.
 
     Inside, the part has no hooks: its weights are there already, and however often the function uses them, no other process has to.
@@ -115,7 +115,7 @@ def in_call_of(part: nn.Module, function: Callable[..., Result], *given: Any) ->
         finally:
             part.__dict__.update(kept)
 
-    return called_as(part, part, without_hooks, *given)
+    return run_in_forward(part, part, without_hooks, *given)
 
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -44,8 +44,8 @@ from align_ti.models.pairing import options_of, own_processor
 from align_ti.phases import part
 from align_ti.pipeline.parts import Parts, launched, load_teacher
 from align_ti.pipeline.records import Steps, TrainingData, training_data
+from align_ti.training.cached_pass import outputs_to_cache
 from align_ti.training.passes import united
-from align_ti.training.recall import keep
 
 MEASURED = 8
 """Samples that times and sizes are measured on before anything is written."""
@@ -108,7 +108,7 @@ class Work:
         collate = Collator(self.processor.tokenizer.pad_token_id)
         batch = collate([sample.get("teacher", sample) for sample in samples])
         with self.autocast():
-            found = keep(self.teacher, batch, layer)
+            found = outputs_to_cache(self.teacher, batch, layer)
         return [{name: value.cpu() for name, value in one.items()} for one in found]
 
 
@@ -122,7 +122,7 @@ def cache_teacher(
 ) -> Cached:
     """Writes what KD and IVA need of the recipe's teacher, for all its training records; goes on where an earlier call stopped.
 
-    Each process of a launch takes every so-manieth record; the first one writes the index when all are done.
+    Process i of n takes the records i, i + n, i + 2n, ...; the first one writes the index when all are done.
 
     Args:
         recipe: the run that students will train by.

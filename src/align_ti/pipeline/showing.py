@@ -25,8 +25,8 @@ from align_ti.interactions.layer_scores import similarities_of, visual_focus
 from align_ti.models.branches import Branches
 from align_ti.models.families import end_tokens, full_attention_layers, visual_grids
 from align_ti.models.loading import best_device, load_processor
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import shared_ids
-from align_ti.models.standins import Projection
 from align_ti.phases import part
 from align_ti.pipeline.parts import load_teacher
 from align_ti.runs import RunFolder, write_json

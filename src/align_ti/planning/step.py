@@ -20,8 +20,8 @@ from align_ti.errors import ConfigError
 from align_ti.losses import weighted
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import Pairing
-from align_ti.models.standins import Projection
 from align_ti.planning.live import Pretended
 from align_ti.planning.sizes import PRETENDING, Pair, pretend_pair
 from align_ti.terms.base import WeightedRows, per_sample

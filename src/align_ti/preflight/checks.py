@@ -16,7 +16,7 @@ from align_ti.data.conversation import Conversation
 from align_ti.models.families import full_attention_layers
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing, own_processor, pair_up
-from align_ti.models.traceless import traceless
+from align_ti.models.preservation import preserved
 from align_ti.preflight.cost import cost_verdicts
 from align_ti.preflight.pair import Models, comparable_rows, fit_verdicts, on_device, visual_tokens
 from align_ti.preflight.pixels import pixel_verdicts
@@ -71,7 +71,7 @@ def run_checks(
     )
     if worst(verdicts) == "fail":
         return [*verdicts, not_run()]
-    with traceless(*models.values()):
+    with preserved(*models.values()):
         for model in models.values():
             model.eval()
         processors = {"student": processor, "teacher": processor if own is None else own}

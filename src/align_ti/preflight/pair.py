@@ -17,8 +17,8 @@ from align_ti.data.roles import VISUAL, image_id, model_inputs
 from align_ti.errors import AlignTIError
 from align_ti.models import families
 from align_ti.models.loading import first_line
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import shared_tokens
-from align_ti.models.standins import Projection
 from align_ti.preflight.verdicts import Verdict
 from align_ti.terms.readings import view
 from align_ti.training.passes import places_of

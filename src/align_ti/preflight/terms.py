@@ -18,8 +18,8 @@ from align_ti.errors import AlignTIError
 from align_ti.interactions.candidates import CandidateOptions, left_out_tokens
 from align_ti.models.continuation import read
 from align_ti.models.loading import first_line
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import Pairing
-from align_ti.models.standins import Projection
 from align_ti.preflight.pair import Models, on_device, read_by
 from align_ti.preflight.verdicts import Verdict
 from align_ti.terms.base import Term

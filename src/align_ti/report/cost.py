@@ -10,7 +10,7 @@ from align_ti.phases import phase_names
 from align_ti.report import plots, study_plots
 from align_ti.report.drawing import WIDTH, Drawing, picture_of
 from align_ti.report.folders import Model, content, folders_of, names_in_colour
-from align_ti.report.headline import contest_of, title_of
+from align_ti.report.headline import comparison_of, title_of
 from align_ti.report.numbers import DASH, OPERATIONS, TIMES, aligned, digits, scaled
 from align_ti.report.tables import PARTS
 
@@ -97,7 +97,7 @@ def frontier(trained: Sequence[Model], models: Sequence[Model], by: str) -> Draw
         models: all models on the page.
         by: `seconds` or `flops`.
     """
-    found, (units, name, words) = contest_of(models), AXES[by]
+    found, (units, name, words) = comparison_of(models), AXES[by]
     costs = {model.key: cost for model in trained if (cost := getattr(model, by))}
     known = [] if found is None else [model for model in found.models if model.key in costs]
     if found is None or len(known) < 2:

@@ -30,7 +30,7 @@ from align_ti.report.numbers import MINUS, TIMES, amount, amounts, bounds, decim
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class ModelBar:
     """A model in the chart."""
 
     key: str
@@ -52,7 +52,7 @@ class Headline:
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Comparison:
     """The models that were asked the same questions, and what is compared with what."""
 
     benchmark: str
@@ -72,7 +72,7 @@ class Contest:
         return scores.metrics[scores.headline]
 
 
-def contest_of(models: Sequence[Model]) -> Contest | None:
+def comparison_of(models: Sequence[Model]) -> Comparison | None:
     """The benchmark that most models were asked the same questions of, own questions before others; None if none was asked."""
     groups: dict[tuple[str, str], list[Model]] = {}
     for model in models:
@@ -83,10 +83,10 @@ def contest_of(models: Sequence[Model]) -> Contest | None:
     if not groups:
         return None
     (benchmark, _), found = max(groups.items(), key=lambda item: len(item[1]))
-    return contest(benchmark, found)
+    return comparison(benchmark, found)
 
 
-def contest(benchmark: str, models: Sequence[Model]) -> Contest:
+def comparison(benchmark: str, models: Sequence[Model]) -> Comparison:
     """Who is compared with whom on a benchmark."""
     scores = {model.key: model.scores[benchmark] for model in models}
     value = {model.key: scores[model.key].metrics[scores[model.key].headline].score for model in models}
@@ -98,20 +98,20 @@ def contest(benchmark: str, models: Sequence[Model]) -> Contest:
     candidates = others or trained
     best = max(candidates, key=lambda model: value[model.key]) if candidates else None
     teacher = next((model for model in models if model.role == "teacher"), None)
-    return Contest(benchmark, scores, models, base, best, teacher, len(candidates))
+    return Comparison(benchmark, scores, models, base, best, teacher, len(candidates))
 
 
 def headline_of_runs(models: Sequence[Model]) -> Headline:
     """The sentence and the chart of run folders."""
-    found = contest_of(models)
+    found = comparison_of(models)
     if found is None or found.best is None:
         return Headline(["The students have not been evaluated on any questions."], None)
     closed = gap_of(found)
     sentences = [in_words(found, closed), *cautions(found, models)]
-    return Headline(sentences, ladder_of_runs(found, closed))
+    return Headline(sentences, gap_chart_of_runs(found, closed))
 
 
-def gap_of(found: Contest) -> Difference | None:
+def gap_of(found: Comparison) -> Difference | None:
     """How much of the gap the best student closed; None where there is no teacher, no student to count from, or no clear gap."""
     if found.base is None or found.teacher is None or found.best is None:
         return None
@@ -122,7 +122,7 @@ def gap_of(found: Contest) -> Difference | None:
     return gap_closed([found.metric(found.best)], [start], goal)
 
 
-def in_words(found: Contest, closed: Difference | None) -> str:
+def in_words(found: Comparison, closed: Difference | None) -> str:
     """The sentence."""
     assert found.best is not None
     best, base, unit = found.best, found.base, found.metric(found.best).unit
@@ -142,7 +142,7 @@ def in_words(found: Contest, closed: Difference | None) -> str:
     return f"{first}, {signed(apart.value, places)} {points(unit)} ({ends(apart, places, sign=True)}) from {base.label}{cost}."
 
 
-def cautions(found: Contest, models: Sequence[Model]) -> list[str]:
+def cautions(found: Comparison, models: Sequence[Model]) -> list[str]:
     """What a reader has to bear in mind."""
     said = []
     trained = [model for model in found.models if model.role == "trained"]
@@ -160,7 +160,7 @@ def cautions(found: Contest, models: Sequence[Model]) -> list[str]:
     return said
 
 
-def told(found: Contest, model: Model) -> str:
+def told(found: Comparison, model: Model) -> str:
     """A model's score with its unit."""
     metric = found.metric(model)
     return f"{number(metric.score, decimals(metric.unit, [metric.score], 1))} {metric.unit}"
@@ -191,52 +191,52 @@ def cost_in_words(best: Model, base: Model | None) -> str:
 # --- the chart --------------------------------------------------------------------------------------------------------
 
 
-def ladder_of_runs(found: Contest, closed: Difference | None) -> Drawing:
+def gap_chart_of_runs(found: Comparison, closed: Difference | None) -> Drawing:
     """The chart of run folders."""
-    rungs, names = [], names_in_colour(found.models)
+    bars, names = [], names_in_colour(found.models)
     for model in found.models:
         one = interval(found.metric(model))
         low, high = (None if isnan(end) else end for end in (one.low, one.high))
         seconds = model.seconds if model.role == "trained" else None
-        rungs.append(Rung(names[model.key], model.label, model.role, one.value, low, high, seconds))
+        bars.append(ModelBar(names[model.key], model.label, model.role, one.value, low, high, seconds))
     of = found.models
     base, best, teacher = (None if one is None else of.index(one) for one in (found.base, found.best, found.teacher))
     share = None if closed is None else f"{number(closed.value, 0)} % of the gap"
     unit = found.metric(found.models[0]).unit
-    return ladder(rungs, (base, best, teacher), share, title_of(found.scores[of[0].key]), unit)
+    return gap_chart(bars, (base, best, teacher), share, title_of(found.scores[of[0].key]), unit)
 
 
-def ladder(
-    rungs: Sequence[Rung], marks: tuple[int | None, int | None, int | None], share: str | None, title: str, unit: str
+def gap_chart(
+    bars: Sequence[ModelBar], marks: tuple[int | None, int | None, int | None], share: str | None, title: str, unit: str
 ) -> Drawing:
     """Every model's score with its interval, best on top; between two lines the gap, and an arrow over what was closed of it.
 
     Args:
-        rungs: the models.
+        bars: the models.
         marks: the places among them of the one that the gap is counted from, of the best one, and of the teacher.
         share: what the arrow says; None: no gap is drawn.
         title: of the score.
         unit: of the score.
     """
     base, best, goal = marks
-    order = sorted(range(len(rungs)), key=lambda place: -rungs[place].value)
-    places = decimals(unit, (one.value for one in rungs), 1)
-    known = {place: rung.seconds for place, rung in enumerate(rungs) if rung.seconds is not None}
+    order = sorted(range(len(bars)), key=lambda place: -bars[place].value)
+    places = decimals(unit, (one.value for one in bars), 1)
+    known = {place: bar.seconds for place, bar in enumerate(bars) if bar.seconds is not None}
     costs = dict(zip(known, amounts(TIMES, list(known.values())), strict=True))
     with look():
-        figure, ax = axes(WIDTH, 0.75 + 0.47 * len(rungs) + (0.3 if share else 0.0))
-        styles = looks([rung.key for rung in rungs])
+        figure, ax = axes(WIDTH, 0.75 + 0.47 * len(bars) + (0.3 if share else 0.0))
+        styles = looks([bar.key for bar in bars])
         line = ax.get_yaxis_transform()
         for row, place in enumerate(order):
-            rung = rungs[place]
-            colour = styles[rung.key].colour
-            if rung.low is not None and rung.high is not None:
-                ax.plot([rung.low, rung.high], [row, row], color=INK, linewidth=2.2, solid_capstyle="butt")
-            marker = {"teacher": "D", "start": "s"}.get(rung.role, "o")
-            ax.plot(rung.value, row, marker, color=colour, markersize=8, markeredgecolor=INK, zorder=3)
-            score = f"{number(rung.value, places)} ({bounds(rung.low, rung.high, places)})"
+            bar = bars[place]
+            colour = styles[bar.key].colour
+            if bar.low is not None and bar.high is not None:
+                ax.plot([bar.low, bar.high], [row, row], color=INK, linewidth=2.2, solid_capstyle="butt")
+            marker = {"teacher": "D", "start": "s"}.get(bar.role, "o")
+            ax.plot(bar.value, row, marker, color=colour, markersize=8, markeredgecolor=INK, zorder=3)
+            score = f"{number(bar.value, places)} ({bounds(bar.low, bar.high, places)})"
             words = " · ".join([score, *([costs[place]] if place in costs else [])])
-            for text, side, tone, across in ((short(rung.label, 24), "left", INK, 0), (words, "right", SOFT, 1)):
+            for text, side, tone, across in ((short(bar.label, 24), "left", INK, 0), (words, "right", SOFT, 1)):
                 ax.annotate(
                     text,
                     (across, row),
@@ -250,10 +250,10 @@ def ladder(
                     bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
                 )
         if share and base is not None and best is not None and goal is not None:
-            low, top, reached = rungs[base].value, rungs[goal].value, rungs[best].value
+            low, top, reached = bars[base].value, bars[goal].value, bars[best].value
             for edge in (low, top):
                 ax.axvline(edge, color=SOFT, linewidth=1.0, dashes=(4, 3), zorder=1)
-            foot = len(rungs) - 0.35
+            foot = len(bars) - 0.35
             ax.annotate(
                 "", (reached, foot), (low, foot), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 2}
             )
@@ -267,16 +267,16 @@ def ladder(
                 fontsize=9,
                 bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
             )
-        seen = [end for rung in rungs for end in (rung.value, rung.low, rung.high) if end is not None]
+        seen = [end for bar in bars for end in (bar.value, bar.low, bar.high) if end is not None]
         ax.set_xlim(*around(seen))
-        ax.set_ylim(len(rungs) - 0.6 + (0.8 if share else 0.0), -0.75)
+        ax.set_ylim(len(bars) - 0.6 + (0.8 if share else 0.0), -0.75)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         dashed = ", dashed: the gap" if share else ""
         ax.set_xlabel(f"{short(title, 44)}, {unit}\nbars: 95 % intervals{dashed}")
         text = drawn(figure, f"{title} of each model, and the gap to the teacher")
     header = ("model", f"{title}, {unit}", "low", "high", "training time, s")
-    rows = [(one.label, one.value, one.low, one.high, one.seconds) for one in (rungs[place] for place in order)]
+    rows = [(one.label, one.value, one.low, one.high, one.seconds) for one in (bars[place] for place in order)]
     return picture_of("headline", text, header, rows)
 
 
@@ -285,17 +285,17 @@ def headline_of_study(content: Mapping[str, Any]) -> Headline:
     variants, labels, start = content["variants"], content["labels"], content["gap_from"]
     if not variants:
         return Headline(study.answer(content), None)
-    rungs = [
-        Rung(name, labels[name], "trained", told["mean"], told["low"], told["high"], one["seconds"])
+    bars = [
+        ModelBar(name, labels[name], "trained", told["mean"], told["low"], told["high"], one["seconds"])
         for name, one in variants.items()
         for told in [one["accuracy"]]
     ]
-    goal, best = content["teacher"], max(range(len(rungs)), key=lambda place: rungs[place].value)
+    goal, best = content["teacher"], max(range(len(bars)), key=lambda place: bars[place].value)
     if goal is not None:
-        rungs.append(Rung("teacher", "teacher", "teacher", goal["value"], goal["low"], goal["high"]))
-    base = next((place for place, rung in enumerate(rungs) if rung.key == start), None)
-    closed = variants[rungs[best].key]["gap_closed"]
+        bars.append(ModelBar("teacher", "teacher", "teacher", goal["value"], goal["low"], goal["high"]))
+    base = next((place for place, bar in enumerate(bars) if bar.key == start), None)
+    closed = variants[bars[best].key]["gap_closed"]
     share = None if goal is None or closed is None or base in (None, best) else f"{number(closed, 0)} % of the gap"
-    marks = (base, best, None if goal is None else len(rungs) - 1)
+    marks = (base, best, None if goal is None else len(bars) - 1)
     title, unit = study.name_of_score(content), study.unit_of_score(content)
-    return Headline(study.answer(content), ladder(rungs, marks, share, title, unit))
+    return Headline(study.answer(content), gap_chart(bars, marks, share, title, unit))

@@ -11,7 +11,7 @@ from align_ti.evaluation.statistics import compared, paired, told
 from align_ti.report import study, study_plots
 from align_ti.report.drawing import Drawing, picture_of
 from align_ti.report.folders import Model
-from align_ti.report.headline import contest
+from align_ti.report.headline import comparison
 from align_ti.report.numbers import points, with_interval
 from align_ti.report.tables import FIDELITY
 
@@ -47,7 +47,7 @@ def rows_of(models: Sequence[Model]) -> list[Row]:
         scored = [model for model in group if benchmark in model.scores]
         pairs: list[tuple[Model, Model]] = []
         if scored and any(model.role == "trained" for model in scored):
-            found = contest(benchmark, scored)
+            found = comparison(benchmark, scored)
             base = found.base
             pairs = (
                 []

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from align_ti.config import Recipe, find_recipe, lay_over, put, read_mapping, read_recipe
 from align_ti.errors import ConfigError
 from align_ti.evaluation.results import EXACT_MATCH
-from align_ti.options import Knobs, explain
+from align_ti.options import Options, explain
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What a variant may be called: it is a folder's name too."""
@@ -23,7 +23,7 @@ SEED = "{seed}"
 """Stands for a run's seed in the recipe's words, such as `data.train: digits-{seed}/train.json`."""
 
 
-class StudyFile(Knobs):
+class StudyFile(Options):
     """A study as its file tells it."""
 
     out: str = Field(min_length=1)
@@ -51,7 +51,7 @@ class StudyFile(Knobs):
     gap_from: str | None = None
     """The variant whose distance to the teacher is the gap to close; by default `sft` where there is one, else the first."""
     compare: tuple[tuple[str, str], ...] = ()
-    """Pairs [A, B] of variants: what A's score is above B's is told; by default every other variant against `gap_from`."""
+    """Pairs [A, B] of variants, whose difference in score A - B is reported; by default every other variant against `gap_from`."""
     records_from: tuple[str, ...] = ()
     """Folders of other studies: a run that one of them has made, with the same recipe, seed, data and steps, is not made again."""
     keep_students: bool = False

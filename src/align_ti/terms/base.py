@@ -19,7 +19,7 @@ from align_ti.interactions.transitions import Transitions
 from align_ti.losses.divergences.base import AnyDivergence
 from align_ti.losses.divergences.forward_kl import ForwardKl
 from align_ti.losses.measures import Measure, Softened
-from align_ti.options import Knobs, checked
+from align_ti.options import Options, checked
 from align_ti.terms.readings import Readings, Reads
 from align_ti.terms.schedule import Schedule
 
@@ -43,7 +43,7 @@ class WeightedRows:
     teacher_rows: Int[Tensor, "batch seq"] | None = None
 
 
-class Term(Knobs):
+class Term(Options):
     """One term of the objective: its options, and its computation from what the two models produced.
 
     A term's value is its total divided by its mass; totals and masses are added up over accumulated batches and processes
@@ -91,8 +91,8 @@ class Term(Knobs):
             own = getattr(self, name)
             if not isinstance(own, float):
                 raise ValueError(
-                    f"schedule.{name} is given, but {name} is {own!r}, no number; give it one, which all else uses that does not "
-                    "change along training"
+                    f"schedule.{name} is given, but {name} is {own!r}; set it to a number: evaluation and the check use "
+                    "that number in place of the schedule"
                 )
             for end, value in (("initial", course.value(0.0, own)), ("final", course.final)):
                 try:

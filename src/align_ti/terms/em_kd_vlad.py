@@ -14,7 +14,7 @@ from align_ti.data.batch import Tokens
 from align_ti.data.roles import INSTRUCTION, RESPONSE
 from align_ti.errors import BatchError
 from align_ti.interactions.transitions import Transitions
-from align_ti.models.standins import linear_head
+from align_ti.models.overrides import linear_head
 from align_ti.terms.base import Term, wide
 from align_ti.terms.em_kd_vsd import matched, matched_plainly
 from align_ti.terms.readings import Passed, Readings

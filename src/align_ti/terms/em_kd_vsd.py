@@ -17,7 +17,7 @@ from align_ti.interactions.matching import match_rows
 from align_ti.interactions.transitions import Transitions
 from align_ti.losses.divergences.base import AnyDivergence
 from align_ti.losses.divergences.reverse_kl import ReverseKl
-from align_ti.models.standins import linear_head
+from align_ti.models.overrides import linear_head
 from align_ti.terms.base import Compares, WeightedRows
 from align_ti.terms.readings import Readings
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from align_ti.data.batch import Tokens
 from align_ti.interactions.transitions import Transitions
-from align_ti.models.standins import linear_head
+from align_ti.models.overrides import linear_head
 from align_ti.terms.base import Term, cosine_distance, wide
 from align_ti.terms.readings import Passed, Readings
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align_ti.options import Knobs
+from align_ti.options import Options
 
 
-class Schedule(Knobs):
+class Schedule(Options):
     """The course of one option over training: `initial` until `begin`, `final` from `end` on, and in between from one to the other.
 
     Times are fractions of the training steps. With `begin` equal to `end`, the option changes from one step to the next.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align_ti.data.batch import Tokens
 from align_ti.interactions.transitions import Transitions
-from align_ti.losses.measures import Likelihood
+from align_ti.losses.measures import NegativeLogLikelihood
 from align_ti.terms.base import Term, WeightedRows
 from align_ti.terms.readings import Readings
 
@@ -39,7 +39,7 @@ class Sft(Term):
 
     def total(self, readings: Readings) -> WeightedRows:
         """The row before each response token has weight 1."""
-        return WeightedRows(supervised(readings.tokens).float(), Likelihood())
+        return WeightedRows(supervised(readings.tokens).float(), NegativeLogLikelihood())
 
     def plain(self, sample: Sample) -> float:
         """Mean cross-entropy of the response tokens, each predicted by the row before it."""

@@ -31,7 +31,7 @@ def check_divergence(divergence: Divergence | str | dict[str, Any], plain: Plain
     """Holds a divergence to the rules.
 
     Values are 0 where both distributions are equal and never below 0; the slope is autograd's, and finite wherever the value is; values
-    with and without a slope are equal; a token that the teacher rules out is no reason for a not-a-number; logits in half precision
+    with and without a slope are equal; a token that the teacher rules out gives no NaN; logits in half precision
     give float64's values to a stated error; and the chunked rows equal autograd over all rows, for vocabularies that differ too.
 
     Args:
@@ -98,7 +98,7 @@ def check_slope(between: Divergence, student: Tensor, teacher: Tensor, temperatu
 
 
 def check_ruled_out(between: Divergence, student: Tensor, teacher: Tensor) -> None:
-    """A token that the teacher rules out gives no not-a-number, and no infinite slope where the value is finite."""
+    """A token that the teacher rules out gives no NaN, and no infinite slope where the value is finite."""
     barred = teacher.clone()
     barred[:, 3] = float("-inf")
     values, _ = values_of(between, student, barred)

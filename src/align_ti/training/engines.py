@@ -77,13 +77,13 @@ def check_gradient_shares(trainer: Trainer, every: int) -> None:
     asked = f"gradient_shares_every is {every} (in a recipe: training.gradient_shares_every)"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
-            f"{asked}, but the run is trained by FSDP or DeepSpeed, which take a gradient apart as soon as backward has made it; "
+            f"{asked}, but the run is trained by FSDP or DeepSpeed, which shard each gradient during backward; "
             "use one process or DDP, or set it to 0."
         )
     checkpointing: Any = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ConfigError(
-            f"{asked}, but gradient checkpointing is reentrant, which knows the gradient of the whole step alone; set "
+            f"{asked}, but gradient checkpointing is reentrant, which cannot compute the gradient of one term; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or gradient_shares_every to 0."
         )
 

@@ -22,15 +22,15 @@ from align_ti.interactions.candidates import check_candidates
 from align_ti.interactions.transitions import Candidates, Transitions
 from align_ti.losses.weighted import Rows, RowWeights, weighted_row_loss
 from align_ti.models import families
+from align_ti.models.overrides import Projection, tower_once
 from align_ti.models.pairing import Pairing, check_pair, shared_tokens
-from align_ti.models.sharding import in_call_of, nothing_of
-from align_ti.models.standins import Projection, tower_once
+from align_ti.models.sharding import nothing_of, run_part_gathered
 from align_ti.notebooks import paragraph, table
 from align_ti.phases import phase
 from align_ti.terms.base import WeightedRows
 from align_ti.terms.readings import Readings, view
+from align_ti.training.cached_pass import restored_pass
 from align_ti.training.passes import Terms, candidate_options, places_of, run_passes
-from align_ti.training.recall import recalled
 
 Masses = dict[str, Shaped[Tensor, ""]]
 """Each term's mass, the divisor of its total, such as response tokens or samples; a term's file defines it."""
@@ -150,7 +150,7 @@ def read_batch(
         pairing = Pairing() if compared is None else Pairing(shared_tokens(student, compared))
     ours = view(student, batch)
     # What a teacher cache keeps stands in for the teacher's pass.
-    kept = None if compared is None else recalled(compared, batch, terms)
+    kept = None if compared is None else restored_pass(compared, batch, terms)
     theirs = kept.view if kept is not None else None
     if compared is not None and theirs is None:
         theirs = view(compared, batch.get("teacher", batch))
@@ -163,7 +163,7 @@ def read_batch(
         check_candidates(candidates, tokens.roles, Projection(student).out_features)
     found = None if theirs is None or "teacher" not in batch else places_of(ours, theirs, terms)
 
-    with tower_once(student, compared if pairing.one_tower else None):
+    with tower_once(student, compared if pairing.shared_tower else None):
         running = theirs if kept is None else None
         readings = run_passes(ours, running, terms, tokens, candidates, generator, pairing, found, in_step=in_step)
     return readings if kept is None else replace(readings, teacher=replace(kept, correspondence=found))
@@ -199,7 +199,7 @@ def added_up(
             result = weighted_row_loss(replace(gathered, student=student), weighted, chunk_rows)
             return result.loss, dict(result.totals)
 
-        loss, found = in_call_of(families.head(readings.student.view.model), projected, gathered.student)
+        loss, found = run_part_gathered(families.head(readings.student.view.model), projected, gathered.student)
         losses.append(loss)
         totals |= found
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0], {name: totals[name] for name in terms}

@@ -101,7 +101,7 @@ class MuonAdamW(Optimizer):
             start = end
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Called while it is made; groups that come later have no part that would train them.
+        """For `Optimizer.__init__` alone: a later group would belong neither to Muon nor to AdamW.
 
         Raises:
             ConfigError: it is made already.

@@ -98,7 +98,7 @@ def run_passes(
                     ours.model, {"roles": tokens.roles, "input_ids": tokens.ids}, candidates, options, pairing
                 )
                 if unweighted := in_step and not plan.branches:
-                    # Of no weight in any term, and gathered, projected and sent back as any other is.
+                    # A branch of weight 0, so that this process runs the same passes as the others, which wait for it.
                     plan = replace(plan, branches=one_branch(ours), branch_weights=plan.branch_weights.new_zeros(1))
         with phase(second_phase("student", student_first)):
             branches = None if plan is None else plan.branches
@@ -177,7 +177,7 @@ def first_pass(of: View, options: CandidateOptions | None, wanted: Reads, *, dra
 def second_pass(
     of: View, first: Reading | None, wanted: Reads, branches: Branches | None
 ) -> tuple[Reading, Tensor | None]:
-    """What the model made of gold tokens and branches, whichever way the first pass left to do."""
+    """Runs the pass that remains, over the first pass's cache or packed; gives what it made of gold tokens and of branches."""
     if branches is not None and (first is None or first.cache is None):
         return read_packed(of.model, of.inputs, branches, wanted.layers)
     assert first is not None

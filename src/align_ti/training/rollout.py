@@ -34,8 +34,8 @@ from align_ti.data.roles import (
 from align_ti.errors import BatchError, ModelError
 from align_ti.interactions.transitions import sampling_distribution
 from align_ti.models import families
+from align_ti.models.overrides import Projection
 from align_ti.models.pairing import Pairing
-from align_ti.models.standins import Projection
 
 OF_ONE_ANSWER = (
     "position_ids",
@@ -97,11 +97,11 @@ def respond(
         ModelError: the student's configs name no token that ends a turn.
     """
     pairing = Pairing() if pairing is None else pairing
-    wordless = placeholders(student) | set(pairing.wordless)
-    prompts = prompts_of(batch, wordless, "")
-    theirs = prompts_of(batch["teacher"], wordless, "the teacher's ") if "teacher" in batch else None
+    image_tokens = placeholders(student) | set(pairing.teacher_image_tokens)
+    prompts = prompts_of(batch, image_tokens, "")
+    theirs = prompts_of(batch["teacher"], image_tokens, "the teacher's ") if "teacher" in batch else None
     known = Projection(student).out_features
-    never = sorted(token for token in wordless | set(pairing.unshared(known)) if token < known)
+    never = sorted(token for token in image_tokens | set(pairing.unshared(known)) if token < known)
     answers, cut = answers_to(student, batch, prompts, settings, never, generator)
     pad = families.end_tokens(student)[0]
     made = with_answers(batch, prompts, answers, pad)
@@ -119,7 +119,7 @@ def placeholders(model: PreTrainedModel) -> set[int]:
 # --- the prompts ------------------------------------------------------------------------------------------------------
 
 
-def prompts_of(batch: Mapping[str, Any], wordless: set[int], whose: str) -> list[Prompt]:
+def prompts_of(batch: Mapping[str, Any], image_tokens: set[int], whose: str) -> list[Prompt]:
     """What stands before the last response of each sample; `whose` is for messages.
 
     Raises:
@@ -132,7 +132,9 @@ def prompts_of(batch: Mapping[str, Any], wordless: set[int], whose: str) -> list
             "leave it out of the batch, or leave on_policy out."
         )
     ids, roles, real = batch["input_ids"], batch["roles"], families.real_tokens(batch)
-    pictured = (roles == VISUAL) | torch.isin(ids, torch.tensor(sorted(wordless), dtype=ids.dtype, device=ids.device))
+    pictured = (roles == VISUAL) | torch.isin(
+        ids, torch.tensor(sorted(image_tokens), dtype=ids.dtype, device=ids.device)
+    )
     fields = {name: batch[name] for name in PER_TOKEN if name in batch} | {"attention_mask": real.to(ids.dtype)}
     fields.setdefault("student_written", torch.zeros_like(ids))
     prompts = []

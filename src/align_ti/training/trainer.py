@@ -26,11 +26,11 @@ from align_ti.config import Objective, OnPolicy, Scores, listed, nothing_compare
 from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
-from align_ti.data.dealing import OWN, Counted, Dealt
 from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
 from align_ti.data.roles import NO_LABEL, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL, encode
 from align_ti.data.roles import OTHER as OTHER_ROLE
+from align_ti.data.stream_shards import OWN_RECORDS, Counted, StreamShard
 from align_ti.data.teacher_cache import kept_rows
 from align_ti.errors import AlignTIError, ConfigError, ModelError
 from align_ti.interactions.candidates import CandidateOptions, plan_candidates
@@ -42,8 +42,8 @@ from align_ti.models.headonly import has_head_only
 from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision, weights_digest
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
-from align_ti.models.sharding import as_one_call, called_as, is_sharded, shard
-from align_ti.models.traceless import traceless
+from align_ti.models.preservation import preserved
+from align_ti.models.sharding import is_sharded, run_gathered, run_in_forward, shard
 from align_ti.phases import OTHER, outside_of_steps, phase
 from align_ti.runs import read_json, write_json
 from align_ti.training.engines import check as check_engine
@@ -226,7 +226,7 @@ class AlignTITrainer(Trainer):
         )
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> Optimizer:
-        """As transformers', which would keep what it was given: under FSDP 2 all weights in one piece, beside the sharded ones."""
+        """As in transformers; its arguments are dropped then, since under FSDP 2 they would keep the unsharded weights in memory."""
         made: Optimizer = super().create_optimizer(*arguments, **options)
         self.optimizer_cls_and_kwargs = None
         return made
@@ -255,27 +255,27 @@ class AlignTITrainer(Trainer):
         """As in transformers, for conversations too; streams are split over processes so that each record counts once."""
         named: Any = self.eval_dataset
         data = named if eval_dataset is None else named[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        if self.deals(data):
-            return self.dealt(data)
+        if self.splits_stream(data):
+            return self.stream_loader(data)
         return super().get_eval_dataloader(encoded(eval_dataset, self.processing_class, self.teacher_processor))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `get_eval_dataloader`."""
-        if self.deals(test_dataset):
-            return self.dealt(test_dataset)
+        if self.splits_stream(test_dataset):
+            return self.stream_loader(test_dataset)
         return super().get_test_dataloader(encoded(test_dataset, self.processing_class, self.teacher_processor))
 
-    def deals(self, data: Any) -> bool:
+    def splits_stream(self, data: Any) -> bool:
         """Whether this trainer splits an evaluation set over the processes: a stream, unless one process distributes the batches."""
         loader: Any = self.args.accelerator_config
         return isinstance(data, IterableDataset) and self.args.world_size > 1 and not loader.dispatch_batches
 
-    def dealt(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
+    def stream_loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
         """This process's batches of a stream. accelerate would fill the last ones with repeated records and not say how many."""
         collate: Any = self.data_collator
         count = int(self.args.dataloader_num_workers)
         return DataLoader(
-            Dealt(stream, self.args.eval_batch_size, int(self.args.process_index), int(self.args.world_size)),
+            StreamShard(stream, self.args.eval_batch_size, int(self.args.process_index), int(self.args.world_size)),
             batch_size=self.args.eval_batch_size,
             collate_fn=Counted(collate),
             num_workers=count,
@@ -350,7 +350,7 @@ class AlignTITrainer(Trainer):
         result: list[Any] = [None]
         if self.is_world_process_zero() or is_sharded(self.teacher_model):
             try:
-                result = [as_one_call(self.teacher_model, self.score_teacher)]
+                result = [run_gathered(self.teacher_model, self.score_teacher)]
             except AlignTIError as error:
                 result = [error]
         found = broadcast_object_list(result, from_process=0)[0]
@@ -477,7 +477,7 @@ class AlignTITrainer(Trainer):
             def loss_on(batch: Mapping[str, Any], alone: Objective = alone) -> Callable[[], Tensor]:
                 return lambda: self.loss_of(whole, self._prepare_inputs(dict(batch)), alone, training=True).loss * scale
 
-            with traceless(whole):
+            with preserved(whole):
                 whole.train()
                 gradients = added_gradients([loss_on(batch) for batch in batches], parameters)
             if self.args.world_size > 1:
@@ -527,7 +527,7 @@ class AlignTITrainer(Trainer):
             return candidates_for(student, self.teacher_model, batch, options, self.generator(), self.pairing)
 
         whole = self.accelerator.unwrap_model(self.model)
-        return as_one_call(self.teacher_model, lambda: as_one_call(whole, drawn))
+        return run_gathered(self.teacher_model, lambda: run_gathered(whole, drawn))
 
     def over_processes(self, masses: Masses) -> Masses:
         """The masses summed over all processes."""
@@ -628,11 +628,11 @@ class AlignTITrainer(Trainer):
 
         def called() -> tuple[Tensor, DistillationOutput]:
             # Called by itself, a model without hooks or wrapper is no more than its loss.
-            return loss() if model is whole and not is_sharded(whole) else called_as(model, whole, loss)
+            return loss() if model is whole and not is_sharded(whole) else run_in_forward(model, whole, loss)
 
         with phase(OTHER):
             # The loss by way of the wrapper, which may have put its hooks on it.
-            value, output = as_one_call(self.teacher_model, called)
+            value, output = run_gathered(self.teacher_model, called)
         return replace(output, loss=value)
 
     def prediction_step(
@@ -643,8 +643,8 @@ class AlignTITrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         """The loss of one evaluation batch; full logits are never computed. Records that only fill the last batch have weight 0."""
-        sums, own = self.eval_sums, inputs[OWN] if OWN in inputs else self.records_of_its_own()
-        inputs = {name: value for name, value in inputs.items() if name != OWN}
+        sums, own = self.eval_sums, inputs[OWN_RECORDS] if OWN_RECORDS in inputs else self.records_of_its_own()
+        inputs = {name: value for name, value in inputs.items() if name != OWN_RECORDS}
         if own == 0:
             # Read all the same, since other processes may wait in the models' passes.
             self.eval_sums = Sums()
@@ -663,7 +663,7 @@ class AlignTITrainer(Trainer):
         """The number of records at the start of this evaluation batch that no other batch contains; None: all of them.
 
         If records do not fill the last batches of all processes, accelerate appends the first ones again. Streams are split by
-        `dealt` instead.
+        `stream_loader` instead.
         """
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -687,12 +687,12 @@ class AlignTITrainer(Trainer):
             save_trained(self.model, Path(output_dir), write=self.is_world_process_zero())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in transformers, and then truly: see `reload`."""
+        """As in transformers, and then by the names in the files: see `reload`."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.reload(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As in transformers, and then truly: see `reload`."""
+        """As in transformers, and then by the names in the files: see `reload`."""
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
             self.reload(self.model, self.state.best_model_checkpoint)

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_ti.models.families import tower
-from align_ti.models.standins import standing_in
+from align_ti.models.overrides import override_forward
 from align_ti.phases import OTHER, Stopwatch, phase, settled_clock
 from align_ti.runs import WHOLE, RunFolder, write_json
 from align_ti.training.memory import highest
@@ -195,7 +195,7 @@ class StepPhases(TrainerCallback):
         towers = {id(part): part for model in watched if (part := tower(model)) is not None}
         with ExitStack() as stack:
             for part in towers.values():
-                stack.enter_context(standing_in(part, in_phase("vision", part.forward)))
+                stack.enter_context(override_forward(part, in_phase("vision", part.forward)))
             stack.enter_context(self.stopwatch.running())
             yield
 

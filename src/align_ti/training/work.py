@@ -42,8 +42,8 @@ class Worked:
 class TrainingWork(TrainerCallback):
     """Counts the tokens that a run is trained on, and the FLOPs of its first steps, for `AlignTITrainer(work=...)`.
 
-    FLOPs are counted in the steps that the time of a step leaves out (`WARM_UP`), so that counting, which slows a step, is in no time
-    that is told. Losses and weights are the same numbers with and without it.
+    FLOPs are counted in the steps that the time of a step leaves out (`WARM_UP`), so that counting, which slows a step, affects no
+    reported time. Losses and weights are the same numbers with and without it.
 
     Args:
         run: the folder whose checkpoints keep the sums; None: none are kept.

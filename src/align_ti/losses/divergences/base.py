@@ -10,14 +10,14 @@ from pydantic import BeforeValidator, PlainSerializer
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from align_ti.options import Knobs, checked
+from align_ti.options import Options, checked
 from align_ti.registry import lookup, names, suggestion
 
 Rows = Float[Tensor, "rows vocab"]
 """One distribution a row, as log probabilities or as anything that is made of them."""
 
 
-class Divergence(Knobs):
+class Divergence(Options):
     """The divergence of the student's distribution q from the teacher's p: one value per row in nats, and its gradient at the
     student's logits.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def traceless(*models: nn.Module) -> Iterator[None]:
+def preserved(*models: nn.Module) -> Iterator[None]:
     """Inside the block models may be run in any mode and take gradients; after it they and all random states are as before.
 
     Kept and put back: each module's train or eval mode, gradients, buffers, attention implementation, and the random states of

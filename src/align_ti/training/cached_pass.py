@@ -1,4 +1,4 @@
-"""The teacher's pass, kept and recalled: what `align-ti cache` keeps of a batch, and the same as terms see it."""
+"""The teacher's pass, kept and restored_pass: what `align-ti cache` keeps of a batch, and the same as terms see it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from align_ti.training.passes import Terms, first_pass, made_of, reading_attenti
 
 
 @torch.no_grad()
-def keep(teacher: PreTrainedModel, batch: Mapping[str, Any], layer: int | None) -> list[dict[str, Tensor]]:
+def outputs_to_cache(teacher: PreTrainedModel, batch: Mapping[str, Any], layer: int | None) -> list[dict[str, Tensor]]:
     """What a cache keeps of each sample of a batch, by one pass of the teacher.
 
     Args:
@@ -43,7 +43,7 @@ def keep(teacher: PreTrainedModel, batch: Mapping[str, Any], layer: int | None) 
     return kept
 
 
-def recalled(teacher: PreTrainedModel, batch: Mapping[str, Any], terms: Terms) -> Passed | None:
+def restored_pass(teacher: PreTrainedModel, batch: Mapping[str, Any], terms: Terms) -> Passed | None:
     """The teacher's pass as the batch holds it, or None where it holds none and the teacher is to run.
 
     Rows that were not kept are 0; no term that a cache serves gives them weight.
@@ -93,8 +93,8 @@ def spread(values: Tensor, places: Tensor) -> Tensor:
     """
     if len(values) != int(places.sum()):
         raise BatchError(
-            f"the batch holds {len(values)} kept row(s) of the teacher for {int(places.sum())} that are weighed; what `align-ti cache` "
-            "kept of these samples is accepted; do not change roles or labels behind it."
+            f"the batch has {len(values)} cached row(s) of the teacher, but its labels and roles select {int(places.sum())}: they "
+            "changed after the cache was read; make the batch from the dataset, and leave labels and roles as they are."
         )
     out = values.new_zeros(*places.shape, *values.shape[1:])
     out[places] = values

@@ -24,7 +24,7 @@ from align_ti.models.placement import is_quantized
 
 
 @contextmanager
-def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the block a call of the module runs the given function; hooks and wrappers of the module stay."""
     kept = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -59,7 +59,7 @@ class Projection:
     def __call__(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """The logits of each row, with every transform that the family applies to them."""
         given, ids = _Given(hidden[None]), torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with standing_in(backbone(self.model), lambda *_args, **_options: given):
+        with override_forward(backbone(self.model), lambda *_args, **_options: given):
             # The class's own function: a wrapper around the instance (autocast, a data-parallel redirect) is for whole passes.
             out = type(self.model).forward(self.model, input_ids=ids, return_dict=True)
         logits: Tensor = out.logits[0]
@@ -67,9 +67,9 @@ class Projection:
 
     @property
     def linear(self) -> nn.Linear | None:
-        """The linear layer that the projection is no more than, or None if the family does anything beside it.
+        """The head's linear layer if the projection is exactly that layer, else None.
 
-        Seen, not known: the layer is given the hidden states themselves, and what it returns is what comes out.
+        Found by a probe, not by the model's type: the layer gets the hidden states themselves, and its output is the result.
         """
         layer = head(self.model)
         if not isinstance(layer, nn.Linear):
@@ -86,7 +86,7 @@ class Projection:
             seen.append(hidden)
             return made.clone()
 
-        with torch.no_grad(), standing_in(layer, noted):
+        with torch.no_grad(), override_forward(layer, noted):
             out = self(given)
         untouched = len(seen) == 1 and torch.equal(seen[0].flatten(), given.flatten())
         return layer if untouched and out.shape == made[0].shape and torch.equal(out, made[0]) else None
@@ -180,5 +180,5 @@ def tower_once(student: PreTrainedModel, teacher: PreTrainedModel | None) -> Ite
         kept.append(((arguments, options), copy.copy(out)))
         return out
 
-    with standing_in(towers[0], remembered), standing_in(towers[1], remembered):
+    with override_forward(towers[0], remembered), override_forward(towers[1], remembered):
         yield

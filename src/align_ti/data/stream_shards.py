@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-OWN = "records_of_its_own"
+OWN_RECORDS = "records_of_its_own"
 """The field of a batch that tells how many records at its head are no repeated ones."""
 
 
@@ -16,7 +16,7 @@ class Repeated(dict[str, Any]):
     """A sample that is there only to fill a batch up."""
 
 
-class Dealt(IterableDataset[Mapping[str, Any]]):
+class StreamShard(IterableDataset[Mapping[str, Any]]):
     """One process's samples of a stream: in each step the batch that is its turn, and as many as every other process has.
 
     Where the stream ends within a step, the step is filled up with its first sample, marked as `Repeated`. The stream has to give the
@@ -52,11 +52,11 @@ class Dealt(IterableDataset[Mapping[str, Any]]):
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Collates samples, and tells under `OWN` how many of a batch are no repeated ones; these stand at its head."""
+    """Collates samples, and tells under `OWN_RECORDS` how many of a batch are no repeated ones; these stand at its head."""
 
     collate: Callable[[Sequence[Any]], dict[str, Any]]
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """The batch."""
         own = sum(not isinstance(sample, Repeated) for sample in samples)
-        return {**self.collate(samples), OWN: own}
+        return {**self.collate(samples), OWN_RECORDS: own}
