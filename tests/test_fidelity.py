@@ -16,10 +16,11 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.roles import encode, model_inputs
 from align_ti.evaluation.comparison import compare, read_models
 from align_ti.evaluation.fidelity import Along, along_responses, own_answers
+from align_ti.evaluation.predictions import whole_clusters
 from align_ti.evaluation.statistics import interval
 from align_ti.models.loading import load_model, load_processor
 from align_ti.models.pairing import pair_up
-from align_ti.pipeline.fidelity import clusters_of, fidelity, subset
+from align_ti.pipeline.fidelity import clusters_of, fidelity
 from align_ti.pipeline.measuring import evaluate_model, summarise
 from align_ti.training.objective import distillation_loss
 from align_ti.training.passes import candidates_for
@@ -231,7 +232,7 @@ def test_costly_measures_are_taken_on_some_pictures(pair, answers, found):
     student, teacher, processor, records = pair
     settings = SETTINGS.model_copy(update={"fidelity_records": 2})
     few = fidelity(student, teacher, processor, records, answers, settings, layer=1)
-    (chosen,) = {clusters_of(records)[index] for index in subset(clusters_of(records), 2)}
+    (chosen,) = {clusters_of(records)[index] for index in whole_clusters(clusters_of(records), 2)}
     inside = [index for index, name in enumerate(clusters_of(records)) if name == chosen]
     assert 2 <= len(inside) < len(records)
     assert few["response_kl"] == found["response_kl"]

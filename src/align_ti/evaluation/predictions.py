@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,24 +72,26 @@ def questions_digest(items: Sequence[Item]) -> str:
     return digest.hexdigest()[:32]
 
 
-def subset(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The questions of as many clusters as give at least `limit` of them, in their own order; all of them without a limit.
+def whole_clusters(clusters: Sequence[str], limit: int | None) -> list[int]:
+    """The places of as many clusters as have at least `limit` of them, in order; all of them without a limit.
 
     Clusters stay whole, since scores need them whole (MME's pairs, MMBench's rotations). They are taken by a digest of their names:
-    from everywhere in the file, and a larger limit adds to a smaller one.
+    from everywhere in the file, the same for every model, and a larger limit adds to a smaller one.
     """
     if limit is None:
-        return list(items)
-    sizes: dict[str, int] = {}
-    for item in items:
-        sizes[item.cluster] = sizes.get(item.cluster, 0) + 1
-    chosen, count = set(), 0
+        return list(range(len(clusters)))
+    sizes, chosen, count = Counter(clusters), set[str](), 0
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if count >= limit:
             break
         chosen.add(name)
         count += sizes[name]
-    return [item for item in items if item.cluster in chosen]
+    return [index for index, name in enumerate(clusters) if name in chosen]
+
+
+def subset(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The questions of whole clusters, at least `limit` of them; all of them without a limit."""
+    return [items[index] for index in whole_clusters([item.cluster for item in items], limit)]
 
 
 def conversation_of(item: Item) -> Conversation:

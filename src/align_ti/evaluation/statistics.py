@@ -6,7 +6,7 @@ same clusters. The kinds of intervals and tests, and what simulations said about
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isnan, nan, prod
 from typing import Any
@@ -497,3 +497,13 @@ def compared(
     wide = simultaneous(len(pairs), level)
     together = alone if len(pairs) == 1 else [make(wide) for make in pairs]
     return alone, [replace(one, p=p) for one, p in zip(together, holm([one.p for one in alone]), strict=True)]
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names whose (cost, score) no other one beats in score at the same or a lower cost, cheapest first."""
+    best, chosen = -float("inf"), []
+    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1], item[0])):
+        if score > best:
+            best = score
+            chosen.append(name)
+    return chosen

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from align_ti.data.roles import INSTRUCTION, VISUAL, model_inputs
+from align_ti.data.collator import Collator
+from align_ti.data.conversation import Conversation
+from align_ti.data.groups import same_image_groups
+from align_ti.data.roles import INSTRUCTION, VISUAL, encode, model_inputs
 from align_ti.errors import BatchError
 from align_ti.interactions.visual import aligned_samples
 from align_ti.models.attention import watching
@@ -47,6 +50,36 @@ def score_layers(model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]])
         raise BatchError("no groups to score layers on; give batches of one image under two or more instructions each.")
     mean = torch.cat(similarities, dim=1).mean(1)
     return {layer: 1.0 - float(value) for layer, value in zip(layers, mean, strict=True)}
+
+
+def score_on_records(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    *,
+    images: int,
+    instructions: int,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> dict[int, float]:
+    """`score_layers` on a sample of records: up to `images` images under 2 to `instructions` instructions each.
+
+    The questions are moved to the device, by default the model's.
+
+    Raises:
+        DataError: no image has two instructions.
+        BatchError: as `score_layers`.
+    """
+    # Not a training collator, which may ask more of a sample than a question has.
+    collate, place = Collator(processor.tokenizer.pad_token_id), model.device if device is None else device
+    groups = same_image_groups(conversations, images, instructions, seed)
+    batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
+    return score_layers(model, ({name: value.to(place) for name, value in batch.items()} for batch in batches))
+
+
+def best_layer(scores: Mapping[int, float]) -> int:
+    """The layer with the highest score, which is IVA's; the first of several."""
+    return max(scores, key=lambda layer: scores[layer])
 
 
 def pair_similarities(

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from align_ti.config import Objective, Recipe, not_cacheable
 from align_ti.data.collator import Collator, EncodedConversations
-from align_ti.data.groups import same_image_groups
-from align_ti.data.roles import INSTRUCTION, encode
+from align_ti.data.roles import INSTRUCTION
 from align_ti.data.streaming import StreamedConversations
 from align_ti.data.teacher_cache import (
     ROWS,
@@ -37,7 +36,7 @@ from align_ti.data.teacher_cache import (
     write_whole,
 )
 from align_ti.errors import ConfigError, InterruptedRunError
-from align_ti.interactions.layer_scores import score_layers
+from align_ti.interactions.layer_scores import best_layer, score_on_records
 from align_ti.models.headonly import digest_of, save_head
 from align_ti.models.loading import check_teacher_precision, load_processor
 from align_ti.models.pairing import options_of, own_processor
@@ -309,12 +308,9 @@ def resolved(work: Work, before: Made | None) -> Objective:
         return objective
     if before is not None and before.layer is not None:
         return objective.at_layer(before.layer)
-    settings, collate = work.recipe.layer_scores, Collator(work.processor.tokenizer.pad_token_id)
-    groups = same_image_groups(work.data.conversations, settings.images, settings.instructions, work.recipe.seed)
-    batches = (collate([encode(one, work.processor, train=False) for one in group]) for group in groups)
-    device = work.teacher.device
-    scores = score_layers(work.teacher, ({name: value.to(device) for name, value in one.items()} for one in batches))
-    return objective.at_layer(max(scores, key=lambda layer: scores[layer]))
+    sample = work.recipe.layer_scores.model_dump()
+    scores = score_on_records(work.teacher, work.processor, work.data.conversations, **sample, seed=work.recipe.seed)
+    return objective.at_layer(best_layer(scores))
 
 
 def made_for(work: Work, objective: Objective) -> Made:

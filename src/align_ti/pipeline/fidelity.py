@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,17 +19,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from align_ti.config import Evaluation, Objective, Scores
 from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation
-from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import paired
 from align_ti.data.roles import encode
 from align_ti.errors import BatchError, ConfigError, DataError, ModelError
 from align_ti.evaluation.benchmarks.base import Report
 from align_ti.evaluation.fidelity import along_own, along_responses, own_answers, per_record
 from align_ti.evaluation.metrics import Metric
+from align_ti.evaluation.predictions import whole_clusters
 from align_ti.evaluation.results import scored, without_common_folder
 from align_ti.evaluation.runner import Advance, chunks, ignore
 from align_ti.evaluation.tasks import question
-from align_ti.interactions.layer_scores import score_layers
+from align_ti.interactions.layer_scores import best_layer, score_on_records
 from align_ti.losses.measures import Measure
 from align_ti.losses.weighted import CHUNK_LOGITS, rows_at_a_time, vocabulary
 from align_ti.models.pairing import pair_up
@@ -92,7 +91,7 @@ def fidelity(
     by_position = {"gold": along.by_position(clusters)}
     unmeasured: dict[str, str] = {}
 
-    chosen = subset(clusters, settings.fidelity_records)
+    chosen = whole_clusters(clusters, settings.fidelity_records)
     records, their_clusters = [conversations[index] for index in chosen], [clusters[index] for index in chosen]
     terms: dict[str, dict[str, Any]] = {"tpa": {}}
     if not records:
@@ -159,22 +158,6 @@ def clusters_of(conversations: Sequence[Conversation]) -> list[str]:
     return [f"{number[picture]} {name}".strip() for picture, name in zip(pictures, named, strict=True)]
 
 
-def subset(clusters: Sequence[str], limit: int | None) -> list[int]:
-    """The records of as many clusters as give at least `limit` of them, in their own order; all of them without a limit.
-
-    Clusters stay whole, and are taken by a digest of their names: from everywhere in the file, the same for every model.
-    """
-    if limit is None:
-        return list(range(len(clusters)))
-    sizes, chosen, count = Counter(clusters), set[str](), 0
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if count >= limit:
-            break
-        chosen.add(name)
-        count += sizes[name]
-    return [index for index, name in enumerate(clusters) if name in chosen]
-
-
 def digest_of(conversations: Sequence[Conversation], clusters: Sequence[str], teacher: str, how: Sequence[Any]) -> str:
     """What two models' measures have to share to be compared: records, teacher, and how it was measured."""
     told = [[[turn.speaker, turn.text] for turn in one.turns] for one in conversations]
@@ -187,12 +170,7 @@ def chosen_layer(teacher: PreTrainedModel, processor: ProcessorMixin, conversati
     Raises:
         DataError: no image has two instructions.
     """
-    settings, collate = Scores(), Collator(processor.tokenizer.pad_token_id)
-    groups = same_image_groups(conversations, settings.images, settings.instructions)
-    batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
-    moved = ({name: value.to(teacher.device) for name, value in batch.items()} for batch in batches)
-    scores = score_layers(teacher, moved)
-    return max(scores, key=lambda index: scores[index])
+    return best_layer(score_on_records(teacher, processor, conversations, **Scores().model_dump()))
 
 
 @torch.no_grad()

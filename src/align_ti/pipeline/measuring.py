@@ -12,15 +12,12 @@ import torch
 from accelerate import PartialState
 
 from align_ti.config import Evaluation, Recipe, Scores, Teacher
-from align_ti.data.collator import Collator
 from align_ti.data.conversation import Conversation, open_picture
-from align_ti.data.groups import same_image_groups
-from align_ti.data.roles import encode
 from align_ti.errors import DataError
 from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.chat import Chat
 from align_ti.evaluation.runner import evaluate, ignore
-from align_ti.interactions.layer_scores import score_layers
+from align_ti.interactions.layer_scores import score_on_records
 from align_ti.models.loading import best_device, load_model, load_processor
 from align_ti.models.pairing import check_pair, own_processor, shared_tokens
 from align_ti.phases import part
@@ -42,10 +39,8 @@ def score_teacher(
     """The instruction-relevance score (IRS) of each layer of a model, on a sample of the records."""
     with part("load models"):
         model, processor = load_model(path, dtype, best_device()), load_processor(path)
-    collate = Collator(processor.tokenizer.pad_token_id)
-    groups = same_image_groups(conversations, settings.images, settings.instructions, seed)
-    batches = (collate([encode(one, processor, train=False) for one in group]) for group in groups)
-    return score_layers(model, ({name: value.to(model.device) for name, value in batch.items()} for batch in batches))
+    sample = settings.model_dump()
+    return score_on_records(model, processor, conversations, **sample, seed=seed)
 
 
 def evaluate_model(

@@ -35,11 +35,6 @@ class Case:
     batch: Batch
     layout: Layout
 
-    @property
-    def global_batch(self) -> int:
-        """Records of an optimizer step."""
-        return self.batch.records * self.recipe.training.gradient_accumulation_steps * self.layout.devices
-
 
 @dataclass(frozen=True, slots=True)
 class Advice:

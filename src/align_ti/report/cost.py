@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_ti.evaluation.statistics import interval, told
+from align_ti.evaluation.statistics import interval, pareto, told
 from align_ti.phases import phase_names
 from align_ti.report import plots, study_plots
 from align_ti.report.drawing import WIDTH, Drawing, picture_of
@@ -112,20 +112,16 @@ def frontier(trained: Sequence[Model], models: Sequence[Model], by: str) -> Draw
     labels = {names[model.key]: model.label for model in known}
     title, of = title_of(found.scores[known[0].key]), found.metric(known[0]).unit
     text = study_plots.frontier(
-        variants, labels, unbeaten(variants, by), by, scale, (f"{words}, {unit}", f"{title}, {of}")
+        variants,
+        labels,
+        pareto({name: (row[by], row["accuracy"]["mean"]) for name, row in variants.items()}),
+        by,
+        scale,
+        (f"{words}, {unit}", f"{title}, {of}"),
     )
     rows = [(labels[key], one[by], *one["accuracy"].values()) for key, one in variants.items()]
     caption = "Bars: 95 % intervals. Dashed: the Pareto frontier (students that no other one beats at the same or a lower cost)."
     return picture_of(name, text, ("model", by, f"{title}, {of}", "low", "high"), rows, caption)
-
-
-def unbeaten(variants: Mapping[str, Row], by: str) -> list[str]:
-    """Those that no other one reaches at the same or a lower cost, cheapest first."""
-    found: list[str] = []
-    for name in sorted(variants, key=lambda name: (variants[name][by], -variants[name]["accuracy"]["mean"])):
-        if not found or variants[name]["accuracy"]["mean"] > variants[found[-1]]["accuracy"]["mean"]:
-            found.append(name)
-    return found
 
 
 def phase_figure(phases: Mapping[str, Row], models: Sequence[Model]) -> Drawing:

@@ -24,6 +24,7 @@ from align_ti.evaluation.statistics import (
     interval,
     over_seeds,
     paired,
+    pareto,
 )
 from align_ti.evaluation.statistics import told as told_interval
 from align_ti.runs import provenance, read_json, write_json
@@ -293,17 +294,13 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float | N
 
 def frontier(heads: Mapping[str, Metrics], runs: Mapping[str, Mapping[int, Mapping[str, Any]]], by: str) -> list[str]:
     """The variants that no other one beats in mean score at the same or a lower cost, cheapest first."""
-    told = sorted(
-        (fmean(one[by] for one in runs[name].values()), -fmean(metric.score for metric in found.values()), name)
-        for name, found in heads.items()
-        if found
+    return pareto(
+        {
+            name: (fmean(one[by] for one in runs[name].values()), fmean(metric.score for metric in found.values()))
+            for name, found in heads.items()
+            if found
+        }
     )
-    best, chosen = -float("inf"), []
-    for _, score, name in told:
-        if -score > best:
-            best = -score
-            chosen.append(name)
-    return chosen
 
 
 def time_to_quality(study: Study, runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,8 +6,7 @@ It shares no code with the loss, so that one of the two being wrong shows. The m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,7 +17,8 @@ from transformers import PreTrainedModel
 
 from align_ti.data import roles
 from align_ti.losses.divergences.base import Divergence
-from align_ti.models.families import attention_modules, language_model
+from align_ti.models.attention import running_on
+from align_ti.models.families import attention_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Sample:
 
         handle = attention_modules(model)[layer].register_forward_hook(keep)
         try:
-            with eager(model):
+            with running_on(model, "eager"):
                 model(**moved(roles.model_inputs(self.inputs[name]), model.device))
         finally:
             handle.remove()
@@ -155,17 +155,3 @@ def own_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tenso
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The inputs on a device, for a teacher on another than the student's."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-@contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """The language model runs on eager attention inside the block, which hands its matrix out."""
-    found: dict[int, Any] = {id(m.config): m.config for m in language_model(model).modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in found.items()}
-    try:
-        for config in found.values():
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for key, config in found.items():
-            config._attn_implementation = before[key]

@@ -26,15 +26,14 @@ from align_ti.config import Objective, OnPolicy, Scores, listed, nothing_compare
 from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
-from align_ti.data.groups import same_image_groups
 from align_ti.data.lengths import LengthGrouped
-from align_ti.data.roles import NO_LABEL, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL, encode
+from align_ti.data.roles import NO_LABEL, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL
 from align_ti.data.roles import OTHER as OTHER_ROLE
 from align_ti.data.stream_shards import OWN_RECORDS, Counted, StreamShard
 from align_ti.data.teacher_cache import kept_rows
 from align_ti.errors import AlignTIError, ConfigError, ModelError
 from align_ti.interactions.candidates import CandidateOptions, plan_candidates
-from align_ti.interactions.layer_scores import score_layers
+from align_ti.interactions.layer_scores import best_layer, score_on_records
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import widest_float
@@ -301,7 +300,7 @@ class AlignTITrainer(Trainer):
             layer = int(kept["layer"])
         else:
             scores = self.score_teacher_once()
-            layer = max(scores, key=lambda key: scores[key])
+            layer = best_layer(scores)
             if self.is_world_process_zero():
                 values = {str(key): value for key, value in scores.items()}
                 write_json(path, {"layer": layer, "scores": values, "of": made_from})
@@ -370,15 +369,14 @@ class AlignTITrainer(Trainer):
                 "scored; give a "
                 "number (score_layers finds it) or pass conversations as train_dataset."
             )
-        groups = same_image_groups(
-            data.conversations, self.scores.images, self.scores.instructions, int(self.args.seed)
+        return score_on_records(
+            self.teacher_model,
+            processor,
+            data.conversations,
+            **self.scores.model_dump(),
+            seed=int(self.args.seed),
+            device=self.args.device,
         )
-        # Not the training collator, which may ask more of a sample than a question has.
-        collate = Collator(processor.tokenizer.pad_token_id)
-        batches = (
-            self._prepare_inputs(collate([encode(one, processor, train=False) for one in group])) for group in groups
-        )
-        return score_layers(self.teacher_model, batches)
 
     # --- the order of records -----------------------------------------------------------------------------------------
 
