@@ -428,7 +428,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "images-differences": partial(study_tables.differences, "images"),
     "large-variants": partial(study_tables.variants, "large", seconds=True, gap=True),
     "large-differences": partial(study_tables.differences, "large"),
-    "reviewers-variants": partial(study_tables.variants, "reviewers", seconds=True),
+    "reviewers-variants": partial(study_tables.variants, "reviewers"),
     "reviewers-differences": partial(study_tables.differences, "reviewers"),
     "menu-variants": partial(study_tables.variants, "menu", seconds=True),
     "menu-differences": partial(study_tables.differences, "menu"),
