@@ -74,7 +74,7 @@ SEQUENCE = (
 """The scheme's sequence: each token with its role; template tokens around image, instruction and answer."""
 
 TRIED = {1: ("a", "b"), 2: ("a",), 3: ("a", "b")}
-"""The scheme's candidates by the response step that they stand in for; those of the fourth step end the turn, or are the gold token."""
+"""The scheme's candidates by the response step whose token they replace; those of the fourth step end the turn or are gold."""
 
 
 def first_response() -> int:
@@ -83,7 +83,7 @@ def first_response() -> int:
 
 
 def candidates() -> list[tuple[str, int]]:
-    """The scheme's candidates: a name, and the step that each stands in for."""
+    """The scheme's candidates: a name, and the step whose token each replaces."""
     return [(f"u{step}{letter}", step) for step, letters in TRIED.items() for letter in letters]
 
 

@@ -68,7 +68,7 @@ def counted(student: Decoder, records: int = BATCH.records) -> Model:
     return model_of(Recipe(**BASE), dataclasses.replace(BATCH, records=records), pair=pair)
 
 
-def recalled(kept: dict[str, Any]) -> Model:
+def model_from(kept: dict[str, Any]) -> Model:
     """A counted model from the file."""
     made = {name: Sizes(**kept[name]) for name in ("student", "teacher")}
     return Model(**{**kept, **made, "counted": Counted(**{**kept["counted"], "notes": ()})})

@@ -484,7 +484,7 @@ FAMILIES: dict[str, Family] = {
         ),
         fixed_picture(4),
         attention="eager",
-        # Without padding: eager attention turns a padding row that sees nothing into a not-a-number in float64 models.
+        # Without padding: eager attention turns a padding row that sees nothing into a NaN in float64 models.
         compositions=("alone",),
     ),
     "llava-onevision": Family(llava_onevision, anyres_picture, joined_tiles, count=anyres_tokens),

@@ -195,15 +195,15 @@ def test_shipped_recipes_are_valid(tmp_path):
 
 
 def test_every_option_is_documented_under_its_field():
-    def walk(knobs):
-        for name, field in knobs.model_fields.items():
+    def walk(declared):
+        for name, field in declared.model_fields.items():
             inner = [
                 t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(t, "model_fields")
             ]
             if inner:
                 walk(inner[0])
             else:
-                assert field.description, f"{knobs.__name__}.{name}"
+                assert field.description, f"{declared.__name__}.{name}"
 
     walk(Recipe)
 

@@ -607,7 +607,7 @@ def test_the_slowest_of_many_waits_longer_and_is_as_expected():
 def test_the_file_of_the_simulation_is_what_the_command_makes():
     kept = json.loads((RESULTS / "plan-scaling.json").read_text(encoding="utf-8"))
     for name, student in plan_scaling.STUDENTS.items():
-        model = plan_scaling.recalled(kept["models"][name])
+        model = plan_scaling.model_from(kept["models"][name])
         for engine, steps in kept["growth"][name].items():
             assert tuple(one["devices"] for one in steps) == plan_scaling.DEVICES
             for one in steps:

@@ -14,23 +14,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Recipe
+from align_ti.config import Recipe, Training
 from align_ti.data import batch as tokens
 from align_ti.data.conversation import Conversation, Turn
-from align_ti.errors import CheckError, RunError
+from align_ti.errors import CheckError, ConfigError, RunError
 from align_ti.models import attention
 from align_ti.models.loading import freeze, load_model, load_processor
 from align_ti.models.preservation import preserved
 from align_ti.pipeline.training import distil
-from align_ti.preflight import checks
+from align_ti.preflight import checks, cost
 from align_ti.preflight import samples as preflight_samples
 from align_ti.preflight.checks import run_checks
-from align_ti.preflight.cost import parameter_mib
+from align_ti.preflight.cost import Spread, parameter_mib
 from align_ti.preflight.page import write_page
 from align_ti.preflight.report import report_on
 from align_ti.preflight.samples import Sample, rendering, with_other_pictures
@@ -40,6 +39,7 @@ from align_ti.runs import RunFolder
 from align_ti.training import memory, passes
 from align_ti.training import objective as loss
 from align_ti.training.optimizers import hidden_matrices
+from align_ti.training.trainer import AlignTITrainer
 from tests import small
 
 LAYER = {"iva": {"layer": 1}}
@@ -460,8 +460,6 @@ def test_records_without_pictures_are_warned_of(setting):
 
 
 def test_a_step_that_does_not_fit_is_named(costed, monkeypatch):
-    from align_ti.preflight import cost
-
     monkeypatch.setattr(cost, "device_mib", lambda device: 1.0)
     verdicts = costed.check()
     assert named(verdicts) == {"memory"}
@@ -508,11 +506,51 @@ def test_a_rendering_holds_every_word_of_the_record(setting):
 
 
 def test_weights_on_another_device_take_no_memory_of_this_one():
+    # A bug: a teacher on another device counted, and runs that fit were refused.
     model = torch.nn.ModuleList([torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 512, device="meta")])
     model[0].requires_grad_(False)
     assert parameter_mib(model, on=torch.device("cpu")) == 0.25
     assert parameter_mib(model, trained=True, on=torch.device("cpu")) == 0
     assert parameter_mib(model) > 0.75
+
+
+def measured_step(mib: float = 100.0) -> cost.Measured:
+    return cost.Measured(seconds=1.0, mib=mib, of="resident", records=1, tokens=10)
+
+
+def test_what_a_process_holds_in_part_counts_in_part(setting):
+    models, training = {"student": setting.student, "teacher": setting.teacher}, Training(per_device_train_batch_size=1)
+    student, teacher = parameter_mib(setting.student), parameter_mib(setting.teacher)
+    trained = parameter_mib(setting.student, trained=True)
+
+    def held(**spread: object) -> float:
+        values = cost.memory(models, measured_step(trained + 3), training, Spread(**spread)).values
+        return values["total_mib"] - 3
+
+    assert held() == pytest.approx(student + teacher + 3 * trained)
+    assert held(processes=2) == pytest.approx(student + teacher + 4 * trained)
+    assert held(processes=4, teacher=True) == pytest.approx(student + teacher / 4 + 4 * trained)
+    assert held(processes=4, engine="zero2") == pytest.approx(student + teacher + 3 * trained / 4)
+    for engine in ("fsdp2", "zero3"):
+        assert held(processes=4, engine=engine) == pytest.approx(student / 4 + teacher + 3 * trained / 4)
+
+
+@pytest.mark.parametrize("where", ["placing", "probing"])
+def test_where_memory_runs_out_the_check_says_that_and_nothing_else(folder, tmp_path, monkeypatch, where):
+    # A bug: what ran out of memory was told as a fault of what was checked at that moment.
+    def full(*_arguments: object, **_options: object) -> None:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    if where == "placing":
+        monkeypatch.setattr("align_ti.pipeline.checking.move", full)
+    else:
+        monkeypatch.setattr("align_ti.preflight.terms.distillation_loss", full)
+    with pytest.raises(CheckError, match=r"memory.*out of memory.*Tried to allocate 9 GiB"):
+        distil(run_recipe(folder, tmp_path / "run"), seen=lambda _: None)
+    if where == "probing":
+        told = json.loads((tmp_path / "run" / "check.json").read_text())["verdicts"]
+        assert [one["name"] for one in told if one["state"] == "fail"] == ["memory"]
 
 
 def test_a_warning_needs_a_way_out():
@@ -557,7 +595,7 @@ def test_a_failed_check_stops_the_run_and_another_recipe_may_follow(folder, tmp_
 
 def test_only_the_main_process_checks(folder, tmp_path, monkeypatch):
     reports = []
-    monkeypatch.setattr(PartialState, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(AlignTITrainer, "is_world_process_zero", lambda _: False)
     distil(run_recipe(folder, tmp_path / "run"), seen=reports.append)
     assert not reports and not (tmp_path / "run" / "check.json").exists()
 
@@ -580,11 +618,14 @@ def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folder,
     assert shown.exit_code == 0, shown.output
     assert "pixels.student" in shown.output and "27 pass, 0 warn, 0 fail" in shown.output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"check.json", "check.html"}
-    exchange = {}
-    for devices in ("1", "2"):
-        told = json.loads(CliRunner().invoke(app, [*command, "--json", "--devices", devices]).stdout)["verdicts"]
+    exchange, shared = {}, ["--engine", "fsdp2"]
+    for devices, more in (("1", []), ("2", []), ("4", shared)):
+        options = ["--json", "--devices", devices, *more]
+        told = json.loads(CliRunner().invoke(app, [*command, *options]).stdout)["verdicts"]
         exchange[devices] = next(one for one in told if one["name"] == "memory")["values"]["exchange_mib"]
-    assert exchange["2"] > exchange["1"] == 0
+    assert exchange["2"] > exchange["1"] == exchange["4"] == 0
+    wrong = CliRunner().invoke(app, [*command, "--engine", "fsdp"])
+    assert isinstance(wrong.exception, ConfigError) and "ddp, fsdp2, zero2, zero3" in str(wrong.exception)
     unshift(monkeypatch)
     printed = CliRunner().invoke(app, [*command, "--json"])
     assert isinstance(printed.exception, CheckError) and "fused.kd" in str(printed.exception)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Recipe, read_recipe
+from align_ti.config import Recipe, Student, read_recipe
 from align_ti.errors import ConfigError, RunError
 from align_ti.evaluation.metrics import Metric, ratio
 from align_ti.evaluation.results import FORMAT, name_of
@@ -514,11 +514,15 @@ def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, ch
 
 
 def test_the_digest_of_a_data_folder_is_that_of_its_files(tmp_path):
+    # A bug: data in folders were never compared.
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         (folder / "part").mkdir(parents=True)
         (folder / "part" / "a.parquet").write_bytes(b"records")
     assert content_digest(one) == content_digest(two) != content_digest(one / "part" / "a.parquet")
+    (two / ".cache").mkdir()
+    (two / ".cache" / "a.metadata").write_text("2026")
+    assert content_digest(one) == content_digest(two)
     (two / "part" / "a.parquet").write_bytes(b"other records")
     assert content_digest(one) != content_digest(two)
     (one / "part" / "a.parquet").rename(one / "part" / "b.parquet")
@@ -527,9 +531,13 @@ def test_the_digest_of_a_data_folder_is_that_of_its_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_disk_that_a_student_takes_is_that_of_its_weights_in_32_bits(tmp_path, dtype):
+    # A bug: weights saved in 32 bits counted twice.
     save_file({"a": torch.zeros(3, 5, dtype=dtype), "b": torch.zeros(7, dtype=dtype)}, tmp_path / "model.safetensors")
-    assert planned.student_bytes(str(tmp_path)) == 4 * (15 + 7)
-    assert planned.student_bytes(str(tmp_path / "missing")) == 0
+    assert planned.student_bytes(Student(path=str(tmp_path))) == 4 * (15 + 7)
+    assert planned.student_bytes(Student(path=str(tmp_path), dtype="bfloat16")) == 2 * (15 + 7)
+    assert planned.student_bytes(Student(path=str(tmp_path / "missing"))) == 0
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert planned.student_bytes(Student(path=str(tmp_path))) == 0
 
 
 def test_runs_of_other_steps_than_the_costs_give_are_refused(folder, tmp_path, cheap):

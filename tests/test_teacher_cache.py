@@ -94,6 +94,7 @@ def test_every_family_is_cached_exactly(family, tmp_path):
 
 @pytest.mark.parametrize("layer", [None, 1])
 def test_records_without_weight_leave_nothing_kept_behind(layer):
+    # A bug: an evaluation on several processes failed where filler records had rows in the cache.
     student, teacher = tiny.model(0), tiny.model(1)
     batch, objective = (
         tiny.batch(tiny.COMPOSITIONS["text only in the batch"]),

@@ -31,7 +31,7 @@ def recipes() -> str:
         "`align_ti.losses.divergences`; an option that is not here is refused.",
         group("", Recipe, "## The top level"),
     ]
-    parts += [group(name, knobs, f"## {name}") for name, knobs in sections("", Recipe) if name != "objective"]
+    parts += [group(name, declared, f"## {name}") for name, declared in sections("", Recipe) if name != "objective"]
     parts.append("## objective")
     objective = Recipe.section("objective")
     assert objective is not None
@@ -53,22 +53,22 @@ def recipes() -> str:
     return "\n\n".join(parts)
 
 
-def sections(place: str, knobs: type[Options]) -> Iterator[tuple[str, type[Options]]]:
+def sections(place: str, declared: type[Options]) -> Iterator[tuple[str, type[Options]]]:
     """The groups of options below one, each by its full name, a group before those in it."""
-    for name in knobs.model_fields:
-        inner = knobs.section(name)
+    for name in declared.model_fields:
+        inner = declared.section(name)
         if inner is not None:
             yield f"{place}{name}", inner
             yield from sections(f"{place}{name}.", inner)
 
 
-def group(place: str, knobs: type[Options], heading: str) -> str:
+def group(place: str, declared: type[Options], heading: str) -> str:
     """One group of options: what it is, and a table of its options."""
-    lines = [heading, prose(inspect.getdoc(knobs) or "")]
-    if knobs.model_fields:
+    lines = [heading, prose(inspect.getdoc(declared) or "")]
+    if declared.model_fields:
         rows = ["| option | accepted | default | meaning |", "|---|---|---|---|"]
-        for name, field in knobs.model_fields.items():
-            inner = knobs.section(name)
+        for name, field in declared.model_fields.items():
+            inner = declared.section(name)
             full = f"{place}.{name}" if place else name
             takes = accepted(field) if inner is None else f"[{full}](#{slug(full)})"
             if name == "divergence":

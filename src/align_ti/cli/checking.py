@@ -13,10 +13,13 @@ from rich.table import Table
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
 from align_ti.cli.terminal import bars, console, quiet
 from align_ti.config import Recipe, find_recipe, read_recipe
-from align_ti.errors import CheckError
+from align_ti.errors import CheckError, ConfigError
 
 if TYPE_CHECKING:
     from align_ti.preflight.report import Report
+
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+"""What may spread a run over several devices."""
 
 
 def check(
@@ -25,15 +28,21 @@ def check(
     devices: Annotated[
         int, typer.Option(min=1, help="Number of devices used for training, for the expected memory and time.")
     ] = 1,
+    engine: Annotated[
+        str, typer.Option(help="ddp, fsdp2, zero2 or zero3: what spreads the run over several devices.")
+    ] = "ddp",
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON instead of a table.")] = False,
     allow_extensions: AllowExtensions = False,
 ) -> None:
-    """Check a recipe's models and its first records in about a minute, before a long run.
+    """Check a recipe's models and its first records before a long run.
 
     The checks: images reach both models, vocabularies and image tokens agree, every term has a gradient, the loss equals a
     plain reference computation, no response is truncated; with the expected memory and time. check.json and check.html are
     written to the run folder.
     """
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine is {engine!r}; accepted: {', '.join(ENGINES)}; name one of them.")
+    spread_by: Any = engine
     quiet()  # first, since a recipe's terms import what libraries speak of
     checked = read_recipe(find_recipe(recipe), changes or [], allow_extensions=allow_extensions)
     from align_ti.pipeline.checking import check_recipe
@@ -41,7 +50,7 @@ def check(
     from align_ti.runs import RunFolder
 
     with contextlib.nullcontext() if as_json else console.status("checking"):
-        found = check_recipe(checked, devices)
+        found = check_recipe(checked, devices, spread_by)
     run = RunFolder(Path(checked.out))
     if as_json:
         typer.echo(json.dumps(verdicts.as_json(found.verdicts), indent=2, ensure_ascii=False))

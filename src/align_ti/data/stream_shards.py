@@ -1,4 +1,4 @@
-"""A stream of unknown length dealt out to several processes, each of its records counted once."""
+"""A stream of unknown length split over several processes, each of its records counted once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StreamShard(IterableDataset[Mapping[str, Any]]):
     """One process's samples of a stream: in each step the batch that is its turn, and as many as every other process has.
 
     Where the stream ends within a step, the step is filled up with its first sample, marked as `Repeated`. The stream has to give the
-    same samples in every process. Several workers deal their own parts of it out.
+    same samples in every process. Several workers give their own parts of it.
 
     Args:
         stream: the samples.

@@ -39,7 +39,7 @@ class Correspondence:
     ) -> Float[Tensor, "batch seq ..."]:
         """Values at the teacher's positions, laid out as the student's sequence.
 
-        Where visual tokens are mixed, the student's hold means of the teacher's, or, with `sums`, shares of them, so that a
+        Where visual tokens are mixed, the student's hold means of the teacher's, or, with `sums`, shares of them, so that an
         image's total stays what it is: attention is shared out, hidden states are not.
         """
         places = self.places.to(values.device)

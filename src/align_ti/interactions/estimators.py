@@ -165,13 +165,13 @@ def stratified(
     """
     wide = widest_float(q.device)
     others, order = q.scatter(-1, gold[:, None], 0.0).sort(dim=-1, descending=True)
-    ladder, its_q = others.to(wide).cumsum(-1), q.gather(-1, gold[:, None]).to(wide)
-    mass = ladder[:, -1:] / (ladder[:, -1:] + its_q)
+    cumulative, its_q = others.to(wide).cumsum(-1), q.gather(-1, gold[:, None]).to(wide)
+    mass = cumulative[:, -1:] / (cumulative[:, -1:] + its_q)
     asked = count * mass
     draws = torch.floor(asked + uniform((len(q), 1), q, generator))
     slot = torch.arange(count, device=q.device)
-    point = (slot + uniform((len(q), count), q, generator)) / draws.clamp(min=1) * ladder[:, -1:]
-    place = torch.searchsorted(ladder, point.contiguous(), right=True)
+    point = (slot + uniform((len(q), count), q, generator)) / draws.clamp(min=1) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, point.contiguous(), right=True)
     # Rounding may carry a point past the last token that has probability.
     last = ((others > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     weight = torch.where(asked < 1, torch.full_like(asked, 1 / count), mass / draws.clamp(min=1)) * (slot < draws)

@@ -1,4 +1,4 @@
-"""NegativeLogLikelihood and divergences as plain functions of logits, for evaluation and for use by hand."""
+"""Likelihood and divergences as plain functions of logits, for evaluation and for use by hand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ for it this is too high (docs/performance.md, rows of candidates)."""
 class Branches:
     """Tokens to try, sample by sample.
 
-    `replaces` is the sequence index of the gold token that a branch stands in for; `counts` how many branches each sample has.
+    `replaces` is the sequence index of the gold token that a branch replaces; `counts` how many branches each sample has.
     """
 
     tokens: Int[Tensor, " branches"]

@@ -1,6 +1,6 @@
 """Two passes over one sequence: the gold tokens, then single tokens tried in place of a gold token.
 
-A *branch* is one such token. It sees the gold tokens before the one that it stands in for, and itself; never the gold token it
+A *branch* is one such token. It sees the gold tokens before the one that it replaces, and itself; never the gold token it
 replaces, what follows, or another branch; and it has the position of the token it replaces. Two forms give the same hidden
 states: `continue_branches` runs branches alone over the cache of the gold pass; `read_packed` runs gold tokens and branches in
 one pass (the ribbon), for models that keep no cache.
@@ -163,7 +163,7 @@ TOKEN_MARKS = ("token_type_ids", "mm_token_type_ids")
 def branch_positions(
     model: PreTrainedModel, inputs: Mapping[str, Any], rows: Layout
 ) -> Int[Tensor, "*axes rows width"]:
-    """Each branch has the position of the token that it stands in for, on every axis."""
+    """Each branch has the position of the token that it replaces, on every axis."""
     positions = rows.by_row(position_ids(model, inputs), dim=-2)
     return positions.gather(-1, rows.replaces.expand(*positions.shape[:-1], -1))
 

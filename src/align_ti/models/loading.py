@@ -118,13 +118,14 @@ DIGESTED = 64
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of some entries of every weight, which is quick for a model of any size. Quantised and empty (meta) weights, whose
-    entries cannot be read alike everywhere, have no part in it."""
+    """A digest of some entries of every weight, which is quick for a model of any size. Integers (of quantised weights) and empty
+    (meta) weights have no part in it."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        if type(weight) is Tensor and not weight.is_meta:
-            some = weight.flatten()[:: max(1, weight.numel() // DIGESTED)].contiguous().cpu()
+        if type(weight) is Tensor and weight.is_floating_point() and not weight.is_meta:
+            # An odd step, so that the entries are of many columns.
+            some = weight.flatten()[:: weight.numel() // DIGESTED | 1].contiguous().cpu()
             found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
             found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:32]

@@ -21,7 +21,7 @@ class Pairing:
     """How a student and a teacher are compared.
 
     `shared` selects the logits of the tokens that both models have. `shared_tower`: both have the same frozen vision tower, whose
-    features are computed once. `teacher_image_tokens` are the teacher's tokens that are not text, so that none of them is a candidate.
+    features are computed once. `teacher_image_tokens`: the teacher's image token, which is never a candidate.
     """
 
     shared: slice | Int[Tensor, " shared"] = field(default_factory=lambda: slice(None))

@@ -129,11 +129,13 @@ def fidelity(
         notes.append(
             f"{own.left_out} of {len(records)} self-generated answers are empty or contain special tokens as text; they are excluded."
         )
+    # A teacher of less precision is another one to be compared with.
+    precision = [] if teacher.dtype == torch.float32 else [str(teacher.dtype)]
     scores = scored(
         BENCHMARK,
         Report(metrics, "response_kl", {}, notes),
         called[0],
-        digest_of(conversations, clusters, called[1], [layer, chosen]),
+        digest_of(conversations, clusters, called[1], [layer, chosen, *precision]),
         title=f"fidelity to {called[1]}",
     )
     shown_metrics = {

@@ -241,6 +241,9 @@ def train_and_measure(
     """
     checks = partial(advance, "check the records")
     tasks = read_tasks(recipe)
+    # What is missing shows now, and not when the student is finished.
+    for question in read_questions(recipe.data):
+        question.check_files()
 
     def before(run: RunFolder) -> None:
         if tasks:

@@ -137,10 +137,6 @@ def distil_into(
         # The first process checks; the others read what it found.
         with state.main_process_first():
             train, _ = training_data(recipe, parts.processor, run, checks, teacher_processor=parts.own_processor)
-    checkpoint = run.last_checkpoint()
-    # Before the trainer, which may shard the teacher. Its probes run the teacher, which a cache leaves out.
-    if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
-        check_before(run, recipe, parts, train, state, seen)
     objective = recipe.objective if recipe.data.teacher_cache is None else use_cache(recipe, parts, train)
     if recipe.training.torch_compile:
         for model in filter(None, (parts.student, parts.teacher)):
@@ -164,7 +160,6 @@ def distil_into(
         work=work,
         gradient_shares_every=recipe.training.gradient_shares_every,
         optimizer_cls_and_kwargs=optimizer_of(recipe.training, parts.student),
-        shard_teacher=recipe.teacher is not None and recipe.teacher.sharded,
     )
     # The recorder keeps the log; transformers would print each line over the progress bar.
     trainer.remove_callback(PrinterCallback)
@@ -174,9 +169,15 @@ def distil_into(
     uncounted = why_uncounted(recipe, parts, trainer)
     work.flops = not uncounted
     trainer.resolve_layer()
+    checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         check_engine(checkpoint, trainer)
         work.go_on(checkpoint)
+    # Its probes run the teacher, which a cache leaves out, and whole models, so before the teacher is sharded.
+    if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
+        check_before(run, recipe, parts, trainer, train, seen)
+    if recipe.teacher is not None and recipe.teacher.sharded:
+        trainer.shard_teacher()
     with peak_memory() as peak, recorder.interruptible(), errors_of_workers():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < trainer.state.max_steps:

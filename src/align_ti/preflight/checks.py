@@ -17,7 +17,7 @@ from align_ti.models.families import full_attention_layers
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.preservation import preserved
-from align_ti.preflight.cost import cost_verdicts
+from align_ti.preflight.cost import Spread, cost_verdicts, does_not_run
 from align_ti.preflight.pair import Models, comparable_rows, fit_verdicts, on_device, visual_tokens
 from align_ti.preflight.pixels import pixel_verdicts
 from align_ti.preflight.samples import FirstRecords, Sample, data_verdicts, read_first
@@ -26,7 +26,7 @@ from align_ti.preflight.verdicts import Verdict, worst
 from align_ti.training.gradients import FLOAT16_SCALE
 
 RECORDS = 64
-"""Records that are read: the first ones, so that the check takes a minute and not an epoch."""
+"""Records that are read: the first ones, so that the check takes no epoch."""
 
 PROBES = 2
 """Records that the probes run on."""
@@ -40,8 +40,7 @@ def run_checks(
     recipe: Recipe,
     *,
     teacher_processor: ProcessorMixin | None = None,
-    processes: int = 1,
-    sharded: bool = False,
+    spread: Spread | None = None,
     records: int = RECORDS,
 ) -> list[Verdict]:
     """The verdicts on two models and the first records of the data, in the order of docs/check.md.
@@ -56,9 +55,7 @@ def run_checks(
         data: the training records.
         recipe: the run that is meant; where IVA's layer is "auto", a middle one is used.
         teacher_processor: the teacher's processor; where it makes other inputs than the student's, the teacher reads its own.
-        processes: processes of the run, for its time and memory.
-        sharded: whether the run shards weights, gradients or the optimizer's states over its processes, so that the whole models'
-            memory, which is measured here, is no limit.
+        spread: the processes of the run, for its time and memory; by default one.
         records: how many of the first records are read.
     """
     models: Models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
@@ -75,7 +72,11 @@ def run_checks(
         for model in models.values():
             model.eval()
         processors = {"student": processor, "teacher": processor if own is None else own}
-        return verdicts + probe(models, processors, found, objective, recipe, len(data), processes, sharded)
+        over = Spread() if spread is None else spread
+        try:
+            return verdicts + probe(models, processors, found, objective, recipe, len(data), over)
+        except torch.OutOfMemoryError as error:
+            return [*verdicts, does_not_run(error, over)]
 
 
 def with_layer(objective: Objective, teacher: PreTrainedModel | None) -> Objective:
@@ -93,8 +94,7 @@ def probe(
     objective: Objective,
     recipe: Recipe,
     num_records: int,
-    processes: int,
-    sharded: bool,
+    spread: Spread,
 ) -> list[Verdict]:
     """The verdicts for which the models run."""
     pad_tokens = {name: int(processor.tokenizer.pad_token_id) for name, processor in processors.items()}
@@ -128,8 +128,7 @@ def probe(
         collate=collate,
         pairing=pairing,
         num_records=num_records,
-        processes=processes,
-        sharded=sharded,
+        spread=spread,
     )
 
 
@@ -160,6 +159,8 @@ def attempt(name: str, check: Callable[[], Verdict | list[Verdict]]) -> list[Ver
     try:
         found = check()
         return found if isinstance(found, list) else [found]
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with what is checked
     except MISHAPS as error:
         return [
             Verdict(

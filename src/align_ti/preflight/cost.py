@@ -22,6 +22,7 @@ from align_ti.preflight.pair import Models, on_device
 from align_ti.preflight.samples import Sample
 from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict
+from align_ti.training.engines import Engine
 from align_ti.training.memory import Peak, peak_memory
 from align_ti.training.objective import distillation_loss
 from align_ti.training.optimizers import hidden_matrices
@@ -37,6 +38,36 @@ LESS = "a smaller training.per_device_train_batch_size, training.gradient_checkp
 
 UNCHECKED = "check it on a device with more memory (`align-ti check`), then train with check: false"
 """What to do if a run fits its devices only in parts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The processes of a run, and what of it each of them holds in part only."""
+
+    processes: int = 1
+    engine: Engine = "ddp"
+    teacher: bool = False
+    """Whether the teacher is sharded (teacher.sharded)."""
+
+    @property
+    def parts(self) -> bool:
+        """Whether anything is held in parts."""
+        return self.processes > 1 and (self.engine != "ddp" or self.teacher)
+
+    @property
+    def student_share(self) -> float:
+        """What each process holds of the student's weights."""
+        return 1 / self.processes if self.engine in ("fsdp2", "zero3") else 1.0
+
+    @property
+    def state_share(self) -> float:
+        """What each process holds of gradients and optimizer states."""
+        return 1.0 if self.engine == "ddp" else 1 / self.processes
+
+    @property
+    def teacher_share(self) -> float:
+        """What each process holds of the teacher's weights."""
+        return 1 / self.processes if self.teacher else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +91,7 @@ def cost_verdicts(
     collate: Collator,
     pairing: Pairing,
     num_records: int,
-    processes: int,
-    sharded: bool,
+    spread: Spread,
 ) -> list[Verdict]:
     """Expected memory of a device, and time of a step and of the run."""
     wanted = training.per_device_train_batch_size
@@ -81,11 +111,11 @@ def cost_verdicts(
         share = min(1.0, BUDGET / max(run(1, nullcontext(Peak())).seconds * wanted, 1e-9))
         measured = run(max(1, int(wanted * share)), peak_memory())
     except MISHAPS as error:
-        return [does_not_run(first_line(error), sharded)]
+        return [does_not_run(error, spread)]
     mean = sum(sample.length for sample in samples) / len(samples)
     return [
-        memory(models, measured, training, processes, sharded),
-        duration(measured, mean / longest[0].length, training, num_records, processes),
+        memory(models, measured, training, spread),
+        duration(measured, mean / longest[0].length, training, num_records, spread.processes),
     ]
 
 
@@ -136,30 +166,34 @@ def recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
         student.disable_input_require_grads()
 
 
-def does_not_run(error: str, sharded: bool) -> Verdict:
+def does_not_run(error: Exception, spread: Spread) -> Verdict:
     """The verdict where no step could be measured, out of memory among the reasons."""
-    whole = f"the check needs both models whole on one device, which this run shards: {UNCHECKED}" if sharded else LESS
+    less = f"the check needs both models whole on one device, which this run does not: {UNCHECKED}"
     return Verdict(
         name="memory",
         state="fail",
-        measured=f"a forward and backward pass stopped with: {error.rstrip('.')}",
+        measured=f"a forward and backward pass stopped with: {first_line(error).rstrip('.')}",
         expected="a pass without errors",
-        way_out=f"fix what the message names; if memory ran out: {whole}",
+        way_out=f"fix what the message names; if memory ran out: {less if spread.parts else LESS}",
     )
 
 
-def memory(models: Models, measured: Measured, training: Training, processes: int, sharded: bool) -> Verdict:
+def memory(models: Models, measured: Measured, training: Training, spread: Spread) -> Verdict:
     """Weights + the optimizer's states + the measured peak of a pass, in which gradients are included.
 
-    Weights that lie on another device than the student do not count. A run that is sharded takes less, so nothing is refused there.
+    Weights that lie on another device than the student do not count. Of what is sharded the process's own part counts, without what
+    is gathered of it during a pass, so that this is a lower bound.
     """
     student, wanted = models["student"], training.per_device_train_batch_size
-    weights = sum(parameter_mib(model, on=student.device) for model in models.values())
-    trained = parameter_mib(student, trained=True)
+    shares = {"student": spread.student_share, "teacher": spread.teacher_share}
+    weights = sum(parameter_mib(model, on=student.device) * shares[name] for name, model in models.items())
+    whole = parameter_mib(student, trained=True)
+    trained = whole * spread.state_share
     muon = training.optimizer == "muon"
     single = hidden_matrices(student) if muon else []
-    state = 2 * trained - sum(matrix.numel() * matrix.element_size() for matrix in single) / 2**20
-    exchange = trained if processes > 1 else 0.0
+    spared = sum(matrix.numel() * matrix.element_size() for matrix in single) / 2**20
+    state = (2 * whole - spared) * spread.state_share
+    exchange = whole if spread.processes > 1 and spread.engine == "ddp" else 0.0
     values: dict[str, Any] = {"weights_mib": weights, "optimizer_mib": state, "exchange_mib": exchange}
     kind = "states of Muon and AdamW" if muon else "AdamW's two states"
     known = f"weights {weights:.4g} + {kind} {state:.4g} + " + (
@@ -169,7 +203,7 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
         said, total = f"{known}an unknown peak, which this system does not report", None
     else:
         # Gradients have the size of what is trained whatever the batch; the rest of the peak grows with it.
-        activations = max(measured.mib - trained, 0.0) * wanted / measured.records
+        activations = max(measured.mib - whole, 0.0) * wanted / measured.records
         total = weights + state + exchange + trained + activations
         values |= {"gradients_mib": trained, "activations_mib": activations, "total_mib": total}
         said = (
@@ -178,9 +212,9 @@ def memory(models: Models, measured: Measured, training: Training, processes: in
         )
     there = device_mib(student.device)
     values["device_mib"] = there
-    share = 0.0 if sharded or total is None or there is None else total / there
-    if sharded:
-        said += f"; this run shards over {processes} processes, which takes less: see `align-ti plan`"
+    share = 0.0 if total is None or there is None else total / there
+    if spread.parts:
+        said += f"; each of {spread.processes} processes holds parts, and what it gathers in a pass is not counted: see `align-ti plan`"
     return Verdict(
         name="memory",
         state="fail" if share > 1 else "warn" if share > TIGHT else "pass",

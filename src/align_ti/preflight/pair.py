@@ -207,6 +207,8 @@ def visual_tokens(name: str, model: PreTrainedModel, batch: Mapping[str, Any]) -
     try:
         given = tower_vectors(model, batch)
         model(**model_inputs(batch))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError) as raised:
         error = first_line(raised)
     wrong = error is not None or given != expected

@@ -120,6 +120,8 @@ def live(
         norms = [parameter.grad.float().norm() for parameter in trained if parameter.grad is not None]
         norm = float(torch.stack(norms).norm()) / scale if norms else 0.0
         return Life(float(out.terms[name]), float(out.masses[name]), norm)
+    except torch.OutOfMemoryError:
+        raise
     except MISHAPS as error:
         return Life(error=first_line(error))
     finally:
@@ -197,6 +199,8 @@ def fused_verdicts(
                     verdicts.append(not_compared(name))
                     continue
                 ours = fused(models, padded(batch, pad_tokens), objective, name, pairing)
+        except torch.OutOfMemoryError:
+            raise
         except MISHAPS as error:
             verdicts.append(unequal(name, f"{name} cannot be compared: {first_line(error).rstrip('.')}", relative, {}))
             continue

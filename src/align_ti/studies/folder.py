@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +197,10 @@ def data_digests(study: Study) -> dict[str, str]:
 
 
 def content_digest(path: Path) -> str:
-    """A digest of a file, or of all files in a folder and their names."""
+    """A digest of a file, or of the names and sizes of a folder's files, which may be too large to be read each time. Names that
+    begin with a dot or an underscore are no data."""
     if path.is_file():
-        return file_digest(path)[:32]
-    found = {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path) -> str:
-    """A digest of a file, which is read once as long as its size and its time of change stay."""
-    state = path.stat()
-    return read_digest(path, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def read_digest(path: Path, size: int, changed: int) -> str:
-    """A digest of a file in this state."""
-    return digest(path)
+        return digest(path)[:32]
+    files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    told = {str(one): (path / one).stat().st_size for one in files if not any(part[0] in "._" for part in one.parts)}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]

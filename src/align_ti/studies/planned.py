@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from align_ti.config import Student
 from align_ti.runs import read_json
 from align_ti.studies.costs import Advance, Cost, measured_costs, steps_to_measure
 from align_ti.studies.design import Study
@@ -78,7 +79,7 @@ def planned(study: Study, advance: Advance) -> Planned:
     left = {name: row.runs - row.done for name, row in rows.items()}
     done = [read_json(folder.record(name, seed)) for name in records for seed in records[name]]
     around = [one["wall_seconds"] - one["seconds"] for one in done if not one["error"]]
-    weights = {name: student_bytes(study.first(name).student.path) for name in study.variants}
+    weights = {name: student_bytes(study.first(name).student) for name in study.variants}
     copies = {name: 1 + COPIES * (1 + study.first(name).training.save_total_limit) for name in study.variants}
     return Planned(
         rows=rows,
@@ -93,11 +94,18 @@ def planned(study: Study, advance: Advance) -> Planned:
     )
 
 
-def student_bytes(path: str) -> int:
-    """Bytes of a model's weights in 32 bits, in which students are trained and saved; 0 if its folder is not at hand."""
+def student_bytes(student: Student) -> int:
+    """Bytes of a student's weights in the precision in which it is trained and saved; 0 if its folder is not at hand."""
+    files = list(Path(student.path).glob("*.safetensors"))
+    each = {"float32": 4, "bfloat16": 2, "float16": 2}.get(student.dtype)
+    if each is None:
+        return sum(file.stat().st_size for file in files)
     total = 0
-    for file in Path(path).glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            names = weights.keys()  # an iterator of names; it is no mapping
-            total += sum(4 * prod(weights.get_slice(name).get_shape()) for name in names)
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                names = weights.keys()  # an iterator of names; it is no mapping
+                total += sum(each * prod(weights.get_slice(name).get_shape()) for name in names)
+        except SafetensorError:
+            continue  # no weights, such as the pointer of a file that was not fetched; the run says so
     return total

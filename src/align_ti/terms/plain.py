@@ -1,6 +1,6 @@
 """What plain re-computations of terms are made of: one sample, full forward passes, whole logits and attention matrices.
 
-It shares no code with the loss, so that one of the two being wrong shows. The models are called as anybody calls them,
+It shares no computation with the loss, so that one of the two being wrong shows. The models are called as anybody calls them,
 `model(**inputs).logits`, so whatever a family does to its logits is in the numbers.
 """
 

@@ -1,4 +1,4 @@
-"""The teacher's pass, kept and restored_pass: what `align-ti cache` keeps of a batch, and the same as terms see it."""
+"""The teacher's pass, stored and restored: what `align-ti cache` keeps of a batch, and the same as terms see it."""
 
 from __future__ import annotations
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, Trainer
 
 from align_ti.errors import ConfigError
 from align_ti.training.optimizers import MuonAdamW
+
+Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
+"""What spreads a run over several processes."""
 
 
 def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_shares_every: int) -> None:
@@ -94,6 +97,15 @@ def shards_weights(trainer: Trainer) -> bool:
         return True
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+
+
+def engine_of(trainer: Trainer) -> Engine:
+    """What spreads the run over processes."""
+    if trainer.is_fsdp_enabled:
+        return "fsdp2"
+    if trainer.is_deepspeed_enabled:
+        return "zero3" if shards_weights(trainer) else "zero2"
+    return "ddp"
 
 
 def name_layers(plugin: Any, model: PreTrainedModel) -> None:

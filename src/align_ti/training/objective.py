@@ -149,7 +149,7 @@ def read_batch(
     if pairing is None:
         pairing = Pairing() if compared is None else Pairing(shared_tokens(student, compared))
     ours = view(student, batch)
-    # What a teacher cache keeps stands in for the teacher's pass.
+    # What a teacher cache keeps replaces the teacher's pass.
     kept = None if compared is None else restored_pass(compared, batch, terms)
     theirs = kept.view if kept is not None else None
     if compared is not None and theirs is None:

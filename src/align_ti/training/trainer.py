@@ -122,6 +122,11 @@ class AlignTITrainer(Trainer):
                 f"on_policy is given, but {found}, and nothing else is learned from the student's own answers; give such a term a "
                 "weight, or leave on_policy out."
             )
+        if on_policy is not None and getattr(train_dataset, "teacher_cache", None) is not None:
+            raise ConfigError(
+                "on_policy is given, but train_dataset has a teacher cache, which knows nothing of the student's own answers; leave "
+                "one of the two out."
+            )
         if self.objective.needs_teacher and teacher_model is None:
             raise ConfigError(
                 f"the objective has {', '.join(self.objective.active)}, but no teacher_model was given; give one, or leave out "
@@ -148,7 +153,7 @@ class AlignTITrainer(Trainer):
             args.label_names = ["labels"]
         loader: Any = args.accelerator_config
         if loader.dispatch_batches is None:
-            # A batch dealt out by its first axis would lose images of records that have several.
+            # A batch split over processes by its first axis would lose images of records that have several.
             loader.dispatch_batches = False
         if args.n_gpu > 1:
             logger.warning(
@@ -193,14 +198,8 @@ class AlignTITrainer(Trainer):
         self.teacher_digest: str | None = None
         if teacher_model is not None and self.args.world_size > 1:
             self.teacher_digest = self.digest_of_teacher()
-        # Of a cached teacher only the head is there, which nothing is gathered for.
-        if (
-            shard_teacher
-            and self.args.world_size > 1
-            and teacher_model is not None
-            and not has_head_only(teacher_model)
-        ):
-            shard(teacher_model, self.args.device)
+        if shard_teacher:
+            self.shard_teacher()
         self.in_step = self.args.world_size > 1
         if self.in_step and isinstance(self.data_collator, Collator) and isinstance(processing_class, ProcessorMixin):
             # Where no record of a batch has an image, one of no weight goes through the towers: other processes wait in them.
@@ -216,7 +215,11 @@ class AlignTITrainer(Trainer):
         self.draw_step, self.draws, self.eval_draws = -1, 0, 0
 
     def check_sharding(self) -> None:
-        """Refuses training engines under which the loss would be another number: see `align_ti.training.engines.check`."""
+        """Refuses training engines under which the loss would be another number (`align_ti.training.engines.check`).
+
+        Raises:
+            ConfigError: see there.
+        """
         check_engine(
             self,
             on_policy=self.on_policy is not None,
@@ -229,6 +232,18 @@ class AlignTITrainer(Trainer):
         made: Optimizer = super().create_optimizer(*arguments, **options)
         self.optimizer_cls_and_kwargs = None
         return made
+
+    def shard_teacher(self) -> None:
+        """Spreads the teacher's weights over all processes; no effect with one, or if it is sharded already.
+
+        Raises:
+            ModelError: it is quantised, has a place of its own, or does not name its layers.
+        """
+        teacher = self.teacher_model
+        # Of a cached teacher only the head is there, which nothing is gathered for.
+        if teacher is None or self.args.world_size == 1 or has_head_only(teacher) or is_sharded(teacher):
+            return
+        shard(teacher, self.args.device)
 
     @property
     def shards_weights(self) -> bool:
@@ -748,11 +763,15 @@ class AlignTITrainer(Trainer):
 
 
 def texts_digest(data: Any) -> str | None:
-    """A digest of what is said in the first conversations of a dataset; None if it has none."""
+    """A digest of the texts and the names of images in the first conversations of a dataset; None if it has none."""
     if not isinstance(data, EncodedConversations):
         return None
-    texts = [[turn.text for turn in data.conversations[index].turns] for index in range(min(len(data), TEXTS))]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]
+    first = [data.conversations[index] for index in range(min(len(data), TEXTS))]
+    told = [
+        [[turn.text for turn in one.turns], [image.name for image in one.images if isinstance(image, Path)]]
+        for one in first
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
