@@ -438,6 +438,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few-long-variants": partial(study_tables.variants, "few-long", gap=True),
     "few-long-differences": partial(study_tables.differences, "few-long"),
     "few-long-kinds": partial(study_tables.metrics, "few-long", "exact match"),
+    "few-long-times": partial(study_tables.times, "few-long"),
     "long-variants": partial(study_tables.variants, "long", gap=True),
     "long-differences": partial(study_tables.differences, "long"),
     "long-kinds": partial(study_tables.metrics, "long", "exact match"),
