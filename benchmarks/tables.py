@@ -422,6 +422,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "muon-times": partial(study_tables.times, "muon"),
     "equal-time-variants": partial(study_tables.variants, "equal-time", seconds=True),
     "equal-time-differences": partial(study_tables.differences, "equal-time"),
+    "equal-time-few-variants": partial(study_tables.variants, "equal-time-few", seconds=True),
+    "equal-time-few-differences": partial(study_tables.differences, "equal-time-few"),
     "demo-variants": partial(study_tables.variants, "demo"),
     "demo-differences": partial(study_tables.differences, "demo"),
     "images-variants": partial(study_tables.variants, "images"),

@@ -18,6 +18,7 @@ SUMMARY = (
     ("Muon, 1,200 steps", "muon", ""),
     ("Muon, 250 images", "labels", "_few"),
     ("Muon, 4,800 steps", "muon-long", ""),
+    ("Muon, 250 images, equal time", "equal-time-few", ""),
     ("Muon, 250 images, 4,800 steps", "few-long", ""),
 )
 """Each training that SFT, vanilla KD and Align-TI were studied in: what it is called, its study, and the end of the variants'
