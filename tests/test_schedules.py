@@ -157,7 +157,7 @@ class Between(Term):
 def test_the_rules_of_a_term_of_ones_own_hold_for_both_ends():
     with pytest.raises(ConfigError, match=r"schedule\.low\.final is 2; accepted: low has to be below high"):
         Between(high=1.0, schedule={"low": {"final": 2.0}})
-    with pytest.raises(ConfigError, match=r"schedule\.high is given, but high is 'auto', no number"):
+    with pytest.raises(ConfigError, match=r"schedule\.high is given, but high is 'auto'; set it to a number"):
         Between(schedule={"high": {"final": 2.0}})
 
 
@@ -196,7 +196,7 @@ def test_what_a_schedule_cannot_be_is_said(term, message):
 
 
 def test_the_cutoff_of_a_draw_needs_a_value_of_its_own():
-    with pytest.raises(ConfigError, match=r"schedule\.top_p is given, but top_p is None, no number"):
+    with pytest.raises(ConfigError, match=r"schedule\.top_p is given, but top_p is None; set it to a number"):
         Objective(tpa={"schedule": {"top_p": {"final": 0.5}}})
 
 
