@@ -16,13 +16,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LMMS := build/lmms
 export HF_HUB_OFFLINE := 1
+# Containers often set it; then every process that a test or a launch starts compiles some 4,000 modules for itself, 15 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check docs engines kills lmms-eval wheel fresh notebook clean
 
 setup: $(READY)
 
 # torch first: a looser requirement of another package would pull another build of it. Modules are compiled when they
-# are first imported: most never are.
+# are first imported, and kept so: most never are.
 $(READY): requirements/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
