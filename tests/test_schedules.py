@@ -21,7 +21,7 @@ from align_ti.errors import ConfigError, InterruptedRunError
 from align_ti.models.loading import load_model, load_processor
 from align_ti.pipeline.training import distil
 from align_ti.runs import RunFolder, read_json
-from align_ti.studies.costs import over_stages
+from align_ti.studies.costs import mean_over, of_stages
 from align_ti.terms.base import Term
 from align_ti.terms.schedule import Schedule
 from align_ti.training.objective import distillation_loss
@@ -93,7 +93,8 @@ def test_a_stage_counts_as_much_as_it_lasts():
     objective = Objective(iva=Iva(layer=1), tpa=Tpa(schedule={"weight": {"final": 0.0, "begin": 0.25, "end": 0.25}}))
     recipe = Recipe(**{**small.recipe(Path("nowhere")), "objective": objective})
     costs = {4: 10.0, 3: 2.0}
-    assert over_stages(recipe, lambda of: costs[len(of.objective.active)]) == 0.25 * 10 + 0.75 * 2
+    of_each = of_stages(recipe, lambda of: costs[len(of.objective.active)])
+    assert of_each == [10.0, 2.0] and mean_over(recipe, of_each) == 0.25 * 10 + 0.75 * 2
 
 
 def test_another_option_than_a_weight_changes_the_work_too():
@@ -121,7 +122,7 @@ def test_the_cost_of_a_part_without_a_teacher_reads_no_teacher_cache():
         caches[of.objective.active] = of.data.teacher_cache
         return 1.0
 
-    assert over_stages(recipe, measured) == 1.0
+    assert of_stages(recipe, measured) == [1.0, 1.0]
     assert caches == {("sft", "kd"): "cache", ("sft",): None}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,21 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Recipe, Student, read_recipe
-from align_ti.errors import ConfigError, RunError
+from align_ti.config import Objective, Recipe, Student, read_recipe
+from align_ti.errors import CheckError, ConfigError, RunError
 from align_ti.evaluation.metrics import Metric, ratio
 from align_ti.evaluation.results import FORMAT, name_of
 from align_ti.evaluation.statistics import gap_closed, hierarchical, over_seeds
+from align_ti.pipeline.training import distil
 from align_ti.runs import locked, read_json, write_json
 from align_ti.studies import costs, planned, running
 from align_ti.studies.costs import Cost, equal_steps
 from align_ti.studies.design import Study, StudyFile, read_study
 from align_ti.studies.folder import StudyFolder, content_digest, told
-from align_ti.studies.results import differences, first_at, frontier, summary_of, with_costs
+from align_ti.studies.results import cost_until, differences, first_at, frontier, summary_of, with_costs
 from align_ti.studies.running import Shard, run_study
+from align_ti.terms.kd import Kd
+from align_ti.terms.sft import Sft
 from tests import small
 from tests.launching import ROOT
 
@@ -265,9 +270,48 @@ def test_equal_compute_is_the_budget_but_for_one_step(first, second, equal):
 
 def test_times_of_a_study_are_those_that_were_measured_in_turn():
     records = {"sft": {0: record("sft", 0, shares(np.full(4, 4)), seconds_per_step=9.0)}}
-    told = with_costs(records, {"sft": {"seconds_per_step": 2.0}})["sft"][0]
+    told = with_costs(study_of(), records, {"sft": {"seconds_per_step": 2.0, "flops_per_step": 3.0}})["sft"][0]
     assert (told["seconds_per_step"], told["seconds"]) == (2.0, 20.0)
     assert records["sft"][0]["seconds_per_step"] == 9.0
+
+
+def test_a_step_before_the_weights_fall_costs_more_than_one_after():
+    # Every step had the mean cost of training, so a dear first half was drawn as if it were cheap.
+    off = {"weight": {"final": 0.0, "begin": 0.5, "end": 0.5}}
+    study = study_of()
+    recipe = study.templates["kd"].model_copy(update={"objective": Objective.only(sft=Sft(), kd=Kd(schedule=off))})
+    study = dataclasses.replace(study, templates={**study.templates, "kd": recipe})
+    half = {"seconds_per_step": 3.0, "flops_per_step": 9.0}, {"seconds_per_step": 1.0, "flops_per_step": 5.0}
+    costs = {"kd": {"seconds_per_step": 2.0, "flops_per_step": 7.0, "stages": list(half)}}
+    run = with_costs(study, {"kd": {0: record("kd", 0, shares(np.full(4, 4)))}}, costs)["kd"][0]
+    assert [cost_until(run, step, "seconds") for step in (0, 1, 5, 6, 10)] == [0, 3, 15, 16, 20]
+    assert [cost_until(run, step, "flops") for step in (4, 10)] == [36, 70]
+    assert run["seconds"] == cost_until(run, 10, "seconds")
+
+
+def test_runs_that_answered_other_questions_are_not_compared():
+    records = {name: {s: record(name, s, shares(np.full(4, 4))) for s in (0, 1)} for name in ("sft", "kd")}
+    records["kd"][1]["scores"]["exact match"]["questions"] = "others"
+    with pytest.raises(RunError, match="kd with seed 1 answered other questions of 'exact match' than sft with seed 0"):
+        summary_of(study_of(seeds=(0, 1)), records, None)
+    # Another measure, taken in another way, has means and no difference.
+    for name, runs in records.items():
+        for one in runs.values():
+            one["scores"]["exact match"]["questions"] = "q"
+            one["scores"]["fidelity"] = {**one["scores"]["exact match"], "questions": f"at the layer of {name}"}
+    told, fidelity = summary_of(study_of(seeds=(0, 1)), records, None)["metrics"]
+    assert len(told["differences"]) == 1 and fidelity["differences"] == [] and len(fidelity["variants"]) == 2
+
+
+def test_a_relative_difference_is_to_the_mean_of_the_seeds_that_both_have():
+    hits = {0: 4, 1: 2, 2: 8}
+    records = {
+        "sft": {seed: record("sft", seed, shares(np.full(4, of))) for seed, of in hits.items()},
+        "kd": {seed: record("kd", seed, shares(np.full(4, of + 1))) for seed, of in list(hits.items())[:2]},
+    }
+    (told,) = summary_of(study_of(seeds=(0, 1, 2)), records, None)["differences"]
+    assert (told["seeds"], told["mean"]) == (2, pytest.approx(12.5))
+    assert told["relative"] == pytest.approx(100 * 12.5 / 37.5)
 
 
 # --- its file ---------------------------------------------------------------------------------------------------------
@@ -429,10 +473,10 @@ def test_a_stopped_study_goes_on_without_running_anything_twice(folder, tmp_path
     # The measuring of one run fails: the others are made, and the table tells.
     measure = running.scores_of
 
-    def fails_once(model, recipe, out, compared_with):
+    def fails_once(model, recipe, *others):
         if recipe.seed == 1 and recipe.objective.active == ("sft", "kd"):
             raise ValueError("no room left")
-        return measure(model, recipe, out, compared_with)
+        return measure(model, recipe, *others)
 
     monkeypatch.setattr(running, "scores_of", fails_once)
     second = Watch()
@@ -447,7 +491,8 @@ def test_a_stopped_study_goes_on_without_running_anything_twice(folder, tmp_path
     monkeypatch.setattr(running, "scores_of", measure)
     last = Watch()
     content = run_study(study, advance=last, retry=True)
-    assert last.steps == {"train: kd, seed 1": 4} and not content["failed"]
+    # Its student was finished, and is measured alone.
+    assert not last.steps and not content["failed"]
     assert content == read_json(study.out / "study.json")
     assert not list((study.out / "work").glob("*/*/run")) and not (study.out / "students").exists()
     told = read_json(study.out / "records" / "kd" / "1.json")
@@ -511,6 +556,51 @@ def test_a_run_that_another_study_has_made_is_taken_from_it(folder, tmp_path, ch
     failed = StudyFolder(made.out).record("kd", 0)
     write_json(failed, {**read_json(failed), "error": "no room left"})
     assert found(study) is None
+
+
+def test_a_dry_run_leaves_the_costs_of_another_study(folder, tmp_path, cheap, monkeypatch):
+    # It measured a changed recipe, and replaced costs that finished runs had been made with.
+    monkeypatch.setattr(planned, "measured_costs", running.measured_costs)
+    study = read_study(write_study(folder, tmp_path / "s.yaml"))
+    StudyFolder(study.out).claim(study)
+    changed = read_study(write_study(folder, tmp_path / "s.yaml", changes={"training.learning_rate": 0.5}))
+    with pytest.raises(RunError, match=r"other settings \(variants\.kd: training\.learning_rate"):
+        planned.planned(changed, Watch())
+
+
+def test_a_variant_that_fails_its_check_is_trained_with_no_seed(folder, tmp_path, cheap, monkeypatch):
+    # Only the first seed was checked: the others were trained and told as results.
+    checks = []
+
+    def refuses(recipe, *, steps, check):
+        checks.append((recipe.seed, recipe.objective.active, check))
+        if recipe.objective.active == ("sft", "kd"):
+            raise CheckError("branch share is 0")
+        return distil(recipe, steps=steps, check=False)
+
+    monkeypatch.setattr(running, "distil", refuses)
+    content = run_study(read_study(write_study(folder, tmp_path / "s.yaml")))
+    assert [one["seed"] for one in content["failed"]] == [0, 1] and list(content["variants"]) == ["align_ti"]
+    assert [check for _, _, check in checks] == [True, True, True, False]
+
+
+def test_other_models_and_extensions_make_another_study(folder, tmp_path):
+    models = [tmp_path / name for name in ("student", "teacher")]
+    for model in models:
+        shutil.copytree(folder / model.name, model)
+    extension = tmp_path / "mine.py"
+    extension.write_text("WEIGHT = 1\n")
+    changes = {"student.path": str(models[0]), "teacher.path": str(models[1]), "extensions": [str(extension)]}
+    study = read_study(write_study(folder, tmp_path / "s.yaml", changes=changes), allow_extensions=True)
+    at = StudyFolder(study.out)
+    at.claim(study)
+    at.claim(study)
+    for path in (models[0] / "model.safetensors", models[1] / "config.json", extension):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + b" ")
+        with pytest.raises(RunError, match="the content of"):
+            at.claim(study)
+        path.write_bytes(before)
 
 
 def test_the_digest_of_a_data_folder_is_that_of_its_files(tmp_path):
@@ -590,6 +680,31 @@ def test_costs_can_be_those_of_a_student_that_has_begun_to_learn(folder, tmp_pat
     assert starts[-1] == Path(study.first("kd").student.path)
 
 
+def test_a_new_variant_is_timed_beside_one_that_is_known(folder, tmp_path, monkeypatch):
+    # It was timed alone: on a machine of half the speed it would have made half the steps.
+    pace = {"kd": 1.0, "align_ti": 3.0, "new": 2.0}
+    speed = [1.0]
+
+    def seconds(recipe, at):
+        weights = recipe.training.weight_decay
+        name = "new" if weights else "kd" if len(recipe.objective.active) == 2 else "align_ti"
+        return pace[name] * speed[0]
+
+    monkeypatch.setattr(costs, "seconds_of_a_step", seconds)
+    monkeypatch.setattr(costs, "flops_of_a_step", lambda recipe, at: 1.0)
+    more = {"equal": "time", "budget": "align_ti"}
+    variants = {"kd": {"objective.iva.weight": 0, "objective.tpa.weight": 0}, "align_ti": {}}
+    study = read_study(write_study(folder, tmp_path / "s.yaml", variants=variants, **more), ["training.weight_decay=0"])
+    told = costs.measured_costs(study, StudyFolder(study.out), lambda *_: None)
+    assert {name: one.steps for name, one in told.items()} == {"kd": 12, "align_ti": 4}
+    speed[0] = 2.0
+    variants["new"] = {"training.weight_decay": 0.1}
+    study = read_study(write_study(folder, tmp_path / "s.yaml", variants=variants, **more), ["training.weight_decay=0"])
+    told = costs.measured_costs(study, StudyFolder(study.out), lambda *_: None)
+    assert {name: one.seconds_per_step for name, one in told.items()} == pace
+    assert {name: one.steps for name, one in told.items()} == {"kd": 12, "align_ti": 4, "new": 6}
+
+
 def test_counted_operations_are_those_of_the_products():
     torch = pytest.importorskip("torch")
     from align_ti.flops import FlopCount
@@ -611,8 +726,8 @@ def test_the_command_plans_runs_and_tells(folder, tmp_path, cheap, monkeypatch):
     path = str(write_study(folder, tmp_path / "s.yaml", seeds=[0]))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
     assert told.exit_code == 0 and "remaining: 2 runs, 12 s of training" in told.output
-    assert "cost of a step: measured, 37 steps per variant in total" in " ".join(told.output.split())
-    assert not (tmp_path / "s").exists()
+    assert "cost of a step: measured, 137 steps per variant in total" in " ".join(told.output.split())
+    assert not (tmp_path / "s" / "study.yaml").exists()
     wrong = CliRunner().invoke(app, ["study", path, "--shard", "3/2"])
     assert isinstance(wrong.exception, ConfigError) and "--shard is '3/2'" in str(wrong.exception)
 
@@ -624,13 +739,13 @@ def test_a_dry_run_says_what_is_trained_before_costs_are_measured(folder, tmp_pa
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
     lines = " ".join(told.output.split())
     before, plan = lines.split("remaining:")[0], lines.split("remaining:")[1]
-    # 300 steps, 25 that are timed, 2 and 10 that are counted; a second a step for one variant, two for the other.
+    # 300 steps, five times 25 that are timed, 2 and 10 that are counted; a second a step for one variant, two for the other.
     assert (
-        "measuring the cost of a step: 2 variant(s) are trained for 337 steps each, the first 300 of them before"
+        "measuring the cost of a step: 2 variant(s) are trained for 437 steps each, the first 300 of them before"
         in before
     )
     assert (
-        "measured after 300 steps of training (cost_after), 337 steps per variant in total, about 16 min 51 s" in before
+        "measured after 300 steps of training (cost_after), 437 steps per variant in total, about 21 min 51 s" in before
     )
     assert "12 s of training" in plan
     # Costs that the folder holds are not measured again, so nothing is announced.
@@ -639,7 +754,6 @@ def test_a_dry_run_says_what_is_trained_before_costs_are_measured(folder, tmp_pa
         name: {"of": costs.measured_as(study, name), "seconds_per_step": 1.0, "flops_per_step": 2.0}
         for name in study.variants
     }
-    study.out.mkdir()
     StudyFolder(study.out).costs.write_text(json.dumps(known))
     told = CliRunner().invoke(app, ["study", path, "--dry-run"])
     assert "measuring the cost of a step" not in told.output and "cost_after" in told.output

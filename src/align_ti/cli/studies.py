@@ -157,7 +157,10 @@ def show_study(content: dict[str, Any]) -> None:
             "variants with a single seed have no estimate of run-to-run variance; their intervals do not include it."
         )
     if content["missing"]:
-        console.print(f"missing: {len(content['missing'])} runs; the same command trains them.")
+        console.print(
+            f"missing: {len(content['missing'])} runs, of other parts (--shard) or under way in other processes; "
+            "`align-ti study` without --shard trains what nobody else does."
+        )
 
 
 def between(value: float, low: float | None, high: float | None, unit: str, sign: bool = False) -> str:

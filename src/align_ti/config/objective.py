@@ -127,16 +127,24 @@ class Objective(Options):
 
         Weights change no work unless they are 0. Any other option may: where one changes gradually, the middle counts for the part.
         """
+        spans, objectives = self.spans()
+        return [
+            (sum(end - begin for begin, end, stage in spans if stage == number), objective)
+            for number, objective in enumerate(objectives)
+        ]
+
+    def spans(self) -> tuple[list[tuple[float, float, int]], list[Objective]]:
+        """Training in order, as begin, end and number of the stage that lies between them; and the stages' objectives."""
         moments = self.moments()
-        found: list[tuple[float, Objective]] = []
+        spans: list[tuple[float, float, int]] = []
+        objectives: list[Objective] = []
         for begin, middle in zip(moments[::2], moments[1::2], strict=True):
-            inside, share = self.at_progress(middle), 2 * (middle - begin)
-            same = [place for place, (_, other) in enumerate(found) if other.same_work(inside)]
-            if same:
-                found[same[0]] = (found[same[0]][0] + share, found[same[0]][1])
-            else:
-                found.append((share, inside))
-        return found
+            inside = self.at_progress(middle)
+            same = [number for number, other in enumerate(objectives) if other.same_work(inside)]
+            if not same:
+                objectives.append(inside)
+            spans.append((begin, 2 * middle - begin, same[0] if same else len(objectives) - 1))
+        return spans, objectives
 
     @property
     def changes_work(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ TIMED = 25
 """Steps of a run that is timed; the first five are left out."""
 
 ROUNDS = 5
-"""Timed runs of each variant where time is what is equal, in turn with the others', so that a machine that slows down slows all of
-them. One such run may be a third off: the median of five is what steps are set from."""
+"""Timed runs of each variant, in turn with the others', so that a machine that slows down slows all of them. One such run may be a
+third off: the median of five is what counts."""
 
 COUNTED = (2, 10)
 """Steps of the two short runs whose difference in operations is that of the steps between them."""
@@ -46,30 +46,45 @@ class Cost:
 def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Cost]:
     """Each variant's cost and steps; what the folder knows already is not measured again.
 
+    Variants that are new to the folder are timed in turn with one that it knows, and told in the time that this one took then: the
+    machine may be another one, or busier.
+
     Raises:
         RunError: the budget is less than one step of a variant.
     """
     known, missing = known_costs(folder), unmeasured(study, folder)
-    after, rounds = study.file.cost_after, rounds_of(study)
-    seconds: dict[str, list[float]] = {name: [] for name in missing}
-    done, total = 0, len(missing) * (rounds + 1 + bool(after))
+    known = {name: cost for name, cost in known.items() if name not in missing}
+    yardstick = next((name for name in (study.budget, *study.variants) if name in known), None) if missing else None
+    timed = [*missing, *([] if yardstick is None else [yardstick])]
+    after = study.file.cost_after
+    seconds: dict[str, list[list[float]]] = {name: [] for name in timed}
+    done, total = 0, len(timed) * (ROUNDS + bool(after)) + len(missing)
     with ExitStack() as stack:
-        recipes = {name: study.first(name) for name in missing}
-        for name in missing if after else ():
+        recipes = {name: study.first(name) for name in timed}
+        for name in timed if after else ():
             advance(f"train before measuring: {study.label(name)}", done, total)
             recipes[name] = stack.enter_context(begun(recipes[name], after, folder))
             done += 1
-        for _ in range(rounds):
-            for name in missing:
+        for _ in range(ROUNDS):
+            for name in timed:
                 advance(f"time a step: {study.label(name)}", done, total)
-                seconds[name].append(over_stages(recipes[name], lambda recipe: seconds_of_a_step(recipe, folder)))
+                seconds[name].append(of_stages(recipes[name], lambda recipe: seconds_of_a_step(recipe, folder)))
                 done += 1
+        medians = {name: [median(one) for one in zip(*rounds, strict=True)] for name, rounds in seconds.items()}
+        pace = 1.0
+        if yardstick is not None:
+            pace = known[yardstick]["seconds_per_step"] / mean_over(recipes[yardstick], medians[yardstick])
         for name in missing:
             advance(f"count FLOPs: {study.label(name)}", done, total)
+            flops = of_stages(recipes[name], lambda recipe: flops_of_a_step(recipe, folder))
+            times = [pace * one for one in medians[name]]
             known[name] = {
                 "of": measured_as(study, name),
-                "seconds_per_step": median(seconds[name]),
-                "flops_per_step": over_stages(recipes[name], lambda recipe: flops_of_a_step(recipe, folder)),
+                "seconds_per_step": mean_over(recipes[name], times),
+                "flops_per_step": mean_over(recipes[name], flops),
+                "stages": [
+                    {"seconds_per_step": one, "flops_per_step": other} for one, other in zip(times, flops, strict=True)
+                ],
             }
             done += 1
             advance(f"count FLOPs: {study.label(name)}", done, total)
@@ -96,7 +111,7 @@ def steps_to_measure(study: Study, name: str) -> int:
     """The steps that a variant is trained for until its cost is known: `cost_after`, then those that are timed or counted, for each
     part of training in which schedules change the work of a step."""
     stages = len(study.templates[name].objective.stages())
-    return study.file.cost_after + stages * (rounds_of(study) * TIMED + sum(COUNTED))
+    return study.file.cost_after + stages * (ROUNDS * TIMED + sum(COUNTED))
 
 
 def known_costs(folder: StudyFolder) -> dict[str, Any]:
@@ -108,11 +123,6 @@ def measured_as(study: Study, name: str) -> str:
     """What a variant's cost depends on, as a digest of its recipe and the steps of training before the measurement."""
     after = study.file.cost_after
     return digest_of(study.templates[name]) + (f" after {after}" if after else "")
-
-
-def rounds_of(study: Study) -> int:
-    """The number of timed runs of each variant."""
-    return ROUNDS if study.file.equal == "time" else 1
 
 
 def equal_steps(study: Study, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -152,9 +162,14 @@ def begun(recipe: Recipe, steps: int, folder: StudyFolder) -> Iterator[Recipe]:
         yield recipe.model_copy(update={"student": student})
 
 
-def over_stages(recipe: Recipe, measured: Callable[[Recipe], float]) -> float:
-    """The mean of what is measured over training: where schedules change the work of a step, each part of training is measured."""
-    return sum(share * measured(at_stage(recipe, objective)) for share, objective in recipe.objective.stages())
+def of_stages(recipe: Recipe, measured: Callable[[Recipe], float]) -> list[float]:
+    """What is measured of each stage of training: where schedules change the work of a step, there are several."""
+    return [measured(at_stage(recipe, objective)) for _, objective in recipe.objective.stages()]
+
+
+def mean_over(recipe: Recipe, of_stage: Sequence[float]) -> float:
+    """The mean over training of what its stages have."""
+    return sum(share * one for (share, _), one in zip(recipe.objective.stages(), of_stage, strict=True))
 
 
 def at_stage(recipe: Recipe, objective: Objective) -> Recipe:

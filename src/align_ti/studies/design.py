@@ -232,8 +232,9 @@ def complaints(study: Study) -> list[str]:
             where = f"variants.{name}, seed {seed}"
             if measured_on(recipe) != measured or asked_of(recipe) != asked_of(first):
                 found.append(
-                    f"{where} is measured on other questions (evaluation.tasks, data, limit, or data.eval) than the first run; all "
-                    "runs of a study answer the same ones; take the change out."
+                    f"{where} is measured on other questions, or with shorter answers (evaluation.tasks, data, limit, max_new_tokens, "
+                    "task_max_new_tokens, fidelity_records, or data.eval), than the first run; all runs of a study answer the same "
+                    "ones in the same way; take the change out."
                 )
             if recipe.training.max_steps < 1:
                 found.append(f"{where}: training.max_steps is {recipe.training.max_steps}; give the number of steps.")
@@ -253,6 +254,8 @@ def measured_on(recipe: Recipe) -> list[str]:
 
 
 def asked_of(recipe: Recipe) -> tuple[Any, ...]:
-    """What decides which questions are asked."""
-    settings = recipe.evaluation
-    return settings.data, settings.limit, settings.task_max_new_tokens, recipe.data.eval, recipe.data.eval_split
+    """What decides which questions are asked, and how long answers may be."""
+    asked = recipe.evaluation.model_dump(
+        include={"data", "limit", "task_max_new_tokens", "max_new_tokens", "fidelity_records"}
+    )
+    return *asked.items(), recipe.data.eval, recipe.data.eval_split

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ from align_ti.config import Recipe
 from align_ti.errors import RunError
 from align_ti.runs import differing, digest, locked, read_json, write_text
 from align_ti.studies.design import Study
+
+WAIT = 2.0
+"""Seconds between two looks at what another process is doing."""
+
+SAMPLED = 1 << 20
+"""Bytes that are read at either end of a file of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +73,33 @@ class StudyFolder:
         with locked(self.root / "work" / f".{what}.lock") as owner:
             yield owner
 
+    @contextmanager
+    def alone(self, what: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Locks a part of the study for the block, once no other process holds it; `waiting` is called after each look."""
+        while True:
+            with self.held(what) as owner:
+                if owner is None:
+                    yield
+                    return
+            waiting()
+            time.sleep(WAIT)
+
+    def succeeded(self, variant: str) -> bool:
+        """Whether any run of a variant has a record without an error."""
+        return any(not read_json(path)["error"] for path in self.record(variant, 0).parent.glob("*.json"))
+
     def claim(self, study: Study) -> None:
         """Make the folder this study's own, or go on in it.
 
         Variants and seeds may be added; a variant that is there stays as it is, and so does what all runs have in common.
+
+        Raises:
+            RunError: the folder holds a study of other settings, or something else.
+        """
+        write_text(self.study, yaml.safe_dump(self.checked(study), sort_keys=False, allow_unicode=True))
+
+    def checked(self, study: Study) -> dict[str, Any]:
+        """What the folder is to keep of the study, if it may be this study's own; nothing is written.
 
         Raises:
             RunError: the folder holds a study of other settings, or something else.
@@ -97,7 +127,7 @@ class StudyFolder:
                 )
         elif self.root.exists() and (not self.root.is_dir() or any(self.foreign())):
             raise RunError(f"{self.root} is not empty and holds no study; choose a new or empty folder (out).")
-        write_text(self.study, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        return content
 
     def foreign(self) -> list[Path]:
         """What lies in the folder that a study that has not begun would not have written."""
@@ -106,15 +136,16 @@ class StudyFolder:
     def made_elsewhere(self, study: Study, variant: str, seed: int, steps: int) -> dict[str, Any] | None:
         """This run's record as another study's folder of `records_from` has it, or None.
 
-        It counts if the other's run had the same recipe, seed and steps, on data of the same content, and did not fail. The record
-        then names that folder as `taken_from`.
+        It counts if the other's run had the same recipe, seed and steps, on data and models of the same content, and did not fail.
+        The record then names that folder as `taken_from`.
 
         Raises:
             RunError: a folder of `records_from` holds no study.
         """
         if not study.file.records_from:
             return None
-        wanted, data = without_steps(plain(study.templates[variant])), data_digests(study)
+        wanted, mine = without_steps(plain(study.templates[variant])), digests(study)
+        recipe = study.recipes[variant][seed]
         for root in study.file.records_from:
             other = StudyFolder(Path(root))
             if not other.study.exists():
@@ -122,11 +153,14 @@ class StudyFolder:
                     f"records_from names {root}, which holds no study ({other.study.name}); name a study's folder."
                 )
             theirs = yaml.safe_load(other.study.read_text(encoding="utf-8"))
-            if any(theirs["data"].get(path) != data.get(path) for path in data_paths(study.recipes[variant][seed])):
+            kept = theirs["data"]
+            if any(kept.get(path) != mine.get(path) for path in data_paths(recipe)):
                 continue
-            for name, recipe in theirs["recipes"].items():
+            if any(kept.get(path, mine.get(path)) != mine.get(path) for path in code_and_model_paths(recipe)):
+                continue
+            for name, content in theirs["recipes"].items():
                 path = other.record(name, seed)
-                if without_steps(with_newer_defaults(recipe)) == wanted and path.exists():
+                if without_steps(with_newer_defaults(content)) == wanted and path.exists():
                     record = read_json(path)
                     if not record["error"] and record["steps"] == steps:
                         return {**record, "variant": variant, "taken_from": record.get("taken_from", root)}
@@ -159,7 +193,7 @@ def told(study: Study) -> dict[str, Any]:
     )
     return content | {
         "budget": study.budget if study.file.equal in ("time", "flops") else None,
-        "data": data_digests(study),
+        "data": digests(study),
         "recipes": {name: plain(study.templates[name]) for name in study.variants},
     }
 
@@ -188,12 +222,24 @@ def data_paths(recipe: Recipe) -> list[str]:
     return [*(source.path for source in named.sources), *(named.answers or ()), *([named.eval] if named.eval else [])]
 
 
-def data_digests(study: Study) -> dict[str, str]:
-    """A digest of each data file or folder that runs read, by which a study notices that it would go on with other data. Datasets of
-    the hub have none."""
+def code_and_model_paths(recipe: Recipe) -> list[str]:
+    """The models that a run starts from and compares with, and the extensions that it runs."""
+    models = [recipe.student.path, *([] if recipe.teacher is None else [recipe.teacher.path])]
+    return [*models, *recipe.extensions]
+
+
+def digests(study: Study) -> dict[str, str]:
+    """A digest of each data file or folder, model and extension that runs read, by which a study notices that it would go on with
+    others. What is read from the hub has none."""
     every = [recipe for recipes in study.recipes.values() for recipe in recipes.values()]
-    named = dict.fromkeys(path for recipe in every for path in data_paths(recipe))
-    return {path: content_digest(Path(path)) for path in named if Path(path).exists()}
+    data = dict.fromkeys(path for recipe in every for path in data_paths(recipe))
+    others = dict.fromkeys(path for recipe in every for path in code_and_model_paths(recipe))
+    found = {path: content_digest(Path(path)) for path in data if Path(path).exists()}
+    return found | {
+        path: model_digest(Path(path)) if Path(path).is_dir() else content_digest(Path(path))
+        for path in others
+        if Path(path).exists()
+    }
 
 
 def content_digest(path: Path) -> str:
@@ -204,3 +250,17 @@ def content_digest(path: Path) -> str:
     files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
     told = {str(one): (path / one).stat().st_size for one in files if not any(part[0] in "._" for part in one.parts)}
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def model_digest(path: Path) -> str:
+    """A digest of a model's config, and of size, begin and end of each file of weights: training changes them all, and a whole one
+    may take minutes to read."""
+    found = hashlib.sha256()
+    for file in sorted([*path.glob("config.json"), *path.glob("*.safetensors")]):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            found.update(content.read(SAMPLED))
+            content.seek(max(0, size - SAMPLED))
+            found.update(content.read())
+    return found.hexdigest()[:32]

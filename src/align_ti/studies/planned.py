@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from align_ti.config import Student
 from align_ti.runs import read_json
-from align_ti.studies.costs import Advance, Cost, measured_costs, steps_to_measure
+from align_ti.studies.costs import Advance, Cost, measured_costs, steps_to_measure, unmeasured
 from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
 
@@ -63,10 +63,15 @@ def planned(study: Study, advance: Advance) -> Planned:
     """The study's runs with what they will take; costs that are not known are measured, and kept in the folder.
 
     Raises:
-        RunError: the budget is less than one step of a variant, or a record is damaged.
+        RunError: the folder holds another study, the budget is less than one step of a variant, or a record is damaged.
     """
     folder = StudyFolder(study.out)
-    costs = measured_costs(study, folder, advance)
+    folder.checked(study)
+    if unmeasured(study, folder):
+        with folder.alone("study", waiting=lambda: advance("wait: another process measures costs", 0, 1)):
+            costs = measured_costs(study, folder, advance)
+    else:
+        costs = measured_costs(study, folder, advance)
     records = folder.records(study)
     made = {
         name: sum(
@@ -78,7 +83,8 @@ def planned(study: Study, advance: Advance) -> Planned:
     rows = {name: PlannedVariant(len(study.file.seeds), made[name], costs[name]) for name in study.variants}
     left = {name: row.runs - row.done for name, row in rows.items()}
     done = [read_json(folder.record(name, seed)) for name in records for seed in records[name]]
-    around = [one["wall_seconds"] - one["seconds"] for one in done if not one["error"]]
+    # A run that was stopped has the time on the clock since it went on.
+    around = [max(0.0, one["wall_seconds"] - one["seconds"]) for one in done if not one["error"]]
     weights = {name: student_bytes(study.first(name).student) for name in study.variants}
     copies = {name: 1 + COPIES * (1 + study.first(name).training.save_total_limit) for name in study.variants}
     return Planned(

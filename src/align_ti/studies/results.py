@@ -7,11 +7,12 @@ from functools import partial
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtrit
 
+from align_ti.errors import RunError
 from align_ti.evaluation.comparison import told_difference
 from align_ti.evaluation.metrics import Metric
 from align_ti.evaluation.results import Scores, of_content
@@ -44,26 +45,45 @@ def write_summary(study: Study, folder: StudyFolder) -> dict[str, Any]:
     records = folder.records(study)
     teacher = read_json(folder.teacher) if folder.teacher.exists() else None
     costs = read_json(folder.costs) if folder.costs.exists() else {}
-    content = summary_of(study, with_costs(records, costs), teacher)
+    content = summary_of(study, with_costs(study, records, costs), teacher)
     write_json(folder.summary, content)
     return content
 
 
 def with_costs(
-    records: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, Mapping[str, Any]]
+    study: Study,
+    records: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    costs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """The records with the time of a step as it was measured for all variants in turn, on one machine.
 
-    The runs' own times may be of several machines, and of some that did other work too; they stay in the records.
+    The runs' own times may be of several machines, and of some that did other work too; they stay in the records. `spans` are the
+    parts of training, in order, with what a step costs in each (`Objective.spans`).
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name, runs in records.items():
         found[name] = {seed: dict(one) for seed, one in runs.items()}
         for one in found[name].values():
             if name in costs and not one["error"]:
-                a_step = costs[name]["seconds_per_step"]
+                a_step, of_stage = costs[name]["seconds_per_step"], costs[name].get("stages", [costs[name]])
+                spans, stages = study.templates[name].objective.spans()
                 one |= {"seconds_per_step": a_step, "seconds": a_step * one["steps"]}
+                if len(stages) == len(of_stage):
+                    one["spans"] = [{"begin": begin, "end": end, **of_stage[stage]} for begin, end, stage in spans]
     return found
+
+
+def cost_until(run: Mapping[str, Any], step: float, by: Literal["seconds", "flops"]) -> float:
+    """What a run had cost at a step: where schedules change the work of a step, steps of different parts of training differ."""
+    if "spans" not in run:
+        return float(step * run[by] / run["steps"])
+    progress = step / run["steps"]
+    return float(
+        sum(
+            max(0.0, min(progress, one["end"]) - one["begin"]) * run["steps"] * one[f"{by}_per_step"]
+            for one in run["spans"]
+        )
+    )
 
 
 def summary_of(
@@ -74,6 +94,7 @@ def summary_of(
     scores = {name: {seed: scores_in(one) for seed, one in runs.items()} for name, runs in good.items()}
     goals = scores_in(teacher) if teacher is not None else {}
     benchmark = study.file.score or measured_on(study.first(study.variants[0]))[0]
+    check_questions(scores, goals, benchmark)
     heads = {name: headlines(runs, benchmark) for name, runs in scores.items()}
     goal = goals[benchmark].metrics[goals[benchmark].headline] if benchmark in goals else None
     pairs = [pair for pair in study.pairs if common(heads[pair[0]], heads[pair[1]])]
@@ -110,6 +131,27 @@ def summary_of(
 def scores_in(record: Mapping[str, Any]) -> dict[str, Scores]:
     """The scores of a record by benchmark."""
     return {name: of_content(Path(name), content) for name, content in record["scores"].items()}
+
+
+def check_questions(
+    scores: Mapping[str, Mapping[int, Mapping[str, Scores]]], goals: Mapping[str, Scores], benchmark: str
+) -> None:
+    """All runs, and the teacher, have answered the same questions of the benchmark that decides.
+
+    Raises:
+        RunError: one has not; the files have changed while the study ran.
+    """
+    asked = {"the teacher": goals[benchmark].questions} if benchmark in goals else {}
+    for name, runs in scores.items():
+        asked |= {f"{name} with seed {seed}": one[benchmark].questions for seed, one in runs.items()}
+    first = next(iter(asked), "")
+    for other, questions in asked.items():
+        if questions != asked[first]:
+            raise RunError(
+                f"{other} answered other questions of {benchmark!r} than {first} (digests {questions} and {asked[first]}): the "
+                "benchmark's files changed between the runs, or records of two studies are mixed; restore the files and remove the "
+                "records that were made with others, or choose another folder (out)."
+            )
 
 
 def headline_in(scores: Mapping[str, Mapping[int, Mapping[str, Scores]]], benchmark: str) -> dict[str, str]:
@@ -182,13 +224,16 @@ def differences(heads: Mapping[str, Metrics], pairs: Sequence[tuple[str, str]]) 
         return []
     made = compared([partial(difference, heads[of], heads[to]) for of, to in pairs])
     return [
-        told_pair(of, to, alone, together, heads[to]) for (of, to), alone, together in zip(pairs, *made, strict=True)
+        told_pair(of, to, alone, together, heads[to], common(heads[of], heads[to]))
+        for (of, to), alone, together in zip(pairs, *made, strict=True)
     ]
 
 
-def told_pair(of: str, to: str, alone: Difference, together: Difference, base: Metrics) -> dict[str, Any]:
-    """A difference as the file tells it."""
-    mean = fmean(metric.score for metric in base.values())
+def told_pair(
+    of: str, to: str, alone: Difference, together: Difference, base: Metrics, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """A difference as the file tells it; `relative` is to the base's mean over the seeds that it was taken on."""
+    mean = fmean(base[seed].score for seed in seeds)
     told = told_difference(alone, together)
     return {
         "of": of,
@@ -205,7 +250,8 @@ def metric_table(
 ) -> list[dict[str, Any]]:
     """Every metric of every benchmark (kinds of questions, fidelity): means over seeds and the pairs' differences.
 
-    The intervals are each metric's own, uncorrected: they show where a difference comes from, and are no further claims.
+    The intervals are each metric's own, uncorrected: they show where a difference comes from, and are no further claims. A pair
+    that was measured on different questions, or in different ways (fidelity at different layers), has no difference.
     """
     first = next((one for runs in scores.values() for one in runs.values()), {})
     rows = []
@@ -234,12 +280,17 @@ def metric_table(
                     "differences": [
                         {"of": of, "to": to, "mean": one.value, "low": known(one.low), "high": known(one.high)}
                         for of, to in pairs
-                        if common(by_variant[of], by_variant[to])
+                        if common(by_variant[of], by_variant[to]) and alike(scores, of, to, benchmark)
                         for one in [difference(by_variant[of], by_variant[to], LEVEL)]
                     ],
                 }
             )
     return rows
+
+
+def alike(scores: Mapping[str, Mapping[int, Mapping[str, Scores]]], of: str, to: str, benchmark: str) -> bool:
+    """Whether all runs of two variants were measured on the same questions, in the same way."""
+    return len({one[benchmark].questions for name in (of, to) for one in scores[name].values() if benchmark in one}) < 2
 
 
 def has(scores: Mapping[str, Scores], benchmark: str, metric: str) -> bool:
@@ -259,8 +310,8 @@ def curve(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[dict[str, Any
             rows.append(
                 {
                     "step": step,
-                    "seconds": fmean(step * runs[seed]["seconds_per_step"] for seed in values),
-                    "flops": fmean(step * runs[seed]["flops"] / runs[seed]["steps"] for seed in values),
+                    "seconds": fmean(cost_until(runs[seed], step, "seconds") for seed in values),
+                    "flops": fmean(cost_until(runs[seed], step, "flops") for seed in values),
                     "mean": fmean(values.values()),
                     "low": low,
                     "high": high,
@@ -356,13 +407,15 @@ def reached(
     best = max(theirs.values())
     their_step = first_at(theirs, best)
     step = first_at(ours, best)
-    their_cost, cost = (runs[name][seed]["seconds_per_step"] for name in (to, of))
+    share = None
+    if step is not None and their_step is not None:
+        share = cost_until(runs[of][seed], step, "seconds") / cost_until(runs[to][seed], their_step, "seconds")
     return {
         "best": best,
         "steps": step,
         "steps_of_other": their_step,
         "steps_share": None if step is None or their_step is None else step / their_step,
-        "share": None if step is None or their_step is None else step * cost / (their_step * their_cost),
+        "share": share,
     }
 
 

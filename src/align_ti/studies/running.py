@@ -28,9 +28,6 @@ from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
 from align_ti.studies.results import write_summary
 
-WAIT = 2.0
-"""Seconds between two looks at what another process is doing."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -55,7 +52,7 @@ def run_study(
     """Trains and measures the study's missing runs of this part, and gives what `study.json` then holds.
 
     Several processes may work in one folder, in parts or all on all: a run that another is at is passed over. A run that fails is
-    written down with its error, and the next one is begun.
+    written down with its error, and the next one is begun; what it left in `work/` stays, and `retry` goes on from there.
 
     Args:
         study: the study.
@@ -92,7 +89,9 @@ def run_study(
             else:
                 said(do_run(study, folder, name, seed, costs[name], advance))
     advance("runs", len(mine), len(mine))
-    return write_summary(study, folder)
+    # One at a time, or the slower of two processes would write what it read before the other's last run.
+    with folder.alone("summary"):
+        return write_summary(study, folder)
 
 
 def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Cost]:
@@ -101,23 +100,18 @@ def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Co
     Raises:
         RunError: the folder holds another study, or something else.
     """
-    while True:
-        with folder.held("study") as owner:
-            if owner is None:
-                folder.claim(study)
-                costs = measured_costs(study, folder, advance)
-                teacher = study.first(study.variants[0]).teacher
-                if not folder.teacher.exists() and teacher is not None:
-                    recipe = study.first(study.variants[0])
-                    advance("evaluate the teacher", 0, 1)
-                    out = folder.root / "work" / "teacher"
-                    # KL to itself would say nothing.
-                    scores = scores_of(teacher, recipe, out, compared_with=None)[0]
-                    write_record(folder.teacher, {"path": Path(teacher.path).name, "scores": scores})
-                    advance("evaluate the teacher", 1, 1)
-                return costs
-        advance("wait: another process measures costs", 0, 1)
-        time.sleep(WAIT)
+    with folder.alone("study", waiting=lambda: advance("wait: another process measures costs", 0, 1)):
+        folder.claim(study)
+        costs = measured_costs(study, folder, advance)
+        recipe = study.first(study.variants[0])
+        if not folder.teacher.exists() and recipe.teacher is not None:
+            advance("evaluate the teacher", 0, 1)
+            out = folder.root / "work" / "teacher"
+            # KL to itself would say nothing.
+            scores = scores_of(recipe.teacher, recipe, out, compared_with=None)[0]
+            write_record(folder.teacher, {"path": Path(recipe.teacher.path).name, "scores": scores})
+            advance("evaluate the teacher", 1, 1)
+    return costs
 
 
 def check_steps(study: Study, folder: StudyFolder, costs: Mapping[str, Cost]) -> None:
@@ -145,11 +139,11 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
     begun = time.monotonic()
     record: dict[str, Any] = {"variant": name, "seed": seed, "error": None, "steps": cost.steps}
     try:
-        # The first seed alone is checked: the others differ from it by a number.
+        # Seeds differ by a number: once one has passed the check, the others do.
         run = distil(
             recipe,
             steps=lambda step, steps: advance(f"train: {label}", step, steps),
-            check=seed == study.file.seeds[0],
+            check=not folder.succeeded(name),
         )
         spent = read_json(run.cost)
         # Too few steps to tell a median: the time measured beforehand.
@@ -164,7 +158,8 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
         }
         advance(f"evaluate: {label}", 0, 1)
         student = Teacher(path=str(run.student), dtype=recipe.student.dtype)
-        record["scores"], record["by_position"] = scores_of(student, recipe, work / "tasks", recipe.teacher)
+        layer = study.first(study.variants[0]).objective.iva.layer
+        record["scores"], record["by_position"] = scores_of(student, recipe, work / "tasks", recipe.teacher, layer)
         advance(f"evaluate: {label}", 1, 1)
         if study.file.keep_students:
             kept = folder.student(name, seed)
@@ -180,7 +175,8 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
     record["wall_seconds"] = round(time.monotonic() - begun, 1)
     record["provenance"] = provenance()
     write_record(folder.record(name, seed), record)
-    shutil.rmtree(work, ignore_errors=True)
+    if not record["error"]:
+        shutil.rmtree(work, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -208,7 +204,7 @@ def told_headline(record: Mapping[str, Any]) -> str:
 
 
 def scores_of(
-    model: Teacher, recipe: Recipe, out: Path, compared_with: Teacher | None
+    model: Teacher, recipe: Recipe, out: Path, compared_with: Teacher | None, layer: int | str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What files of scores hold of a model, by benchmark; and its fidelity to the teacher by position, if the recipe has data.eval.
 
@@ -217,6 +213,8 @@ def scores_of(
         recipe: says what is asked.
         out: where predictions are written.
         compared_with: the teacher.
+        layer: the teacher's layer whose attention IVA's fidelity measure takes; one for the whole study, since values at different
+            layers are no measure of the same. Without a number, the one with the highest IRS on the questions.
     """
     found: dict[str, Any] = {}
     tasks = read_tasks(recipe)
@@ -232,7 +230,6 @@ def scores_of(
     questions = read_questions(recipe.data)
     by_position: dict[str, Any] = {}
     if questions:
-        layer = recipe.objective.iva.layer
         told = evaluate_model(
             model,
             questions,
