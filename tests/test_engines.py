@@ -283,10 +283,12 @@ def test_forms_of_sharding_that_the_loss_cannot_take_are_refused_by_name(folder,
     run.accelerator.state.parallelism_config = ParallelismConfig(dp_shard_size=2)
     run.check_sharding()
     run.is_deepspeed_enabled, run.args.bf16 = True, True
-    with pytest.raises(ConfigError, match="under DeepSpeed the weights themselves would be made half precision"):
+    with pytest.raises(
+        ConfigError, match=r"training\.bf16 is true under zero2, and DeepSpeed would make the weights themselves"
+    ):
         run.check_sharding()
     run.args.bf16, run.optimizer_cls_and_kwargs = False, (MuonAdamW, {})
-    with pytest.raises(ConfigError, match=r"Muon .* accepted: training\.optimizer: adamw under DeepSpeed, or FSDP 2"):
+    with pytest.raises(ConfigError, match=r"muon under zero2, .* accepted: training\.optimizer: adamw, or fsdp2"):
         run.check_sharding()
     run.is_deepspeed_enabled = False
     run.check_sharding()

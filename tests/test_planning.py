@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen3Config, 
 from typer.testing import CliRunner
 
 from align_ti.cli import app
-from align_ti.config import Recipe
+from align_ti.config import Data, Recipe
 from align_ti.errors import AlignTIError, ConfigError
 from align_ti.flops import FORMULAS
 from align_ti.models.adapters import unwrapped, wrap_with_lora
@@ -247,11 +247,11 @@ def model(folder):
     [
         (
             {"optimizer": "muon"},
-            r"muon with --engine zero2, and DeepSpeed flattens .*: adamw, or another engine \(ddp, fsdp2\)",
+            r"muon under zero2, and DeepSpeed flattens .*: adamw, or fsdp2, ddp or one device",
         ),
         (
             {"bf16": True},
-            r"training\.bf16 is true with --engine zero2, and DeepSpeed would save .*: training\.bf16: false, or",
+            r"training\.bf16 is true under zero2, and DeepSpeed would make .*: training\.bf16: false, or",
         ),
     ],
 )
@@ -259,6 +259,12 @@ def test_what_deepspeed_cannot_train_is_not_planned_under_it_nor_is_that_advised
     refused = recipe(folder, training=training)
     with pytest.raises(ConfigError, match=told):
         make_plan(refused, Layout(engine="zero2", devices=2))
+    data = Data(train="records.json", on_policy={"probability": 0.5})
+    sharded = recipe(folder).model_copy(update={"data": data})
+    with pytest.raises(
+        ConfigError, match=r"data\.on_policy is given under zero3, and the student's weights are sharded"
+    ):
+        make_plan(sharded, Layout(engine="zero3", devices=2))
     cases = [Case(recipe=one, batch=BATCH, layout=Layout(engine="ddp", devices=2)) for one in (refused, recipe(folder))]
     assert [launched_by("zero2")(case) is None for case in cases] == [True, False]
     assert launched_by("fsdp2")(cases[0]) is not None

@@ -626,6 +626,10 @@ def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folder,
     assert exchange["2"] > exchange["1"] == exchange["4"] == 0
     wrong = CliRunner().invoke(app, [*command, "--engine", "fsdp"])
     assert isinstance(wrong.exception, ConfigError) and "ddp, fsdp2, zero2, zero3" in str(wrong.exception)
+    # What the trainer would refuse on those devices is said before models are loaded.
+    for change in ("data.on_policy={probability: 0.5}", "training.gradient_shares_every=5"):
+        refused = CliRunner().invoke(app, [*command, "--devices", "4", *shared, "--set", change])
+        assert isinstance(refused.exception, ConfigError) and "under fsdp2" in str(refused.exception), change
     unshift(monkeypatch)
     printed = CliRunner().invoke(app, [*command, "--json"])
     assert isinstance(printed.exception, CheckError) and "fused.kd" in str(printed.exception)

@@ -195,7 +195,9 @@ def test_shares_are_refused_where_a_terms_own_gradient_cannot_be_had(folder, tmp
         return
     trainer = AlignTITrainer(**made)
     monkeypatch.setattr(trainer, engine, True)
-    with pytest.raises(ConfigError, match=r"training\.gradient_shares_every\), but .* FSDP or DeepSpeed"):
+    with pytest.raises(
+        ConfigError, match=r"training\.gradient_shares_every is given under .* FSDP and DeepSpeed shard"
+    ):
         trainer.check_sharding()
 
 

@@ -12,14 +12,11 @@ from rich.table import Table
 
 from align_ti.cli.arguments import AllowExtensions, Changes, RecipePath
 from align_ti.cli.terminal import bars, console, quiet
-from align_ti.config import Recipe, find_recipe, read_recipe
+from align_ti.config import ENGINES, Recipe, find_recipe, read_recipe
 from align_ti.errors import CheckError, ConfigError
 
 if TYPE_CHECKING:
     from align_ti.preflight.report import Report
-
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
-"""What may spread a run over several devices."""
 
 
 def check(

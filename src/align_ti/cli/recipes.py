@@ -9,13 +9,13 @@ import typer
 from rich.table import Table
 
 from align_ti.cli.terminal import console
-from align_ti.config import ENGINES, shipped
+from align_ti.config import ENGINE_CONFIGS, shipped
 from align_ti.errors import ConfigError
 
 
 def list_recipes() -> None:
     """List every shipped recipe, and every config for `accelerate launch`, with its first line."""
-    for title, folder in (("recipe", "recipes"), ("accelerate config", ENGINES)):
+    for title, folder in (("recipe", "recipes"), ("accelerate config", ENGINE_CONFIGS)):
         table = Table(title, "description")
         for name, text in shipped(folder).items():
             table.add_row(name, text.splitlines()[0].lstrip("# "))
@@ -42,7 +42,7 @@ def copy_recipe(
 
 def recipe_text(name: str) -> str:
     """The text of a shipped recipe or config."""
-    known = shipped() | shipped(ENGINES)
+    known = shipped() | shipped(ENGINE_CONFIGS)
     if name not in known:
         raise ConfigError(f"there is no recipe or config {name!r}; shipped: {', '.join(known)}.")
     return known[name]

@@ -82,7 +82,7 @@ def read_mapping(path: Path, called: str, accepted: str) -> dict[str, Any]:
     return content
 
 
-ENGINES = "recipes/engines"
+ENGINE_CONFIGS = "recipes/engines"
 """Where the configs for `accelerate launch` lie."""
 
 

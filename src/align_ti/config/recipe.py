@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from align_ti.config.data import Data
+from align_ti.config.engines import Refusal, refusals
 from align_ti.config.evaluation import Evaluation
 from align_ti.config.models import Student, Teacher
 from align_ti.config.objective import Objective
@@ -101,6 +102,20 @@ def nothing_compared(objective: Objective) -> str | None:
         if not objective.at_progress(progress).needs_teacher:
             return f"at {progress:.0%} of training no term compares with a teacher"
     return None
+
+
+def refused_by(engine: str, recipe: Recipe) -> list[Refusal]:
+    """The recipe's options that an engine cannot train with."""
+    training = recipe.training
+    return list(
+        refusals(
+            engine,
+            muon=training.optimizer == "muon",
+            half="bf16" if training.bf16 else "fp16" if training.fp16 else None,
+            on_policy=recipe.data.on_policy is not None,
+            gradient_shares=training.gradient_shares_every > 0,
+        )
+    )
 
 
 def listed(objective: Objective) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from align_ti.config import Recipe
+from align_ti.config import Engine, Recipe, refused_by
 from align_ti.data.conversation import Conversation
-from align_ti.errors import CheckError
+from align_ti.errors import CheckError, ConfigError
 from align_ti.models.adapters import unwrapped
 from align_ti.models.loading import best_device, first_line
 from align_ti.models.placement import move
@@ -23,7 +23,7 @@ from align_ti.preflight.cost import UNCHECKED, Spread
 from align_ti.preflight.report import Report, report_on, write_report
 from align_ti.preflight.verdicts import failed
 from align_ti.runs import RunFolder
-from align_ti.training.engines import Engine, engine_of
+from align_ti.training.engines import engine_of
 from align_ti.training.trainer import AlignTITrainer
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,12 @@ def check_recipe(recipe: Recipe, processes: int = 1, engine: Engine = "ddp") -> 
         engine: what spreads the run over them.
 
     Raises:
-        AlignTIError: recipe, data or models cannot be read at all, or the models do not fit on one device.
+        AlignTIError: recipe, data or models cannot be read at all, the models do not fit on one device, or the engine cannot train
+            with an option of the recipe.
     """
+    if processes > 1:
+        for refusal in refused_by(engine, recipe):
+            raise ConfigError(str(refusal))
     # The probes run the teacher, whatever a cache holds of it.
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"teacher_cache": None})})
     parts = load_parts(recipe, compare=False)

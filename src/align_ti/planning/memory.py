@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from align_ti.config import Recipe
+from align_ti.config import ENGINES, Recipe
+from align_ti.config.engines import DEEPSPEED
 from align_ti.errors import ConfigError
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
@@ -15,9 +16,8 @@ from align_ti.planning.sizes import Pair, Sizes, pretend_pair, quantised_bytes, 
 from align_ti.planning.step import Batch, Counted, step
 from align_ti.training.optimizers import saved_bytes
 
-ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
-"""one: a device by itself. ddp: every device holds all. fsdp2, zero3: weights, gradients and optimizer are sharded. zero2: gradients
-and optimizer are."""
+LAYOUTS = ("one", *ENGINES)
+"""one: a device by itself; or an engine."""
 
 LIVE_PARAMETERS = 10**9
 """Weights that ZeRO-3 keeps gathered at most: DeepSpeed's own default of stage3_max_live_parameters."""
@@ -37,10 +37,6 @@ PARTS = {
 """The part that a phase of a step is told under; all others are `other`."""
 
 
-DEEPSPEED = ("zero2", "zero3")
-"""The engines that are DeepSpeed's."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """How a run is spread: the engine, the number of devices, and whether the teacher is sharded, whatever trains the student."""
@@ -50,8 +46,8 @@ class Layout:
     shard_teacher: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ConfigError(f"--engine is {self.engine!r}; accepted: {', '.join(ENGINES)}; choose one of them.")
+        if self.engine not in LAYOUTS:
+            raise ConfigError(f"--engine is {self.engine!r}; accepted: {', '.join(LAYOUTS)}; choose one of them.")
         if self.devices < 1 or (self.engine == "one") != (self.devices == 1):
             raise ConfigError(
                 f"--engine is {self.engine} with --devices {self.devices}; accepted: one for 1 device, any other for 2 or more; "
@@ -135,10 +131,10 @@ def memory_of(model: Model, layout: Layout) -> Memory:
     element = 2 if model.half else 4
     parts = {"student's weights": student.weights, "teacher's weights": 0 if model.own_device else model.teacher_bytes}
     parts |= {"gradients": student.trained, "optimizer": student.optimizer - model.saved}
-    sharded = layout.engine in {"fsdp2", "zero2", "zero3"}
+    sharded = layout.engine not in {"one", "ddp"}
     if layout.engine == "ddp":
         parts["exchange"] = student.trained  # the buckets that gradients are sent from
-    if layout.engine in {"zero2", "zero3"}:
+    if layout.engine in DEEPSPEED:
         # DeepSpeed trains a float32 copy of its own, and with half precision turns the model itself into it.
         whole = student.trained_numel
         if model.half:

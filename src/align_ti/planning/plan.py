@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from align_ti.config import Lora, Recipe, not_cacheable
+from align_ti.config import Lora, Recipe, not_cacheable, refused_by
+from align_ti.config.engines import DEEPSPEED
 from align_ti.errors import ConfigError
 from align_ti.models import families
 from align_ti.models.adapters import unwrapped
 from align_ti.notebooks import paragraph, table
-from align_ti.planning.memory import DEEPSPEED, Layout, Memory, Model, changed, memory_of, model_of
+from align_ti.planning.memory import Layout, Memory, Model, changed, memory_of, model_of
 from align_ti.planning.sizes import Pair, pretend_pair
 from align_ti.planning.step import Batch
 from align_ti.planning.traffic import Traffic, traffic_of
@@ -144,14 +145,11 @@ def make_plan(
         sizes: tokens, visual, response, records and row_share, as `batch_of` takes them.
 
     Raises:
-        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own; or the recipe trains by Muon or in half
-            precision, and DeepSpeed is to train it.
+        ConfigError: the teacher is to be sharded, but is quantised or has a place of its own; or the engine cannot
+            train with an option of the recipe.
     """
-    if layout.engine in DEEPSPEED and (found := not_under_deepspeed(recipe)) is not None:
-        option, reason, accepted = found
-        raise ConfigError(
-            f"{option} with --engine {layout.engine}, and DeepSpeed {reason}; accepted: {accepted}, or another engine (ddp, fsdp2)."
-        )
+    for refusal in refused_by(layout.engine, recipe):
+        raise ConfigError(str(refusal))
     if layout.shard_teacher and not can_shard(recipe):
         raise ConfigError(
             "the teacher is to be sharded (teacher.sharded, --shard-teacher), but teacher.quantization or teacher.device is given; "
@@ -290,17 +288,6 @@ def no_longer_sharded(case: Case) -> str:
     return " with teacher.sharded: false" if case.layout.shard_teacher else ""
 
 
-def not_under_deepspeed(recipe: Recipe) -> tuple[str, str, str] | None:
-    """The recipe's option that the trainer refuses under DeepSpeed, why, and what is accepted; None if there is none."""
-    training = recipe.training
-    if training.optimizer == "muon":
-        return "training.optimizer is muon", "flattens the matrices that Muon reads", "training.optimizer: adamw"
-    for name in ("bf16", "fp16"):
-        if getattr(training, name):
-            return f"training.{name} is true", "would save the student in half precision", f"training.{name}: false"
-    return None
-
-
 def launched_by(engine: str) -> Change:
     """Another engine on the same devices."""
 
@@ -308,10 +295,8 @@ def launched_by(engine: str) -> Change:
         now = case.layout
         if now.devices == 1 or now.engine == engine or (engine == "zero2" and now.engine != "ddp"):
             return None
-        if engine == "fsdp2" and case.recipe.data.on_policy is not None:
-            return None  # the trainer refuses the two together
-        if engine in DEEPSPEED and not_under_deepspeed(case.recipe) is not None:
-            return None  # likewise
+        if any(refused_by(engine, case.recipe)):
+            return None
         told = (
             f"--engine {engine} (to train: `accelerate launch --config_file {engine}.yaml`, which `align-ti recipes copy {engine} "
             f"{engine}.yaml` writes)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from align_ti.config.engines import DEEPSPEED, SHARDED_WEIGHTS
 from align_ti.planning.memory import Layout, Model
 
 
@@ -34,7 +35,7 @@ def traffic_of(model: Model, layout: Layout, micro_batches: int, *, draws: bool,
         return Traffic({})
     ring = (layout.devices - 1) / layout.devices
     student, element = model.student, 2 if model.half else 4
-    gradients = student.trained_numel * element if layout.engine.startswith("zero") else student.trained
+    gradients = student.trained_numel * element if layout.engine in DEEPSPEED else student.trained
     sent: dict[str, float] = {"masses": 2 * ring * 8 * terms}
     if layout.engine == "ddp":
         sent["gradients"] = 2 * ring * gradients
@@ -42,7 +43,7 @@ def traffic_of(model: Model, layout: Layout, micro_batches: int, *, draws: bool,
         sent["gradients"] = ring * gradients * micro_batches
     if layout.engine == "zero2":
         sent["weights"] = ring * student.trained_numel * element
-    if layout.engine in {"fsdp2", "zero3"}:
+    if layout.engine in SHARDED_WEIGHTS:
         weights = student.numel * element if layout.engine == "zero3" else student.weights
         language = weights * (1 - student.tower / max(student.weights, 1))
         # Each pass gathers every layer: the gold pass and that of candidates, both again in backward; and the pass that draws them

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from align_ti.allocator import keep_freed_memory
-from align_ti.config import Objective, Training
+from align_ti.config import Engine, Objective, Training
+from align_ti.config.engines import SHARDED_WEIGHTS
 from align_ti.data.collator import Collator
 from align_ti.models.loading import first_line
 from align_ti.models.pairing import Pairing
@@ -22,7 +23,6 @@ from align_ti.preflight.pair import Models, on_device
 from align_ti.preflight.samples import Sample
 from align_ti.preflight.terms import MISHAPS
 from align_ti.preflight.verdicts import Verdict
-from align_ti.training.engines import Engine
 from align_ti.training.memory import Peak, peak_memory
 from align_ti.training.objective import distillation_loss
 from align_ti.training.optimizers import hidden_matrices
@@ -57,7 +57,7 @@ class Spread:
     @property
     def student_share(self) -> float:
         """What each process holds of the student's weights."""
-        return 1 / self.processes if self.engine in ("fsdp2", "zero3") else 1.0
+        return 1 / self.processes if self.engine in SHARDED_WEIGHTS else 1.0
 
     @property
     def state_share(self) -> float:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
+from align_ti.config.engines import SHARDED_WEIGHTS, Engine, refusals
 from align_ti.errors import ConfigError
 from align_ti.training.optimizers import MuonAdamW
-
-Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
-"""What spreads a run over several processes."""
 
 
 def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_shares_every: int) -> None:
@@ -27,7 +25,7 @@ def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_share
             where weights are sharded; FSDP's own checkpointing where a term has candidates; shares in the gradient where it is
             sharded on each process, or where backward runs layers again in the way of reentrant checkpointing.
     """
-    check_gradient_shares(trainer, gradient_shares_every)
+    check_reentrance(trainer, gradient_shares_every)
     split = getattr(trainer.accelerator, "parallelism_config", None)
     for kind, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
         if split is not None and getattr(split, f"{kind}_size", 1) > 1:
@@ -37,23 +35,16 @@ def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_share
                 f"candidates over a kept cache; {kind}_size 1 is accepted; for long sequences see docs/training.md (gradient "
                 "checkpointing, one record on a device, FSDP 2)."
             )
-    if on_policy and shards_weights(trainer):
-        raise ConfigError(
-            "the student's weights are sharded (FSDP or DeepSpeed ZeRO-3), but on_policy is given, and processes whose answers "
-            "differ in length would wait for each other; leave on_policy out (in a recipe: data.on_policy), or use DDP, ZeRO-2 or "
-            "one GPU."
-        )
-    if trainer.is_deepspeed_enabled and (trainer.args.bf16 or trainer.args.fp16):
-        raise ConfigError(
-            "training.bf16 or training.fp16 is on, and under DeepSpeed the weights themselves would be made half precision, and "
-            "the student saved so; accepted: neither of the two under DeepSpeed, or FSDP 2, which keeps float32 weights "
-            "(`align-ti recipes copy fsdp2 fsdp2.yaml`)."
-        )
-    if trainer.is_deepspeed_enabled and (trainer.optimizer_cls_and_kwargs or (None,))[0] is MuonAdamW:
-        raise ConfigError(
-            "the optimizer is Muon (training.optimizer), which reads whole matrices, but DeepSpeed flattens them into one vector; "
-            "accepted: training.optimizer: adamw under DeepSpeed, or FSDP 2, DDP or one GPU for muon."
-        )
+    args = trainer.args
+    refused = refusals(
+        engine_of(trainer),
+        muon=(trainer.optimizer_cls_and_kwargs or (None,))[0] is MuonAdamW,
+        half="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        on_policy=on_policy,
+        gradient_shares=gradient_shares_every > 0,
+    )
+    for refusal in refused:
+        raise ConfigError(str(refusal))
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -69,34 +60,24 @@ def check(trainer: Trainer, *, on_policy: bool, candidates: bool, gradient_share
         )
 
 
-def check_gradient_shares(trainer: Trainer, every: int) -> None:
+def check_reentrance(trainer: Trainer, gradient_shares_every: int) -> None:
     """Refuses to measure shares in the gradient where a term's own gradient cannot be computed without changing the step's.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed, or reentrant gradient checkpointing.
+        ConfigError: gradient checkpointing is reentrant.
     """
-    if not every:
-        return
-    asked = f"gradient_shares_every is {every} (in a recipe: training.gradient_shares_every)"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            f"{asked}, but the run is trained by FSDP or DeepSpeed, which shard each gradient during backward; "
-            "use one process or DDP, or set it to 0."
-        )
     checkpointing: Any = trainer.args.gradient_checkpointing_kwargs or {}
-    if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+    if gradient_shares_every and trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ConfigError(
-            f"{asked}, but gradient checkpointing is reentrant, which cannot compute the gradient of one term; set "
+            f"gradient_shares_every is {gradient_shares_every} (in a recipe: training.gradient_shares_every), but gradient "
+            "checkpointing is reentrant, which cannot compute the gradient of one term; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or gradient_shares_every to 0."
         )
 
 
 def shards_weights(trainer: Trainer) -> bool:
     """Whether the student's weights are sharded over the processes: FSDP, or ZeRO-3."""
-    if trainer.is_fsdp_enabled:
-        return True
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+    return engine_of(trainer) in SHARDED_WEIGHTS
 
 
 def engine_of(trainer: Trainer) -> Engine:
@@ -104,7 +85,8 @@ def engine_of(trainer: Trainer) -> Engine:
     if trainer.is_fsdp_enabled:
         return "fsdp2"
     if trainer.is_deepspeed_enabled:
-        return "zero3" if shards_weights(trainer) else "zero2"
+        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+        return "zero3" if plugin is not None and plugin.zero_stage == 3 else "zero2"
     return "ddp"
 
 
