@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +31,6 @@ from align_ti.pipeline.parts import load_teacher
 from align_ti.runs import RunFolder, write_json
 from align_ti.terms.readings import Reads, View, view
 from align_ti.training.passes import first_pass, second_pass
-
-logger = logging.getLogger(__name__)
 
 INSTRUCTIONS = 4
 """Instructions of an image at most."""

@@ -171,7 +171,7 @@ def distil_into(
     trainer.resolve_layer()
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
-        check_engine(checkpoint, trainer)
+        check_checkpoint_engine(checkpoint, trainer)
         work.go_on(checkpoint)
     # Its probes run the teacher, which a cache leaves out, and whole models, so before the teacher is sharded.
     if check and recipe.check and checkpoint is None and recipe.data.teacher_cache is None:
@@ -227,7 +227,7 @@ def attention_of(model: nn.Module) -> set[str]:
     return {str(kind) for config in configs if (kind := getattr(config, "_attn_implementation", None)) is not None}
 
 
-def check_engine(checkpoint: Path, trainer: AlignTITrainer) -> None:
+def check_checkpoint_engine(checkpoint: Path, trainer: AlignTITrainer) -> None:
     """Refuses a checkpoint that this engine cannot read.
 
     Raises:

@@ -75,24 +75,25 @@ def run_progress(root: Path, now: float) -> RunProgress:
     records = (
         processes * training.get("per_device_train_batch_size", 1) * training.get("gradient_accumulation_steps", 1)
     )
-    state, lives = state_of(run, recipe, lines)
+    state = state_of(run, recipe, lines)
     steps, pace = steps_of(training, lines), pace_of(lines)
     age = max(0.0, now - lines[-1]["time"]) if lines and "time" in lines[-1] else None
     left = None
     if steps is not None and pace is not None and age is not None and state == "training":
         left = max(0.0, pace * (steps - lines[-1]["step"]) - age)
-    troubles = troubles_of(run, lines, state, lives)
+    troubles = troubles_of(run, lines, state)
     return RunProgress(state, lines, recipe, records, steps, pace, left, age, troubles, content(run.phases))
 
 
-def state_of(run: RunFolder, recipe: Mapping[str, Any], lines: Sequence[Line]) -> tuple[State, bool | None]:
-    """What the run is doing, and whether its process lives."""
-    lives = owner_lives(run.lock)
+def state_of(run: RunFolder, recipe: Mapping[str, Any], lines: Sequence[Line]) -> State:
+    """What the run is doing."""
     if run.student.exists():
-        return "done", lives
+        return "done"
     if not recipe:
-        return "waiting", lives
-    return ("stopped" if lives is False else "training" if lines else "preparing"), lives
+        return "waiting"
+    if owner_lives(run.lock) is False:
+        return "stopped"
+    return "training" if lines else "preparing"
 
 
 def steps_of(training: Mapping[str, Any], lines: Sequence[Line]) -> int | None:
@@ -121,7 +122,7 @@ def paces(lines: Sequence[Line]) -> list[tuple[int, float]]:
     ]
 
 
-def troubles_of(run: RunFolder, lines: Sequence[Line], state: State, lives: bool | None) -> tuple[str, ...]:
+def troubles_of(run: RunFolder, lines: Sequence[Line], state: State) -> tuple[str, ...]:
     """The last things that went wrong: verdicts of the check, records that were skipped or cut, losses that are no numbers."""
     verdicts = content(run.check).get("verdicts", ())
     found = [

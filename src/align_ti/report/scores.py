@@ -22,7 +22,7 @@ def scores_of(models: Sequence[Model]) -> dict[str, Any]:
     """What the part of the page shows: tables and figures; no tables where nothing was measured."""
     rows = rows_of(models)
     heads = [row for row in rows if row["headline"] and row["differences"]]
-    differences = together(heads, models)
+    differences = together(heads)
     labels = {model.key: model.label for model in models}
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     tables = []
@@ -128,7 +128,7 @@ def difference_of(of: Model, to: Model, benchmark: str, metric: str) -> Row | No
     return None if both[0] is None or both[1] is None else told(paired(both[0], both[1]))
 
 
-def together(heads: Sequence[Row], models: Sequence[Model]) -> list[Row]:
+def together(heads: Sequence[Row]) -> list[Row]:
     """The differences of the headlines, with intervals and p values that hold for all of them together."""
     pairs = [(row, of, to) for row in heads for of, to in row["pairs"] if known(row, of, to)]
     if not pairs:

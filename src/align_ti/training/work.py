@@ -47,11 +47,12 @@ class TrainingWork(TrainerCallback):
 
     Args:
         run: the folder whose checkpoints keep the sums; None: none are kept.
-        flops: whether FLOPs are counted.
     """
 
-    def __init__(self, run: RunFolder | None = None, *, flops: bool = True) -> None:
-        self.run, self.flops = run, flops
+    def __init__(self, run: RunFolder | None = None) -> None:
+        self.run = run
+        self.flops = True
+        """Whether FLOPs are counted."""
         self.worked: Worked | None = Worked()
         """Up to the last exchange between the processes; None of a run that goes on from a checkpoint without sums."""
         self.here: Tensor | None = None
