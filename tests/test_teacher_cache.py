@@ -28,8 +28,8 @@ from align_ti.models.placement import move
 from align_ti.pipeline.caching import cache_teacher, estimate
 from align_ti.pipeline.training import distil
 from align_ti.training.cached_pass import outputs_to_cache
+from align_ti.training.held_out import weightless_from
 from align_ti.training.objective import distillation_loss
-from align_ti.training.trainer import weightless_from
 from tests import family_models, small, test_family_chain, tiny
 from tests.launching import on_processes
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +12,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from align_ti.allocator import keep_freed_memory
@@ -27,27 +24,24 @@ from align_ti.data.batch import Tokens
 from align_ti.data.collator import Collator, EncodedConversations, blank_sample
 from align_ti.data.conversation import Conversation
 from align_ti.data.lengths import LengthGrouped
-from align_ti.data.roles import NO_LABEL, TEACHER_ATTENTION, TEACHER_HIDDEN, VISUAL
-from align_ti.data.roles import OTHER as OTHER_ROLE
-from align_ti.data.stream_shards import OWN_RECORDS, Counted, StreamShard
-from align_ti.data.teacher_cache import kept_rows
-from align_ti.errors import AlignTIError, ConfigError, ModelError
+from align_ti.data.stream_shards import OWN_RECORDS
+from align_ti.errors import ConfigError
 from align_ti.interactions.candidates import CandidateOptions, plan_candidates
-from align_ti.interactions.layer_scores import best_layer, score_on_records
 from align_ti.interactions.transitions import Candidates
 from align_ti.models.adapters import load_trained, save_trained, unwrapped
 from align_ti.models.families import widest_float
 from align_ti.models.headonly import has_head_only
-from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision, weights_digest
+from align_ti.models.loading import check_loaded, check_precision, check_teacher_precision
 from align_ti.models.pairing import Pairing, own_processor, pair_up
 from align_ti.models.placement import move
 from align_ti.models.preservation import preserved
 from align_ti.models.sharding import is_sharded, run_gathered, run_in_forward, shard
 from align_ti.phases import OTHER, outside_of_steps, phase
-from align_ti.runs import read_json, write_json
 from align_ti.training.engines import check as check_engine
 from align_ti.training.engines import name_layers, shards_weights
 from align_ti.training.gradients import FLOAT16_SCALE, LogsGradients, added_gradients, norm_of, only, shares_of
+from align_ti.training.held_out import records_of_its_own, stream_loader, weightless_from
+from align_ti.training.layer_choice import chosen_layer, digest_of
 from align_ti.training.objective import DistillationOutput, Masses, distillation_loss, term_masses
 from align_ti.training.passes import candidate_options, candidates_for
 from align_ti.training.rollout import respond
@@ -57,9 +51,6 @@ from align_ti.training.work import TrainingWork
 
 logger = logging.getLogger(__name__)
 
-
-TEXTS = 1000
-"""The conversations at the beginning of a dataset by which kept layer scores are recognised."""
 
 Data = Sequence[Conversation] | Dataset[dict[str, Any]]
 """Records, or a dataset of encoded samples."""
@@ -197,7 +188,7 @@ class AlignTITrainer(Trainer):
             self.pairing = pair_up(unwrapped(model), teacher_model, student_processor, self.teacher_processor)
         self.teacher_digest: str | None = None
         if teacher_model is not None and self.args.world_size > 1:
-            self.teacher_digest = self.digest_of_teacher()
+            self.teacher_digest = digest_of(teacher_model, self.args)
         if shard_teacher:
             self.shard_teacher()
         self.in_step = self.args.world_size > 1
@@ -270,32 +261,19 @@ class AlignTITrainer(Trainer):
         named: Any = self.eval_dataset
         data = named if eval_dataset is None else named[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if self.splits_stream(data):
-            return self.stream_loader(data)
+            return stream_loader(self, data)
         return super().get_eval_dataloader(encoded(eval_dataset, self.processing_class, self.teacher_processor))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `get_eval_dataloader`."""
         if self.splits_stream(test_dataset):
-            return self.stream_loader(test_dataset)
+            return stream_loader(self, test_dataset)
         return super().get_test_dataloader(encoded(test_dataset, self.processing_class, self.teacher_processor))
 
     def splits_stream(self, data: Any) -> bool:
         """Whether this trainer splits an evaluation set over the processes: a stream, unless one process distributes the batches."""
         loader: Any = self.args.accelerator_config
         return isinstance(data, IterableDataset) and self.args.world_size > 1 and not loader.dispatch_batches
-
-    def stream_loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
-        """This process's batches of a stream. accelerate would fill the last ones with repeated records and not say how many."""
-        collate: Any = self.data_collator
-        count = int(self.args.dataloader_num_workers)
-        return DataLoader(
-            StreamShard(stream, self.args.eval_batch_size, int(self.args.process_index), int(self.args.world_size)),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=Counted(collate),
-            num_workers=count,
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor if count else None,
-        )
 
     # --- the layer that attention is read at ---------------------------------------------------------------------------
 
@@ -309,89 +287,18 @@ class AlignTITrainer(Trainer):
         """
         if not self.objective.needs_layer:
             return self.objective
-        path, made_from = Path(str(self.args.output_dir)) / "layer_scores.json", self.scored_from()
-        kept = read_json(path) if path.exists() else {}
-        if kept.get("of") == made_from:
-            layer = int(kept["layer"])
-        else:
-            scores = self.score_teacher_once()
-            layer = best_layer(scores)
-            if self.is_world_process_zero():
-                values = {str(key): value for key, value in scores.items()}
-                write_json(path, {"layer": layer, "scores": values, "of": made_from})
+        assert self.teacher_model is not None
+        layer = chosen_layer(
+            self.teacher_model,
+            self.teacher_processor or self.processing_class,
+            self.train_dataset,
+            self.scores,
+            self.args,
+            term=self.objective.needs_layer[0],
+            digest=self.teacher_digest,
+        )
         self.objective = self.objective.at_layer(layer)
         return self.objective
-
-    def scored_from(self) -> dict[str, Any]:
-        """What layer scores depend on; stored scores are used only if it is equal."""
-        assert self.teacher_model is not None
-        return {
-            "teacher": self.teacher_model.config.name_or_path,
-            "weights": self.teacher_digest or self.digest_of_teacher(),
-            "records": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
-            "texts": texts_digest(self.train_dataset),
-            "sample": self.scores.model_dump(),
-            "seed": self.args.seed,
-        }
-
-    def digest_of_teacher(self) -> str:
-        """A digest of the teacher's weights.
-
-        Raises:
-            ModelError: it is another one on another process.
-        """
-        assert self.teacher_model is not None
-        digest = weights_digest(self.teacher_model)
-        if self.args.world_size > 1:
-            found = gather_object([digest])
-            if len(set(found)) > 1:
-                raise ModelError(
-                    f"the teacher's weights differ between processes (digests: {', '.join(one[:8] for one in found)}); the same "
-                    "weights on all of them are accepted; load it on every process (FSDP_CPU_RAM_EFFICIENT_LOADING=false does so in "
-                    "from_pretrained)."
-                )
-        return digest
-
-    def score_teacher_once(self) -> dict[int, float]:
-        """The scores of the teacher's layers, the same on all processes: the first computes them, unless the teacher is sharded.
-
-        Raises:
-            ConfigError, DataError: as `score_teacher`, on all processes.
-        """
-        assert self.teacher_model is not None
-        if self.args.world_size == 1:
-            return self.score_teacher()
-        result: list[Any] = [None]
-        if self.is_world_process_zero() or is_sharded(self.teacher_model):
-            try:
-                result = [run_gathered(self.teacher_model, self.score_teacher)]
-            except AlignTIError as error:
-                result = [error]
-        found = broadcast_object_list(result, from_process=0)[0]
-        if isinstance(found, AlignTIError):
-            raise found
-        scores: dict[int, float] = found
-        return scores
-
-    def score_teacher(self) -> dict[int, float]:
-        """The instruction-relevance score of the teacher's layers on a sample of the training data."""
-        assert self.teacher_model is not None
-        data, processor = self.train_dataset, self.teacher_processor or self.processing_class
-        if not isinstance(data, EncodedConversations) or not isinstance(processor, ProcessorMixin):
-            raise ConfigError(
-                f"objective.{self.objective.needs_layer[0]}.layer is 'auto', but the training data are no conversations, so "
-                "layers cannot be "
-                "scored; give a "
-                "number (score_layers finds it) or pass conversations as train_dataset."
-            )
-        return score_on_records(
-            self.teacher_model,
-            processor,
-            data.conversations,
-            **self.scores.model_dump(),
-            seed=int(self.args.seed),
-            device=self.args.device,
-        )
 
     # --- the order of records -----------------------------------------------------------------------------------------
 
@@ -656,7 +563,7 @@ class AlignTITrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         """The loss of one evaluation batch; full logits are never computed. Records that only fill the last batch have weight 0."""
-        sums, own = self.eval_sums, inputs[OWN_RECORDS] if OWN_RECORDS in inputs else self.records_of_its_own()
+        sums, own = self.eval_sums, inputs[OWN_RECORDS] if OWN_RECORDS in inputs else records_of_its_own(self)
         inputs = {name: value for name, value in inputs.items() if name != OWN_RECORDS}
         if own == 0:
             # Read all the same, since other processes may wait in the models' passes.
@@ -671,19 +578,6 @@ class AlignTITrainer(Trainer):
                 sums.count(name, torch.zeros_like(mass), torch.zeros_like(mass))
         self.eval_sums = sums
         return value.detach(), None, None
-
-    def records_of_its_own(self) -> int | None:
-        """The number of records at the start of this evaluation batch that no other batch contains; None: all of them.
-
-        If records do not fill the last batches of all processes, accelerate appends the first ones again. Streams are split by
-        `stream_loader` instead.
-        """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        size = int(state.active_dataloader.total_batch_size) // int(self.args.world_size)
-        before = int(self.args.process_index) * size
-        return min(size, max(0, int(state.remainder) - before))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -760,38 +654,6 @@ class AlignTITrainer(Trainer):
                 logs[f"{name}_weight"] = fmean(seen) if "weight" in term.schedule and seen else term.weight
             self.weights_seen = []
         super().log(logs, start_time)
-
-
-def texts_digest(data: Any) -> str | None:
-    """A digest of the texts and the names of images in the first conversations of a dataset; None if it has none."""
-    if not isinstance(data, EncodedConversations):
-        return None
-    first = [data.conversations[index] for index in range(min(len(data), TEXTS))]
-    told = [
-        [[turn.text for turn in one.turns], [image.name for image in one.images if isinstance(image, Path)]]
-        for one in first
-    ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-
-
-def weightless_from(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch, its records from this one on with weight 0 in every term: none of their tokens has a role or a label, and nothing
-    is kept of the teacher's pass over them."""
-    nothing = {"labels": NO_LABEL, "roles": OTHER_ROLE, "pictures": 0}
-    changed = dict(batch)
-    if TEACHER_HIDDEN in batch:
-        # One row after another, sample by sample.
-        rows = kept_rows(batch["labels"], batch["roles"], visual=TEACHER_ATTENTION in batch)
-        changed[TEACHER_HIDDEN] = batch[TEACHER_HIDDEN][: int(rows[:count].sum())]
-    if TEACHER_ATTENTION in batch:
-        changed[TEACHER_ATTENTION] = batch[TEACHER_ATTENTION][: int((batch["roles"][:count] == VISUAL).sum())]
-    for name, value in nothing.items():
-        if name in batch:
-            changed[name] = batch[name].clone()
-            changed[name][count:] = value
-    if "teacher" in batch:
-        changed["teacher"] = weightless_from(batch["teacher"], count)
-    return changed
 
 
 def encoded(data: Any, processor: Any, teacher_processor: ProcessorMixin | None = None) -> Any:
