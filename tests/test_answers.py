@@ -225,6 +225,14 @@ def test_pictures_inside_a_table_are_written_beside_the_file_as_they_are(folder,
         read_mixture(Data(train=str(tmp_path / "data.parquet"), responses="teacher", answers=str(out)))
 
 
+def test_sources_with_answers_have_names_of_their_own(folder, answered, tmp_path):
+    # Answers are found by the file's name: one that had no answer took the other's.
+    (tmp_path / "train.json").write_text((folder / "train.json").read_text())
+    sources = [{"path": str(at / "train.json"), "images": str(folder)} for at in (folder, tmp_path)]
+    with pytest.raises(DataError, match="have the same; a name of its own"):
+        read_mixture(Data(train=sources, responses="teacher", answers=str(folder / "answers.jsonl")))
+
+
 def test_pictures_of_two_kinds_in_one_source_are_refused(folder, tmp_path):
     content = (folder / "train-0.png").read_bytes()
     turns = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from align_ti.data.collator import Collator, EncodedConversations
-from align_ti.data.conversation import Conversation, Turn
+from align_ti.data.conversation import Conversation, Turn, open_picture
 from align_ti.data.groups import same_image_groups
 from align_ti.data.roles import INSTRUCTION, OTHER, RESPONSE, VISUAL, encode
 from align_ti.data.sources import read_conversations
@@ -277,6 +278,24 @@ def test_a_picture_that_cannot_be_read_is_an_error_not_a_black_square(folder, na
     with pytest.raises(DataError, match=message) as caught:
         encode(record, PROCESSOR)
     assert "record 1, id 7" in str(caught.value)
+
+
+def test_an_image_is_upright_and_grey_levels_of_16_bits_are_scaled(tmp_path):
+    # Both were silent: photographs lay on their side, and 16-bit images were white.
+    photo, exif = Image.new("RGB", (2, 1), (250, 10, 10)), Image.Exif()
+    photo.putpixel((1, 0), (10, 10, 250))
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "photo.png", exif=exif)
+    upright = open_picture(tmp_path / "photo.png", "here")
+    assert upright.size == (1, 2) and upright.getpixel((0, 0)) == (250, 10, 10)
+    levels = np.array([[0, 257, 30000, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    told = np.asarray(open_picture(tmp_path / "deep.png", "here"))
+    assert told[0].tolist() == [[value] * 3 for value in (0, 1, 117, 255)]
+    for values, kind in ((levels.astype(np.int32), "32-bit integers"), (levels / np.float32(65535), "floating-point")):
+        Image.fromarray(values.astype(np.float32) if kind != "32-bit integers" else values).save(tmp_path / "raw.tiff")
+        with pytest.raises(DataError, match=f"record 3: image .*raw.tiff has {kind}"):
+            open_picture(tmp_path / "raw.tiff", "record 3")
 
 
 @pytest.mark.parametrize(

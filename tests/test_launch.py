@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from align_ti.processes import ended
 from align_ti.runs import RunFolder
 from tests import small
-from tests.launching import ROOT
+from tests.launching import ROOT, on_processes
 
 BROKEN = """
 import os
@@ -111,6 +111,29 @@ def test_a_stop_by_a_scheduler_and_the_rest_give_the_weights_of_one_go(folder, t
         assert out.count("student: ") == 1
     one, other = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("stopped", "at_once"))
     assert all(bool((one[name] == other[name]).all()) for name in other)
+
+
+PATIENT = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as distributed
+from align_ti.processes import first_process_first, part_in_order
+distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+found = Path(sys.argv[1])
+with first_process_first():
+    if distributed.get_rank() == 0:
+        time.sleep(5)
+        found.write_text("checked")
+    else:
+        assert found.read_text() == "checked"
+part_in_order()
+"""
+
+
+def test_processes_wait_for_the_first_one_longer_than_for_a_step(tmp_path):
+    # Under NCCL a check of the records that took more than ten minutes ended the run.
+    on_processes(2, PATIENT, tmp_path / "found")
 
 
 def test_a_process_that_is_killed_ends_the_run_with_its_name(folder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from align_ti.cli import shipped
@@ -25,7 +27,7 @@ from align_ti.data.mixing import numbers_taken, read_mixture
 from align_ti.data.roles import RESPONSE, VISUAL, encode
 from align_ti.data.sources import read_conversations
 from align_ti.digits.models import build_processor
-from align_ti.errors import CacheError, ConfigError, DataError, RunError
+from align_ti.errors import CacheError, ConfigError, DataError, RequeueError, RunError
 from align_ti.models.loading import load_processor
 from align_ti.pipeline.records import errors_of_workers, training_data
 from align_ti.pipeline.training import distil, training_arguments
@@ -381,6 +383,48 @@ def test_what_was_checked_is_used_again_unless_the_data_changed(pair, tmp_path, 
     (pair / "mixed.json").write_text(json.dumps(content[:-1]))
     with pytest.raises(RunError, match="training data have changed"):
         training_data(wanted, processor, run)
+
+
+def stop_at(wanted: Recipe, last: int) -> Path:
+    """The checkpoint of a run that a scheduler stopped at a step."""
+
+    def send(step: int, _steps: int) -> None:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RequeueError):
+        distil(wanted, steps=send)
+    found = RunFolder(Path(wanted.out)).last_checkpoint()
+    assert found is not None and found.name == f"checkpoint-{last}"
+    return found
+
+
+def test_a_run_does_not_resume_with_other_records(pair, tmp_path):
+    # Without a check beforehand the order of another number of records was taken, and some were repeated or missed.
+    content = json.loads((pair / "train.json").read_text())
+    (pair / "own.json").write_text(json.dumps(content))
+    wanted = recipe(pair, tmp_path / "run", str(pair / "own.json"), max_steps=2)
+    stop_at(wanted, 1)
+    (pair / "own.json").write_text(json.dumps(content[1:]))
+    with pytest.raises(RunError, match="training data have changed since this run began"):
+        distil(wanted)
+    (pair / "own.json").write_text(json.dumps(content))
+    assert distil(wanted).student.is_dir()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_stream_resumes_where_it_was_after_several_passes(pair, tmp_path, accumulate):
+    # A resumed run began its pass anew, and the last micro-batches of a pass were no step of their own but part of the next.
+    steps = {"max_steps": 12 // accumulate, "gradient_accumulation_steps": accumulate}
+    stopped, whole = (
+        recipe(pair, tmp_path / name, str(pair / "train.json"), {"stream": True, "shuffle_buffer": 3}, **steps)
+        for name in ("stopped", "whole")
+    )
+    seen = stop_at(stopped, 8 // accumulate)
+    batch = stopped.training.per_device_train_batch_size
+    assert int(seen.name.split("-")[1]) * accumulate * batch > 1.5 * len(json.loads((pair / "train.json").read_text()))
+    one, other = (load_file(distil(of).student / "model.safetensors") for of in (stopped, whole))
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_records_are_cut_listed_and_counted(pair, tmp_path):

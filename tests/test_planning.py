@@ -247,7 +247,7 @@ def model(folder):
     [
         (
             {"optimizer": "muon"},
-            r"muon under zero2, and DeepSpeed flattens .*: adamw, or fsdp2, ddp or one device",
+            r"muon under zero2, and DeepSpeed flattens .*: adamw, or another engine \(fsdp2, ddp\)",
         ),
         (
             {"bf16": True},

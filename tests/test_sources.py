@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from align_ti.config import Data, Source
 from align_ti.data.collator import EncodedConversations
@@ -265,6 +267,19 @@ def test_another_extension_is_taken_only_on_request_and_counted(folder):
         found.path(name, "here")
 
 
+def test_another_extension_does_not_lead_out_of_the_root(folder):
+    root = folder / "root"
+    root.mkdir()
+    (folder / "secret.png").write_bytes(png(COLOURS[0]))
+    (root / "a.png").symlink_to(folder / "secret.png")
+    with pytest.raises(DataError, match="lies outside the image root"):
+        ImageRoot(root, find_extension=True).path("a.jpg", "here")
+    # A disk may find one file under two names.
+    (root / "b.png").write_bytes(png(COLOURS[0]))
+    (root / "b.PNG").hardlink_to(root / "b.png")
+    assert ImageRoot(root, find_extension=True).path("b.jpg", "here").suffix.lower() == ".png"
+
+
 @given(st.lists(st.sampled_from(["..", ".", "deep", "er", "0.png", "/", "/etc"]), min_size=1, max_size=6))
 def test_no_name_leads_out_of_the_root(parts):
     root = Path(__file__).parent / "corpus"
@@ -297,29 +312,37 @@ def test_a_stream_gives_the_samples_of_the_whole(folder, container):
         table().to_parquet(path) if container == "parquet" else table().save_to_disk(path)
     whole = EncodedConversations(read_conversations(path), PROCESSOR)
     stream = StreamedConversations(Data(train=str(path), stream=True, shuffle_buffer=1), PROCESSOR)
-    for one, other in zip(whole, stream, strict=True):
+    for one, other in zip(whole, islice(stream, len(whole)), strict=True):
         assert one.keys() == other.keys()
         assert all((one[name] == other[name]).all() for name in one)
 
 
-def test_workers_share_a_stream_and_epochs_differ(folder):
-    from torch.utils.data import DataLoader
-
-    lines = [json.dumps({"id": n, "messages": [user("Q" * (n + 1)), assistant("A.")]}) for n in range(12)]
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    stream = StreamedConversations(
-        Data(train=str(folder / "data.jsonl"), stream=True, shuffle_buffer=4), PROCESSOR, seed=1
-    )
+@pytest.mark.parametrize("container", ["jsonl", "one parquet file", "parquet files"])
+def test_workers_share_a_stream_and_passes_differ(folder, container):
+    # datasets gave each worker its share of the files, of which the stream took a share again: records were lost in silence.
+    records = [{"messages": [user("Q" * (n + 1)), assistant("A.")]} for n in range(12)]
+    path = folder / ("data.jsonl" if container == "jsonl" else "data.parquet")
+    if container == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records)))
+    elif container == "parquet files":
+        path = folder / "parts"
+        path.mkdir()
+        for part in range(4):
+            datasets.Dataset.from_list(records[3 * part : 3 * part + 3]).to_parquet(path / f"part-{part}.parquet")
+    else:
+        datasets.Dataset.from_list(records).to_parquet(path)
+    stream = StreamedConversations(Data(train=str(path), stream=True, shuffle_buffer=4), PROCESSOR, seed=1)
 
     def lengths(workers: int = 0) -> list[int]:
-        return [len(sample["input_ids"]) for sample in DataLoader(stream, batch_size=None, num_workers=workers)]
+        samples = DataLoader(stream, batch_size=None, num_workers=workers)
+        return [len(sample["input_ids"]) for sample in islice(samples, 36)]
 
-    first = lengths()
-    assert len(set(first)) == 12
-    assert lengths() == first
-    assert sorted(lengths(workers=2)) == sorted(first)
-    stream.set_epoch(1)
-    assert lengths() != first and sorted(lengths()) == sorted(first)
+    alone = lengths()
+    passes = [alone[at : at + 12] for at in (0, 12, 24)]
+    assert [sorted(one) for one in passes] == [sorted(set(alone))] * 3 and len(set(alone)) == 12
+    assert passes[0] != passes[1] != passes[2] and lengths() == alone
+    shared = lengths(workers=2)
+    assert [sorted(shared[at : at + 12]) for at in (0, 12, 24)] == [sorted(set(alone))] * 3
 
 
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 3))

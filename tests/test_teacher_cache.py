@@ -441,6 +441,19 @@ def test_a_damaged_shard_is_told_while_it_is_read(pair, cached, tmp_path):
         assert re.search("checksum.*record 3.*remove it", message)
 
 
+def test_a_shard_that_cannot_be_read_now_is_kept(cached, monkeypatch):
+    # Too many open files, or a server that was away for a moment, and good shards were removed as damaged.
+    before = {path.name for path in cached.folder.glob("shard-*")}
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(teacher_cache, "safe_open", away)
+    with pytest.raises(CacheError, match="Too many open files"):
+        teacher_cache.whole_shards(cached.folder, TeacherCache(cached.folder).made)
+    assert before and {path.name for path in cached.folder.glob("shard-*")} == before
+
+
 def test_a_reader_keeps_few_shards_open_and_none_when_it_is_sent_away(cached, monkeypatch):
     monkeypatch.setattr(teacher_cache, "OPEN_SHARDS", 2)
     cache = TeacherCache(cached.folder)

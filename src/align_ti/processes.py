@@ -1,4 +1,4 @@
-"""The processes of one launch: how they start on one machine, end together, and part. Imports torch only to part."""
+"""The processes of one launch: how they start on one machine, end together, and part. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait where one of them does what the others need: reading and checking all records, say."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """Signals that the launch hands on to its processes, which stop with a checkpoint."""
@@ -129,6 +136,42 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def group_of_launch() -> Any:
+    """torch.distributed where this process has joined a group of processes; None where it has not, or torch is not imported."""
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
+
+
+def wait_for_all() -> None:
+    """Waits until every process of the launch has come here; nothing where there is only one.
+
+    The group that trains ends a run whose processes wait for each other for longer than its timeout, ten minutes under NCCL. That is
+    right within a step, and wrong where one process reads a million records: this wait has a group of its own.
+    """
+    distributed = group_of_launch()
+    if distributed is not None:
+        distributed.barrier(group=patient_group(distributed.group.WORLD))
+
+
+@lru_cache(maxsize=1)
+def patient_group(world: Any) -> Any:
+    """The group of all processes in which they wait for each other; the key is the group that trains."""
+    return sys.modules["torch.distributed"].new_group(backend="gloo", timeout=PATIENCE)
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process of the launch runs the block, then the others do, however long they wait for it."""
+    distributed = group_of_launch()
+    first = distributed is None or distributed.get_rank() == 0
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
+
+
 def part_in_order() -> None:
     """Waits for the other processes of the launch, and leaves their group; nothing where there is only one process.
 
@@ -136,7 +179,7 @@ def part_in_order() -> None:
     exception", seen with gloo), and the launcher then reports a run that failed after it was finished. So the command line, and a
     script of one's own, calls this at the end, after a success: after an error the others may never arrive.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    distributed = group_of_launch()
+    if distributed is not None:
         distributed.barrier()
         distributed.destroy_process_group()

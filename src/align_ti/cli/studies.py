@@ -31,7 +31,7 @@ def study(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Run part I of N, each on its own machine in a shared folder.")
     ] = "1/1",
-    retry: Annotated[bool, typer.Option("--retry", help="Repeat failed runs.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Go on with failed runs.")] = False,
     changes: Changes = None,
     allow_extensions: AllowExtensions = False,
 ) -> None:
@@ -85,10 +85,10 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def announce_costs(checked: Study) -> None:
     """Say what is trained to measure costs before the first run, if costs are not known yet."""
-    from align_ti.studies.costs import steps_to_measure, unmeasured
+    from align_ti.studies.costs import steps_to_measure, to_time
     from align_ti.studies.folder import StudyFolder
 
-    missing = unmeasured(checked, StudyFolder(checked.out))
+    missing = to_time(checked, StudyFolder(checked.out))
     if missing:
         after = f", the first {checked.file.cost_after:,} of them before the measurement (cost_after)"
         counts = sorted({steps_to_measure(checked, name) for name in missing})
@@ -150,7 +150,7 @@ def show_study(content: dict[str, Any]) -> None:
         console.print(table)
     for one in content["failed"]:
         console.print(
-            f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry repeats it)"
+            f"failed: {content['labels'][one['variant']]}, seed {one['seed']}: {one['error']} (--retry goes on with it)"
         )
     if any(len(one["per_seed"]) == 1 for one in content["variants"].values()):
         console.print(
@@ -159,7 +159,7 @@ def show_study(content: dict[str, Any]) -> None:
     if content["missing"]:
         console.print(
             f"missing: {len(content['missing'])} runs, of other parts (--shard) or under way in other processes; "
-            "`align-ti study` without --shard trains what nobody else does."
+            "`align-ti study` without --shard trains those that no other process is at."
         )
 
 

@@ -44,8 +44,8 @@ def refusals(
     if muon and engine in DEEPSPEED:
         yield Refusal(
             f"training.optimizer is muon under {engine}",
-            "DeepSpeed flattens the matrices that Muon reads into one vector",
-            "training.optimizer: adamw, or fsdp2, ddp or one device",
+            "DeepSpeed flattens into one vector the matrices that Muon reads",
+            "training.optimizer: adamw, or another engine (fsdp2, ddp) or one device",
         )
     if half is not None and engine in DEEPSPEED:
         yield Refusal(

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,7 +93,8 @@ class SampleCache:
             DataError: the folder cannot be written, for example because the disk is full.
         """
         whole = {name: value.contiguous() for name, value in sample.items()}
-        draft = path.with_name(f".{path.stem}.{os.getpid()}")
+        # Processes in containers that share a folder may have one number.
+        draft = path.with_name(f".{path.stem}.{os.getpid()}-{uuid4().hex[:8]}")
         try:
             path.parent.mkdir(exist_ok=True)
             save_file(whole, draft, metadata={"checksum": checksum(whole)})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from align_ti.errors import DataError
 
@@ -141,17 +144,19 @@ def missing_picture(image: Path, place: str) -> DataError:
 
 
 def open_picture(image: Picture, place: str) -> Image.Image:
-    """The image as RGB, fully decoded; of an animation the first frame.
+    """The image as 8-bit RGB, fully decoded and upright; of an animation the first frame.
 
     Raises:
-        DataError: the file is missing, no image, or cut off. Nothing is put in its place.
+        DataError: the file is missing, no image, cut off, or its values have no white. Nothing is put in its place.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return as_rgb(image, "in memory", place)
     name = image.name if isinstance(image, StoredPicture) else str(image)
     try:
         with Image.open(io.BytesIO(image.read()) if isinstance(image, StoredPicture) else image) as opened:
-            return opened.convert("RGB")
+            return as_rgb(opened, name, place)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise missing_picture(Path(name), place) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -159,3 +164,26 @@ def open_picture(image: Picture, place: str) -> Image.Image:
             f"{place}: image {name} cannot be read ({error}); a complete PNG, JPEG or other format that Pillow reads "
             "is accepted; restore the file or remove the record."
         ) from error
+
+
+def as_rgb(image: Image.Image, name: str, place: str) -> Image.Image:
+    """The image as 8-bit RGB, turned as its EXIF orientation says; 16-bit grey levels are scaled, not clipped.
+
+    Raises:
+        DataError: its values are 32-bit integers or floats, of which nothing says what is white.
+    """
+    # Pillow reads 16-bit grey PNG as I;16, and older versions as I.
+    grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    # Broken EXIF is no reason to refuse an image, and turns nothing.
+    with suppress(struct.error, SyntaxError, TypeError, KeyError, ValueError):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if grey16:
+        grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{place}: image {name} has {'32-bit integers' if image.mode == 'I' else 'floating-point numbers'}, of which nothing says "
+            "what is black and what is white; images of 8 bits, or 16 bits of grey, are accepted; scale and save it so."
+        )
+    return image.convert("RGB")

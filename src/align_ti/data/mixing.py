@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align_ti.config import Data, Source
-from align_ti.data.answers import Answers, with_responses
+from align_ti.data.answers import Answers, source_name, with_responses
 from align_ti.data.conversation import Conversation
 from align_ti.data.records import ImageRoot
 from align_ti.data.sources import Refused, image_root, read_source, stop
@@ -48,6 +48,8 @@ def read_mixture(data: Data, seed: int = 0) -> Mixture:
             than its count, or there is no usable answer to a record that should have the teacher's.
     """
     answers = None if data.answers is None else Answers(data.answers)
+    if answers is not None:
+        check_names(data.sources)
     refused: list[Refused] = []
     unanswered: list[Refused] = []
     skip = data.on_bad_record == "skip"
@@ -66,6 +68,22 @@ def read_mixture(data: Data, seed: int = 0) -> Mixture:
         conversations += taken
         reports.append(SourceReport(source.path, len(records) + bad, bad, len(taken), root.other_extension))
     return Mixture(conversations, tuple(reports), tuple(refused), tuple(unanswered))
+
+
+def check_names(sources: Sequence[Source]) -> None:
+    """Answers are found by the last part of a source's path, so that data can be moved; two sources must not share it.
+
+    Raises:
+        DataError: two do.
+    """
+    paths: dict[str, str] = {}
+    for source in sources:
+        other = paths.setdefault(source_name(source), source.path)
+        if other != source.path:
+            raise DataError(
+                f"data.answers are found by the names of data files, and {other} and {source.path} have the same; a name of its own "
+                "for each source is accepted; rename one of the two before its answers are generated."
+            )
 
 
 def numbers_taken(sources: Sequence[Source], sizes: Sequence[int]) -> list[int]:

@@ -78,11 +78,20 @@ class ImageRoot:
     def with_extension(self, path: Path, place: str) -> Path:
         """The one file that differs from the path in its extension alone; the path itself if there is none."""
         tried = (path.with_suffix(suffix) for lower in EXTENSIONS for suffix in (lower, lower.upper()))
-        found = [other for other in tried if other.is_file()]
+        found: list[Path] = []
+        for other in tried:
+            # A disk may tell no difference between .jpg and .JPG.
+            if other.is_file() and not any(other.samefile(one) for one in found):
+                found.append(other)
         if len(found) > 1:
             raise DataError(
                 f"{place}: image {path} does not exist and {', '.join(other.name for other in found)} do; find_extension accepts "
                 "exactly one; remove the others or name the image by its full name."
+            )
+        if found and not found[0].resolve().is_relative_to(self.resolved or ""):
+            raise DataError(
+                f"{place}: image {path} does not exist, and {found[0].name} beside it lies outside the image root {self.folder}; only "
+                "images inside it are read; move the image or choose a higher root."
             )
         self.other_extension += len(found)
         return found[0] if found else path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,10 +20,11 @@ from align_ti.errors import DataError
 
 
 class StreamedConversations(IterableDataset[dict[str, Any]]):
-    """The samples of one source in an order fixed by seed and epoch, each read when its turn comes.
+    """The samples of one source without end, pass after pass, in an order fixed by seed and pass, each read when its turn comes.
 
-    Every worker reads the whole source and processes its share of the records. The trainer needs `max_steps`, since a stream has no
-    length, and each process must fetch its own batches (`dispatch_batches=False`), since images are not counted by records.
+    It has no end, so that a batch and an optimizer step may reach over the end of a pass, and a resumed run comes to its place by
+    counting batches alone. Every worker reads the whole source and processes its share of the records. The trainer needs `max_steps`,
+    and each process must fetch its own batches (`dispatch_batches=False`), since images are not counted by records.
     """
 
     def __init__(
@@ -37,25 +38,19 @@ class StreamedConversations(IterableDataset[dict[str, Any]]):
         self.teacher_cache: TeacherCache | None = None
         (self.source,) = data.sources
         self.root = image_root(self.source, data.images)
-        self.data, self.processor, self.seed, self.epoch = data, processor, seed, 0
+        self.data, self.processor, self.seed = data, processor, seed
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def conversations(self) -> Iterator[Conversation]:
-        """The records of this epoch, in their shuffled order.
+    def conversations(self, number: int = 0) -> Iterator[Conversation]:
+        """The records of a pass, from 0, in their shuffled order.
 
         Raises:
             DataError: the source cannot be read, is empty, or one of its records cannot be used.
         """
-        return shuffled(
-            iterate(self.source, self.root, stream=True), self.data.shuffle_buffer, f"{self.seed}/{self.epoch}"
-        )
+        return shuffled(iterate(self.source, self.root, stream=True), self.data.shuffle_buffer, f"{self.seed}/{number}")
 
-    def first(self, count: int) -> list[Conversation]:
-        """The first records of this epoch."""
-        return list(islice(self.conversations(), count))
+    def first(self, most: int) -> list[Conversation]:
+        """The first records of the first pass."""
+        return list(islice(self.conversations(), most))
 
     def sample(self, conversation: Conversation) -> dict[str, Any]:
         """The record as tensors, for a teacher with a processor of its own too."""
@@ -68,14 +63,15 @@ class StreamedConversations(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        number = -1
-        for number, conversation in enumerate(self.conversations()):
-            if number % parts == part:
-                yield self.sample(conversation)
-        if number < 0:
-            raise DataError(
-                f"{self.source.path}: no records found; at least one is needed; check that this is the right source."
-            )
+        for number in count():
+            at = -1
+            for at, conversation in enumerate(self.conversations(number)):
+                if at % parts == part:
+                    yield self.sample(conversation)
+            if at < 0:
+                raise DataError(
+                    f"{self.source.path}: no records found; at least one is needed; check that this is the right source."
+                )
 
 
 def shuffled(records: Iterator[Conversation], buffer: int, seed: str) -> Iterator[Conversation]:

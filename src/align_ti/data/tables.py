@@ -57,8 +57,10 @@ def table_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def streamed_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row of the source with its place, read as it is needed; images come as the bytes of their files."""
-    for number, row in enumerate(load(source, stream=True).decode(False), start=1):
-        yield f"{source.path}, row {number}", row
+    # By `iter`: datasets' own iterator gives each worker of a loader its share of the files, and a stream has shares of its own.
+    rows = load(source, stream=True).decode(False).iter(batch_size=1)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source.path}, row {number}", {name: values[0] for name, values in row.items()}
 
 
 def load(source: Source, stream: bool) -> Any:

@@ -230,7 +230,14 @@ def whole_shards(folder: Path, made: Made) -> dict[str, dict[str, dict[str, Any]
             with safe_open(path, framework="pt") as file:
                 told = file.metadata() or {}
                 samples = json.loads(told["samples"])
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except FileNotFoundError:
+            continue  # another process found it damaged
+        except OSError as error:
+            raise CacheError(
+                f"{path}: the shard cannot be read ({error}), which says nothing of its content; run the same command again "
+                "when it can."
+            ) from error
+        except (SafetensorError, ValueError, KeyError) as error:
             logger.warning("%s is damaged (%s); it is removed, and its samples are made again", path, error)
             path.unlink(missing_ok=True)
             continue

@@ -35,6 +35,7 @@ from align_ti.models.headonly import digest_of
 from align_ti.models.loading import best_device, load_processor
 from align_ti.phases import part
 from align_ti.pipeline.parts import launched, load_teacher
+from align_ti.processes import wait_for_all
 
 Progress = Callable[[str, int, int], None]
 """Called with a benchmark's name, the questions that this process has asked, and those that it has to ask."""
@@ -148,7 +149,7 @@ def predict(
     # All files before anything is loaded: one that was made otherwise is told at once.
     made = [made_so_far(paths[task.benchmark.name], about) for task, about in zip(tasks, abouts, strict=True)]
     # Every process has read what is there before one of them writes.
-    state.wait_for_everyone()
+    wait_for_all()
     loaded: tuple[PreTrainedModel, ProcessorMixin] | None = None
     for task, about, done in zip(tasks, abouts, made, strict=True):
         name = task.benchmark.name
@@ -159,10 +160,10 @@ def predict(
                     device = state.device if state.num_processes > 1 else best_device()
                     loaded = load_teacher(teacher, device), load_processor(teacher.path)
             ask_share(*loaded, task, about, done, path, batch_size, state, advance)
-        state.wait_for_everyone()
+        wait_for_all()
         if state.is_main_process and (part_paths(path) or not path.exists()):
             join_parts(path, about, task.items)
-        state.wait_for_everyone()
+        wait_for_all()
     return paths
 
 

@@ -43,6 +43,7 @@ from align_ti.models.pairing import options_of, own_processor
 from align_ti.phases import part
 from align_ti.pipeline.parts import Parts, launched, load_teacher
 from align_ti.pipeline.records import Steps, TrainingData, training_data
+from align_ti.processes import first_process_first, wait_for_all
 from align_ti.training.cached_pass import outputs_to_cache
 from align_ti.training.passes import united
 
@@ -138,7 +139,7 @@ def cache_teacher(
     """
     state = launched()
     work = prepared(recipe, out)
-    with state.main_process_first():
+    with first_process_first():
         made = begun(work, first=state.is_main_process)
     done = {key for samples in whole_shards(work.folder, made).values() for key in samples}
     writer = ShardWriter(work.folder, made, state.process_index)
@@ -169,11 +170,11 @@ def cache_teacher(
             f"stopped at record {at} of this process's {len(mine)}; what was made is in {work.folder}: the same command resumes "
             "from there."
         ) from None
-    state.wait_for_everyone()
+    wait_for_all()
     if state.is_main_process:
         few = [work.data[index] for index in range(min(MEASURED, len(work.data)))]
         finish(work.folder, made, add_writing(work.folder, seconds, wrote), few)
-    state.wait_for_everyone()
+    wait_for_all()
     found = TeacherCache(work.folder)
     return Cached(
         work.folder,

@@ -85,7 +85,12 @@ def training_data(
                 f"every training record was skipped; at least one is needed; the first: {refused[0].reason}"
             )
         data.keep_only(found.usable, found.lengths)
+    of = digest(data.conversations)
+    # Runs of earlier versions kept none.
+    if run is not None and run.last_checkpoint() is not None and kept_digest(run) not in (None, of):
+        raise changed_data(run)
     story = {
+        "of": of,
         "sources": [asdict(source) for source in mixture.sources],
         "records": records,
         "used": len(data),
@@ -127,6 +132,20 @@ def needs_check(recipe: Recipe) -> bool:
     return data.on_bad_record == "skip" or data.too_long == "truncate" or shared
 
 
+def kept_digest(run: RunFolder) -> str | None:
+    """The digest of the records that the run began with, if it kept one."""
+    told: dict[str, str] = read_json(run.data) if run.data.exists() else {}
+    return told.get("of")
+
+
+def changed_data(run: RunFolder) -> RunError:
+    """The error for a run that would resume with other records."""
+    return RunError(
+        f"{run.root}: the training data have changed since this run began, so it cannot resume in the same order; restore them, or "
+        "choose another folder (out)."
+    )
+
+
 def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, advance: Steps | None) -> Checked:
     """The findings of the pass over the records; those that the run folder keeps are used again.
 
@@ -137,10 +156,7 @@ def checked(data: EncodedConversations, recipe: Recipe, run: RunFolder | None, a
     if run is not None and run.checked.exists() and data.kept is None:
         kept = TypeAdapter(Checked).validate_python(read_json(run.checked))
         if kept.of != digest(data.conversations):
-            raise RunError(
-                f"{run.root}: the training data have changed since this run began, so it cannot resume in the same order; "
-                "restore them, or choose another folder (out)."
-            )
+            raise changed_data(run)
         return kept
     skip = recipe.data.on_bad_record == "skip"
     found = check_records(data, recipe.training.dataloader_num_workers, advance, skip=skip)

@@ -27,6 +27,7 @@ from align_ti.pipeline.checking import Seen, check_before, log_warnings
 from align_ti.pipeline.parts import Parts, launched, load_parts, load_student
 from align_ti.pipeline.records import Steps, TrainingData, errors_of_workers, training_data
 from align_ti.pipeline.watching import TaskWatch
+from align_ti.processes import first_process_first, wait_for_all
 from align_ti.report.card import write_card
 from align_ti.runs import RunFolder, write_json
 from align_ti.training.memory import peak_memory
@@ -122,7 +123,7 @@ def distil_into(
     before: Callable[[RunFolder], None],
 ) -> RunFolder:
     """`distil` in a folder that is held."""
-    with state.main_process_first():
+    with first_process_first():
         run.claim(recipe, state.num_processes)
     if run.student.exists():
         return run
@@ -135,7 +136,7 @@ def distil_into(
         train = data
     else:
         # The first process checks; the others read what it found.
-        with state.main_process_first():
+        with first_process_first():
             train, _ = training_data(recipe, parts.processor, run, checks, teacher_processor=parts.own_processor)
     objective = recipe.objective if recipe.data.teacher_cache is None else use_cache(recipe, parts, train)
     if recipe.training.torch_compile:
@@ -182,7 +183,7 @@ def distil_into(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < trainer.state.max_steps:
         # The first process writes the checkpoint; the launch is over only when it has.
-        state.wait_for_everyone()
+        wait_for_all()
         stopped = RequeueError if recorder.stopped == REQUEUE else InterruptedRunError
         raise stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in {run.root}: the same "
@@ -201,7 +202,7 @@ def distil_into(
             write_phases(run, phases)
         write_card(run, run.draft)
         run.draft.rename(run.student)
-    state.wait_for_everyone()
+    wait_for_all()
     return run
 
 

@@ -115,7 +115,7 @@ def of_study(root: Path, now: float) -> Progress:
         f"{number} {what}" for what, number in counts.items() if number
     )
     if not left:
-        state += f"; the page is {root / 'study.html'}" + ("; --retry repeats failed runs" if failed else "")
+        state += f"; the page is {root / 'study.html'}" + ("; --retry goes on with failed runs" if failed else "")
     elif not active:
         state += "; no run is active: the same `align-ti study` command resumes"
     troubles = [f"{called[run]} failed: {record['error']}" for run, record in failed.items()]

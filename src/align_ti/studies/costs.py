@@ -53,9 +53,8 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         RunError: the budget is less than one step of a variant.
     """
     known, missing = known_costs(folder), unmeasured(study, folder)
-    known = {name: cost for name, cost in known.items() if name not in missing}
-    yardstick = next((name for name in (study.budget, *study.variants) if name in known), None) if missing else None
-    timed = [*missing, *([] if yardstick is None else [yardstick])]
+    timed = to_time(study, folder)
+    yardstick = timed[len(missing)] if len(timed) > len(missing) else None
     after = study.file.cost_after
     seconds: dict[str, list[list[float]]] = {name: [] for name in timed}
     done, total = 0, len(timed) * (ROUNDS + bool(after)) + len(missing)
@@ -99,6 +98,13 @@ def measured_costs(study: Study, folder: StudyFolder, advance: Advance) -> dict[
         )
         for name in study.variants
     }
+
+
+def to_time(study: Study, folder: StudyFolder) -> list[str]:
+    """The variants that are timed: those whose cost the folder does not hold, and behind them one whose cost it does."""
+    missing = unmeasured(study, folder)
+    known = [name for name in (study.budget, *study.variants) if name in known_costs(folder) and name not in missing]
+    return [*missing, *known[:1]] if missing else []
 
 
 def unmeasured(study: Study, folder: StudyFolder) -> list[str]:

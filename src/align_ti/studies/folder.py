@@ -29,8 +29,8 @@ from align_ti.studies.design import Study
 WAIT = 2.0
 """Seconds between two looks at what another process is doing."""
 
-SAMPLED = 1 << 20
-"""Bytes that are read at either end of a file of weights."""
+SAMPLED = 1 << 12
+"""Bytes of each tensor that are read to tell a model from another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,14 +253,24 @@ def content_digest(path: Path) -> str:
 
 
 def model_digest(path: Path) -> str:
-    """A digest of a model's config, and of size, begin and end of each file of weights: training changes them all, and a whole one
-    may take minutes to read."""
+    """A digest of a model's configs, and of the first bytes of each of its weights: training changes many of them, and whole files may
+    take minutes to read."""
     found = hashlib.sha256()
-    for file in sorted([*path.glob("config.json"), *path.glob("*.safetensors")]):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size} ".encode())
+    for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]):
+        found.update(f"{file.name} {file.stat().st_size} ".encode())
         with file.open("rb") as content:
-            found.update(content.read(SAMPLED))
-            content.seek(max(0, size - SAMPLED))
-            found.update(content.read())
+            if file.suffix != ".safetensors":
+                found.update(content.read())
+                continue
+            # The format: 8 bytes with the header's length, the header, the tensors at offsets that it tells.
+            length = int.from_bytes(content.read(8), "little")
+            header = content.read(length)
+            found.update(header)
+            try:
+                tensors = [one["data_offsets"][0] for key, one in json.loads(header).items() if key != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # no weights, such as the pointer of a file that was not fetched; the run says so
+            for offset in tensors:
+                content.seek(8 + length + offset)
+                found.update(content.read(SAMPLED))
     return found.hexdigest()[:32]

@@ -250,8 +250,8 @@ def metric_table(
 ) -> list[dict[str, Any]]:
     """Every metric of every benchmark (kinds of questions, fidelity): means over seeds and the pairs' differences.
 
-    The intervals are each metric's own, uncorrected: they show where a difference comes from, and are no further claims. A pair
-    that was measured on different questions, or in different ways (fidelity at different layers), has no difference.
+    The intervals are each metric's own, uncorrected: they show where a difference comes from, and are no further claims. What was
+    measured on different questions, or in different ways (fidelity at different layers), has neither mean nor difference.
     """
     first = next((one for runs in scores.values() for one in runs.values()), {})
     rows = []
@@ -274,7 +274,7 @@ def metric_table(
                     "variants": {
                         name: {"mean": mean.value, "low": known(mean.low), "high": known(mean.high)}
                         for name, runs in by_variant.items()
-                        if runs
+                        if runs and alike(scores, name, name, benchmark)
                         for mean in [over_seeds(list(runs.values()))]
                     },
                     "differences": [

@@ -28,6 +28,9 @@ from align_ti.studies.design import Study
 from align_ti.studies.folder import StudyFolder
 from align_ti.studies.results import write_summary
 
+FULL = 1 << 26
+"""Free bytes of a disk below which a failed run keeps nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -52,12 +55,13 @@ def run_study(
     """Trains and measures the study's missing runs of this part, and gives what `study.json` then holds.
 
     Several processes may work in one folder, in parts or all on all: a run that another is at is passed over. A run that fails is
-    written down with its error, and the next one is begun; what it left in `work/` stays, and `retry` goes on from there.
+    written down with its error, and the next one is begun; what it left in `work/` stays, and `retry` goes on from there. Only on a
+    full disk nothing of it is kept.
 
     Args:
         study: the study.
         shard: the part.
-        retry: run again what has failed before.
+        retry: go on with what has failed before.
         advance: progress.
         said: is told what happened, a line a run.
 
@@ -69,18 +73,13 @@ def run_study(
     costs = prepare(study, folder, advance)
     check_steps(study, folder, costs)
     mine = [run for number, run in enumerate(study.runs) if shard.has(number)]
-    if retry:
-        for name, seed in mine:
-            path = folder.record(name, seed)
-            if path.exists() and read_json(path).get("error"):
-                path.unlink()
     for number, (name, seed) in enumerate(mine):
         advance("runs", number, len(mine))
-        if folder.record(name, seed).exists():
+        if settled(folder.record(name, seed), retry):
             continue
         with folder.held(f"{name}-{seed}") as owner:
             # Another process may have finished it between the look and the lock.
-            if owner is not None or folder.record(name, seed).exists():
+            if owner is not None or settled(folder.record(name, seed), retry):
                 continue
             made = folder.made_elsewhere(study, name, seed, costs[name].steps)
             if made is not None:
@@ -92,6 +91,11 @@ def run_study(
     # One at a time, or the slower of two processes would write what it read before the other's last run.
     with folder.alone("summary"):
         return write_summary(study, folder)
+
+
+def settled(record: Path, retry: bool) -> bool:
+    """Whether nothing is left to do for a run: it has a record, and not one of a failure that is to be tried again."""
+    return record.exists() and not (retry and read_json(record)["error"])
 
 
 def prepare(study: Study, folder: StudyFolder, advance: Advance) -> dict[str, Cost]:
@@ -137,6 +141,7 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
     training = recipe.training.model_copy(update={"max_steps": cost.steps})
     recipe = recipe.model_copy(update={"out": str(work / "run"), "training": training})
     begun = time.monotonic()
+    full = False
     record: dict[str, Any] = {"variant": name, "seed": seed, "error": None, "steps": cost.steps}
     try:
         # Seeds differ by a number: once one has passed the check, the others do.
@@ -171,11 +176,13 @@ def do_run(study: Study, folder: StudyFolder, name: str, seed: int, cost: Cost, 
     except Exception as error:
         # One run that fails must not cost the others; the table tells it.
         record["error"] = f"{type(error).__name__}: {error}"
+        # What a run leaves on a full disk would make all others fail too.
+        full = shutil.disk_usage(folder.root).free < FULL
         record["trace"] = traceback.format_exc(limit=-8)
     record["wall_seconds"] = round(time.monotonic() - begun, 1)
     record["provenance"] = provenance()
     write_record(folder.record(name, seed), record)
-    if not record["error"]:
+    if not record["error"] or full:
         shutil.rmtree(work, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():
