@@ -288,7 +288,9 @@ def test_forms_of_sharding_that_the_loss_cannot_take_are_refused_by_name(folder,
     ):
         run.check_sharding()
     run.args.bf16, run.optimizer_cls_and_kwargs = False, (MuonAdamW, {})
-    with pytest.raises(ConfigError, match=r"muon under zero2, .* accepted: training\.optimizer: adamw, or another engine"):
+    with pytest.raises(
+        ConfigError, match=r"muon under zero2, .* accepted: training\.optimizer: adamw, or another engine"
+    ):
         run.check_sharding()
     run.is_deepspeed_enabled = False
     run.check_sharding()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_ti.config import Evaluation
-from align_ti.data.conversation import Conversation, Turn
+from align_ti.data.conversation import Conversation, StoredPicture, Turn
 from align_ti.errors import DataError
 from align_ti.evaluation.fidelity import along_responses
 from align_ti.evaluation.runner import answer, evaluate
@@ -104,6 +104,29 @@ def test_divergence_equals_its_definition_and_is_zero_from_oneself(pair):
     itself = along_responses(teacher, teacher, processor, records, settings)
     assert itself.kl.mean() == pytest.approx(0, abs=1e-7)
     assert itself.agrees.all()
+
+
+def test_images_in_a_table_are_one_cluster_by_their_bytes():
+    # Each record was a cluster of its own, so that intervals were far too narrow.
+    turns = (Turn("user", "<image>What?"), Turn("assistant", "so"))
+    one, two, other = (
+        question(
+            Conversation(turns, (StoredPicture(f"row {row}", lambda content=content: content),), place=f"row {row}")
+        )
+        for row, content in enumerate((b"image", b"image", b"another"))
+    )
+    assert one.picture == two.picture != other.picture
+
+
+def test_a_models_own_penalties_do_not_change_its_answers(pair):
+    _, model, processor, records = pair
+    told = [question(one) for one in records[:3]]
+    plain = answer(model, processor, told, Evaluation(max_new_tokens=6))
+    model.generation_config.repetition_penalty, model.generation_config.num_beams = 9.0, 2
+    try:
+        assert answer(model, processor, told, Evaluation(max_new_tokens=6)) == plain
+    finally:
+        model.generation_config.repetition_penalty, model.generation_config.num_beams = 1.0, 1
 
 
 def test_a_question_without_an_answer_is_refused():

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from align_ti.evaluation.predictions import (
     About,
     Prediction,
     Writer,
+    images_digest,
     join_parts,
     made_so_far,
     part_path,
@@ -28,6 +30,7 @@ from align_ti.evaluation.predictions import (
     questions_digest,
     read_predictions,
     subset,
+    whole_lines,
 )
 from align_ti.evaluation.results import read_scores, write_scores
 from align_ti.evaluation.scored import mean_of_six, score_file
@@ -138,6 +141,23 @@ def test_a_file_that_was_made_otherwise_is_refused_by_name(tmp_path):
         with pytest.raises(RunError, match="nothing is written over"):
             made_so_far(out, about())
         assert part_path(out, 0).read_text() == foreign
+
+
+def test_answers_to_other_images_of_the_same_names_are_not_gone_on_with(tmp_path):
+    # The answers to clean images were scored as those to blurred ones.
+    digests = []
+    for name, content in (("clean", b"image"), ("blurred", b"other image")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(content)
+        digests.append(images_digest([replace(item, images=(tmp_path / name / "0.png",)) for item in ITEMS]))
+    path = tmp_path / "letters.jsonl"
+    before, now = (about(settings={"max_new_tokens": 8, "images": digest}) for digest in digests)
+    path.write_text(before.line())
+    assert whole_lines(path, before) == ([], len(before.line()))
+    with pytest.raises(RunError, match=r"other settings \(images is"):
+        whole_lines(path, now)
+    path.write_text(about().line())
+    assert whole_lines(path, now)[0] == []
 
 
 def test_two_commands_in_one_folder_are_told(tmp_path):

@@ -303,6 +303,8 @@ def of_answers(path: Path, answers: Sequence[Any]) -> Scores:
     if not asked:
         raise DataError(f"{path}: no answers; a file with at least one is accepted.")
     pictures = without_common_folder([one.get("image") for one in asked])
+    # Of an image inside a table its name in the file is a digest.
+    pictures = [picture or str(one.get("picture", "")) for picture, one in zip(pictures, asked, strict=True)]
     told_of = [
         [one["question"], one.get("expected"), one.get("kind"), picture]
         for one, picture in zip(asked, pictures, strict=True)

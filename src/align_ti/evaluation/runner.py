@@ -13,11 +13,22 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from align_ti.config import Evaluation
 from align_ti.data.collator import Collator
-from align_ti.data.conversation import Conversation
+from align_ti.data.conversation import Conversation, StoredPicture
 from align_ti.data.roles import encode, model_inputs
 from align_ti.evaluation.scoring import by_kind, is_right
 from align_ti.evaluation.tasks import Question, question
 from align_ti.models.families import end_tokens
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+}
+"""The most probable token of each step: what a model's generation config says otherwise would give teacher and student two ways of
+answering. Tokens that it suppresses stay so."""
 
 Advance = Callable[[int], None]
 """Called with the number of records done, for a progress bar."""
@@ -90,13 +101,21 @@ def said(
     inputs = placed(model_inputs(Collator(processor.tokenizer.pad_token_id, side="left")(samples)), model)
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
     made = generate(
-        **inputs, do_sample=False, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList(choose)
+        **inputs,
+        **GREEDY,
+        max_new_tokens=max_new_tokens,
+        logits_processor=LogitsProcessorList(choose),
     )
     made = made[:, inputs["input_ids"].shape[1] :]
     ends = torch.tensor(sorted(end_tokens(model)), device=made.device)
     cut = ~torch.isin(made, ends).any(-1) & (made.shape[1] >= max_new_tokens)
     words = processor.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [(text.strip(), bool(short)) for text, short in zip(words, cut, strict=True)]
+
+
+def stored(conversation: Conversation) -> bool:
+    """Whether its first image lies inside a table, so that no path tells it from others."""
+    return bool(conversation.images) and isinstance(conversation.images[0], StoredPicture)
 
 
 def evaluate(
@@ -122,6 +141,7 @@ def evaluate(
             {
                 "place": one.conversation.place,
                 "image": next((str(image) for image in one.conversation.images if isinstance(image, Path)), None),
+                **({"picture": one.picture} if stored(one.conversation) else {}),
                 "kind": one.kind,
                 "question": one.conversation.turns[-1].text,
                 "expected": one.expected,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from align_ti.data.conversation import Conversation
+from align_ti.data.conversation import Conversation, Picture
+from align_ti.data.groups import identity
 from align_ti.errors import DataError
 
 
@@ -20,6 +20,12 @@ class Question:
     """Tells images apart, for intervals."""
 
 
+def name_of(image: Picture) -> str:
+    """A name that records with the same image share: its path, a digest of its bytes in a table, or the object in memory."""
+    found = identity(image)
+    return found.hex() if isinstance(found, bytes) else str(found)
+
+
 def question(conversation: Conversation) -> Question:
     """The last answer of a record as a question; earlier turns stay as they are.
 
@@ -30,7 +36,7 @@ def question(conversation: Conversation) -> Question:
         raise DataError(
             f"{conversation.place}: the last turn is by the user, so there is no answer to compare with; add the expected answer."
         )
-    pictures = "|".join(str(image) if isinstance(image, Path) else str(id(image)) for image in conversation.images)
+    pictures = "|".join(name_of(image) for image in conversation.images)
     return Question(
         conversation=replace(conversation, turns=conversation.turns[:-1]),
         expected=conversation.turns[-1].text,

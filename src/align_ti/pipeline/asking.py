@@ -21,6 +21,7 @@ from align_ti.evaluation.predictions import (
     Prediction,
     Writer,
     conversation_of,
+    images_digest,
     join_parts,
     made_so_far,
     part_path,
@@ -72,6 +73,7 @@ class Task:
     def about(self, teacher: Teacher, digest: str, max_new_tokens: int | None) -> About:
         """What the file of predictions says about its making; settings without effect are left out."""
         settings: dict[str, Any] = {"max_new_tokens": self.tokens(max_new_tokens), "dtype": teacher.dtype}
+        settings["images"] = images_digest(self.items)
         if teacher.quantization is not None:
             settings["quantization"] = teacher.quantization
         if self.limit is not None:
