@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from align_ti.errors import DataError, RunError
 from align_ti.evaluation.benchmarks import benchmark
 from align_ti.evaluation.benchmarks.base import Benchmark, Item, Report
+from align_ti.evaluation.benchmarks.mme import total
 from align_ti.evaluation.comparison import Model, compare
 from align_ti.evaluation.metrics import mean_of
 from align_ti.evaluation.predictions import (
@@ -166,6 +169,23 @@ def test_two_commands_in_one_folder_are_told(tmp_path):
     first.add([prediction(ITEMS[0])])
     with pytest.raises(RunError, match="one command may write to a folder at a time"):
         second.add([prediction(ITEMS[0])])
+
+
+def test_a_limit_takes_as_large_a_part_of_every_kind():
+    # MME's score is a sum over fourteen categories: of 64 questions some had none, and all answers right were 70 of 100 points.
+    sizes = {"landmark": 200, "count": 30, "code": 20}
+    items = [
+        Item(f"{kind}-{image}-{number}", "", (), f"{kind} {image}", kind=kind)
+        for kind, images in sizes.items()
+        for image in range(images)
+        for number in range(2)
+    ]
+    for limit in (64, 100, 250):
+        taken = Counter(item.kind for item in subset(items, limit))
+        assert all(abs(taken[kind] / 2 - limit / 500 * images) <= 1 for kind, images in sizes.items()), limit
+    sums = np.tile([2.0, 2.0, 1.0, 1.0], (3, 2, 1))
+    sums[2, 1] = 0  # a resample without the second category
+    assert total((0, 1), 1, sums.reshape(3, -1)).tolist() == [400.0, 400.0, 400.0]
 
 
 @given(

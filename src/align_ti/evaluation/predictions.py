@@ -78,16 +78,23 @@ def images_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
-def whole_clusters(clusters: Sequence[str], limit: int | None) -> list[int]:
+def whole_clusters(clusters: Sequence[str], limit: int | None, kinds: Sequence[str] | None = None) -> list[int]:
     """The places of as many clusters as have at least `limit` of them, in order; all of them without a limit.
 
     Clusters stay whole, since scores need them whole (MME's pairs, MMBench's rotations). They are taken by a digest of their names:
-    from everywhere in the file, the same for every model, and a larger limit adds to a smaller one.
+    from everywhere in the file, the same for every model, and a larger limit adds to a smaller one. Of each kind (that of a cluster's
+    first question) as large a part is taken, since a score may be a sum over kinds, as MME's is.
     """
     if limit is None:
         return list(range(len(clusters)))
+    kind_of = dict(zip(reversed(clusters), reversed(kinds or [""] * len(clusters)), strict=True))
+    of_kind: dict[str, list[str]] = {}
+    for name in sorted(kind_of, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        of_kind.setdefault(kind_of[name], []).append(name)
+    # The j-th of n clusters of a kind comes when (j + 1/2) / n of all are taken; the sort leaves the digests' order among equals.
+    turn = {name: (at + 0.5) / len(names) for names in of_kind.values() for at, name in enumerate(names)}
     sizes, chosen, count = Counter(clusters), set[str](), 0
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(turn, key=lambda name: (turn[name], hashlib.sha256(name.encode()).digest())):
         if count >= limit:
             break
         chosen.add(name)
@@ -97,7 +104,8 @@ def whole_clusters(clusters: Sequence[str], limit: int | None) -> list[int]:
 
 def subset(items: Sequence[Item], limit: int | None) -> list[Item]:
     """The questions of whole clusters, at least `limit` of them; all of them without a limit."""
-    return [items[index] for index in whole_clusters([item.cluster for item in items], limit)]
+    clusters, kinds = [item.cluster for item in items], [item.kind or "" for item in items]
+    return [items[index] for index in whole_clusters(clusters, limit, kinds)]
 
 
 def conversation_of(item: Item) -> Conversation:

@@ -243,7 +243,12 @@ def metrics_of(pairs: Sequence[Pair], right: Mapping[str, float]) -> dict[str, M
 def total(
     chosen: tuple[int, ...], over: int, sums: Float[np.ndarray, "*draws statistics"]
 ) -> Float[np.ndarray, "*draws"]:
-    """The points of the chosen categories (accuracy and share of pairs, 100 each) divided by a number."""
+    """The points of the chosen categories (accuracy and share of pairs, 100 each) divided by a number.
+
+    A resample of few images may have none of a category, which then counts as the mean of the others: with 0 points for it, even an
+    interval of right answers alone would go below them.
+    """
     apart = sums.reshape(*sums.shape[:-1], -1, STATISTICS)[..., list(chosen), :]
     points = ratio(apart[..., :2]) + ratio(apart[..., 2:])
-    return np.asarray(points.sum(-1) / over)
+    there = (apart[..., 1] > 0).sum(-1)
+    return np.asarray(points.sum(-1) * len(chosen) / np.maximum(there, 1) / over)
