@@ -22,7 +22,7 @@ from align_ti.data.conversation import Conversation, Turn
 from align_ti.data.rendering import render
 from align_ti.data.roles import INSTRUCTION, OTHER, PER_TOKEN, RESPONSE, VISUAL, encode, image_id
 from align_ti.errors import DataError
-from align_ti.evaluation.runner import answer
+from align_ti.evaluation.runner import GREEDY, answer
 from align_ti.evaluation.tasks import question
 from tests.family_processors import FAMILIES, PARTS, llama3_tokenizer, llava, special_ids, thinking
 
@@ -515,6 +515,6 @@ def test_questions_with_and_without_pictures_are_asked_in_one_batch(family):
     (call,) = model.generate.call_args_list
     asked = tuple(one.conversation for one in questions)
     expected = dict(called_on_all(processor, asked, "left", empty_lists=family in EMPTY_LISTS, ask=True))
-    assert call.kwargs.keys() == expected.keys() | {"do_sample", "max_new_tokens", "logits_processor"}
+    assert call.kwargs.keys() == expected.keys() | {*GREEDY, "max_new_tokens", "logits_processor"}
     for name, value in expected.items():
         assert torch.equal(call.kwargs[name], value.bfloat16() if value.is_floating_point() else value), name

@@ -596,6 +596,6 @@ def test_what_an_on_policy_run_cannot_be_is_refused_by_name(folder, tmp_path):
     run.check_sharding()
     for kind in ("is_fsdp_enabled",):
         setattr(run, kind, True)
-        with pytest.raises(ConfigError, match=r"sharded .* on_policy"):
+        with pytest.raises(ConfigError, match=r"on_policy is given under .* sharded"):
             run.check_sharding()
         setattr(run, kind, False)

@@ -645,6 +645,7 @@ def test_every_run_is_of_one_shard(count, number):
 
 def test_costs_are_measured_once_and_more_terms_cost_more(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "TIMED", 7)
+    monkeypatch.setattr(costs, "ROUNDS", 2)
     monkeypatch.setattr(costs, "COUNTED", (1, 3))
     study = read_study(write_study(folder, tmp_path / "s.yaml", equal="flops", budget="align_ti"))
     at = StudyFolder(study.out)
