@@ -432,7 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "large-differences": partial(study_tables.differences, "large"),
     "reviewers-variants": partial(study_tables.variants, "reviewers"),
     "reviewers-differences": partial(study_tables.differences, "reviewers"),
-    "schedules-variants": partial(study_tables.variants, "schedules", seconds=True, gap=True),
+    "schedules-variants": partial(study_tables.variants, "schedules", gap=True),
     "schedules-differences": partial(study_tables.differences, "schedules"),
     "menu-variants": partial(study_tables.variants, "menu", seconds=True),
     "menu-differences": partial(study_tables.differences, "menu"),
