@@ -432,6 +432,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "large-differences": partial(study_tables.differences, "large"),
     "reviewers-variants": partial(study_tables.variants, "reviewers"),
     "reviewers-differences": partial(study_tables.differences, "reviewers"),
+    "layers-variants": partial(study_tables.variants, "layers"),
+    "layers-differences": partial(study_tables.differences, "layers"),
     "schedules-variants": partial(study_tables.variants, "schedules", gap=True),
     "schedules-differences": partial(study_tables.differences, "schedules"),
     "menu-variants": partial(study_tables.variants, "menu", seconds=True),
